@@ -1,0 +1,78 @@
+"""The errors that autoeff raises on purpose; each knows its exit code and its problem type.
+
+    AutoeffError             1    failure that is nobody's input
+      InputError             2    what the caller passed is wrong (also a ValueError)
+        UnreachableLimit     2    arithmetic proves that no configuration meets the limit
+      CandidateError         1    one candidate failed; recorded with its class, the search goes on
+      RunnerLost             1    a runner died of something that is not the candidate's fault
+
+A message says what is wrong, the value found, what is allowed, and the remedy if there is one, in one line.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+__all__ = ["AutoeffError", "CandidateError", "ExitCode", "FailureClass", "InputError", "RunnerLost", "UnreachableLimit"]
+
+
+class ExitCode:
+    """What the command's exit code says."""
+
+    FEASIBLE = 0
+    FAILURE = 1
+    BAD_INPUT = 2
+    INFEASIBLE = 3
+    INTERRUPTED = 130
+
+
+class FailureClass(StrEnum):
+    """Why an evaluation has no value. All but `LOST` are the candidate's own and are never retried."""
+
+    OOM_HOST = "oom_host"
+    OOM_GPU = "oom_gpu"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    NAN = "nan"
+    INVALID = "invalid"
+    LOST = "lost"
+
+
+class AutoeffError(Exception):
+    """Base of every error that is reported as one line."""
+
+    exit_code = ExitCode.FAILURE
+    problem = "failure"
+
+
+class InputError(AutoeffError, ValueError):
+    """What the caller passed is wrong."""
+
+    exit_code = ExitCode.BAD_INPUT
+    problem = "invalid-input"
+
+
+class UnreachableLimit(InputError):
+    """No configuration of the space meets the limit; the message names the least reachable value."""
+
+    problem = "unreachable-limit"
+
+
+class CandidateError(AutoeffError):
+    """A candidate that could not be measured.
+
+    Attributes:
+        failure: Its class.
+    """
+
+    problem = "candidate-failed"
+
+    def __init__(self, failure: FailureClass, message: str) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+class RunnerLost(AutoeffError):
+    """The runner process ended for a reason that is not the candidate's."""
+
+    problem = "runner-lost"

@@ -1,0 +1,233 @@
+"""Turns configurations into measurements: the model and the bank stay loaded, candidates are swapped in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autoeff.errors import InputError
+from autoeff.evaluators.bank import Bank, Statistics
+from autoeff.evaluators.calibration import collected
+from autoeff.evaluators.candidate import Candidate
+from autoeff.evaluators.forward import Forward
+from autoeff.evaluators.loading import load_model, load_tokenizer
+from autoeff.evaluators.preparation import hardware_name, prepare
+from autoeff.evaluators.quality import Sample, Teacher, cosine_damage, next_token_losses, pooled, sample_of, spearman, teacher_of, token_kl
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
+from autoeff.evaluators.text import Passages
+from autoeff.spaces.configuration import Level
+from autoeff.spaces.measurements import Measurement, Split
+from autoeff.spaces.sites import BYTES_DENSE, Linear
+
+__all__ = ["Evaluator"]
+
+_KEEP_STATES_BYTES = 2 << 30
+_KEEP_DECODED_BYTES = 2 << 30
+
+
+@dataclass
+class _Text:
+    """A split with what is kept of the dense model over it."""
+
+    passages: Passages
+    targets: list[Teacher] | Tensor | None = None  # decoders: a teacher a batch; encoders: embeddings [sentences, hidden]
+
+
+class Evaluator:
+    """Evaluates configurations of one setup.
+
+    Args:
+        setup: What to load.
+        progress: Called with (done, total) while bank entries are built.
+
+    Raises:
+        InputError: As `prepare`; also a model whose logits are not its head applied to its last hidden state.
+    """
+
+    def __init__(self, setup: EvaluationSetup, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self.preparation = prepare(setup)
+        facts, device = self.preparation.facts, self.preparation.device
+        self.space, self.structure = self.preparation.space, self.preparation.structure
+        self.model = load_model(facts, device)
+        self._texts = {split: _Text(passages.to(device)) for split, passages in self.preparation.passages.items()}
+        self._head = self._find_head()
+        self._forward = Forward(self.model, self.structure.blocks, _KEEP_STATES_BYTES)
+        self._dense_states: dict[int, list[Tensor]] = {}
+        self._last_states: dict[int, tuple[tuple[int, ...], list[Tensor]]] = {}
+        dense = {linear.name: self._weight(linear) for linear in self.structure.linears}
+        dtype = next(self.model.parameters()).dtype
+        self.bank = Bank(
+            Path(setup.bank),
+            facts.digest,
+            weights=lambda name: dense[name].to(facts.store_dtype),
+            place=lambda tensor: tensor.to(device, dtype),
+            keep_bytes=_KEEP_DECODED_BYTES,
+        )
+        self.candidate = Candidate(self.model, self.structure, self.space, self.preparation.knobs, self.bank)
+        needs = {name for knob in self.preparation.knobs.values() for name in knob.needs}
+        with collected(self.model, dense, needs) as statistics:
+            self._learn_targets(self._texts["search"], "search")
+        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, statistics())
+        self._build_bank(progress)
+
+    def evaluate(self, request: EvaluationRequest) -> list[Measurement]:
+        """Quality of one configuration on one split.
+
+        Raises:
+            CandidateError: Its outputs are not finite.
+            InputError: A decision, level, split or number of windows that the setup does not have.
+        """
+        indices = self.space.indices(request.levels)
+        text = self._texts[request.split]
+        if not 1 <= request.windows <= len(text.passages.ids):
+            raise InputError(f"{request.windows} windows were asked for; the {request.split} text has {len(text.passages.ids)}")
+        if text.targets is None:
+            self._learn_targets(text, request.split)
+        self.candidate.set(indices)
+        if self.preparation.facts.task == "decoder":
+            return self._decoder_quality(text, request)
+        return self._encoder_quality(text, request)
+
+    def complete(self, levels: Mapping[str, Level], prompt: str, tokens: int) -> str:
+        """The prompt and its greedy continuation under a configuration; decoders only."""
+        self.candidate.set(self.space.indices(levels))
+        tokenizer = load_tokenizer(self.preparation.facts)
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=self.preparation.device)
+        for _ in range(tokens):
+            hidden = self._forward.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+            following = nn.functional.linear(hidden, self._head.weight, self._head.bias).argmax(-1)
+            if following.item() == tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, following[None]], dim=1)
+        return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+    def stored_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
+        """Bytes by linear, counted from the tensors that are stored packed, not from the cost model."""
+        indices = self.space.indices(levels)
+        stored = {linear.name: linear.parameters * BYTES_DENSE for linear in self.structure.linears}
+        sites = {site.name: site for site in self.structure.sites}
+        active = self.space.active(indices)
+        for decision, i, on in zip(self.space.decisions, indices, active, strict=True):
+            if i and on:
+                knob, site = self.preparation.knobs[decision.knob], sites[decision.site]
+                packed = self.bank.packed(knob, site, decision.levels[i])
+                for linear in site.linears:
+                    stored[linear.name] = sum(t.nbytes for name, t in packed.items() if name.startswith(linear.name + "."))
+        return stored
+
+    def _decoder_quality(self, text: _Text, request: EvaluationRequest) -> list[Measurement]:
+        teachers = text.targets
+        assert isinstance(teachers, list)
+        kl, losses = [], []
+        for batch, rows, hidden in self._hidden(text, request.split, request.windows):
+            teacher = _first(teachers[batch], len(hidden))
+            kl.append(token_kl(hidden, self._head, teacher).mean(1))
+            if request.split == "held_out":
+                losses.append(next_token_losses(hidden, self._head, text.passages.ids[rows]).mean(1))
+        tokens = request.windows * text.passages.ids.shape[1]
+        result = [self._measured("kl", request, sample_of(torch.cat(kl)), tokens)]
+        if losses:
+            loss = sample_of(torch.cat(losses))
+            perplexity = math.exp(loss.mean)
+            spread = None if loss.spread is None else perplexity * loss.spread
+            result.append(self._measured("perplexity", request, Sample(perplexity, spread), tokens - request.windows))
+        return result
+
+    def _encoder_quality(self, text: _Text, request: EvaluationRequest) -> list[Measurement]:
+        assert isinstance(text.targets, Tensor)
+        embeddings = self._embeddings(text, request.split, request.windows)
+        damage = sample_of(cosine_damage(embeddings, text.targets[: request.windows]))
+        result = [self._measured("damage_cosine", request, damage, request.windows)]
+        scores = text.passages.scores
+        if request.split == "held_out" and scores is not None and request.windows == len(text.passages.ids):
+            left, right = embeddings[0::2], embeddings[1::2]
+            result.append(self._measured("spearman", request, Sample(spearman((left * right).sum(-1), scores), None), len(scores)))
+        return result
+
+    def _measured(self, name: str, request: EvaluationRequest, sample: Sample, tokens: int) -> Measurement:
+        full = f"{name}_held_out" if request.split == "held_out" else name
+        return Measurement(full, sample.mean, request.split, tokens, sample.spread, hardware=hardware_name(self.preparation.device))
+
+    def _hidden(self, text: _Text, split: Split, windows: int) -> list[tuple[int, slice, Tensor]]:
+        """(batch number, rows, final hidden states) of the first `windows` windows, reusing kept block states on the search text."""
+        passages = text.passages
+        keep = split == "search" and self._forward.fits(passages.ids, self._hidden_size)
+        found = []
+        for number, rows in enumerate(self._forward.batches(passages.ids)):
+            if rows.start >= windows:
+                break
+            whole = rows.stop <= windows
+            rows = slice(rows.start, min(rows.stop, windows))
+            last = self._last_states.get(number) if keep and whole else None
+            dense = self._dense_states.get(number) if keep and whole else None
+            hidden, states = self._forward.run(
+                passages.ids,
+                passages.mask,
+                rows,
+                kept=[dense, last[1] if last else None],
+                first_changed=[self.candidate.first_difference(self._zeros), self.candidate.first_difference(last[0]) if last else 0],
+            )
+            if keep and whole:
+                self._last_states[number] = (self.candidate.indices, states)
+            found.append((number, rows, hidden))
+        return found
+
+    def _embeddings(self, text: _Text, split: Split, windows: int) -> Tensor:
+        mask = text.passages.mask
+        assert mask is not None
+        return torch.cat([pooled(hidden, mask[rows]) for _, rows, hidden in self._hidden(text, split, windows)])
+
+    def _learn_targets(self, text: _Text, split: Split) -> None:
+        """Runs the dense model over a split's whole text."""
+        self.candidate.set(self._zeros)
+        if self.preparation.facts.task == "encoder":
+            text.targets = self._embeddings(text, split, len(text.passages.ids))
+        else:
+            text.targets = [teacher_of(hidden, self._head) for _, _, hidden in self._hidden(text, split, len(text.passages.ids))]
+        if split == "search":
+            self._dense_states = {number: states for number, (_, states) in self._last_states.items()}
+
+    def _build_bank(self, progress: Callable[[int, int], None]) -> None:
+        sites = {site.name: site for site in self.structure.sites}
+        entries = [(d, level) for d in self.space.decisions for level in d.levels[1:]]
+        for done, (decision, level) in enumerate(entries):
+            self.bank.packed(self.preparation.knobs[decision.knob], sites[decision.site], level)
+            progress(done + 1, len(entries))
+
+    def _weight(self, linear: Linear) -> Tensor:
+        weight: Tensor = self.model.get_submodule(linear.name).weight.data
+        return weight.T if linear.transposed else weight
+
+    def _find_head(self) -> nn.Linear | None:
+        """The output head of a decoder.
+
+        Raises:
+            InputError: Logits are not the head applied to the last hidden state, so that KL could not be computed from it.
+        """
+        if self.preparation.facts.task == "encoder":
+            return None
+        ids = self._texts["search"].passages.ids[:1, :8]
+        head: nn.Linear = self.model.get_output_embeddings()
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            if not torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3):
+                raise InputError(f"model_type {self.preparation.facts.model_type!r} transforms the logits after its head; it is not supported yet")
+        return head
+
+    @property
+    def _hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def _zeros(self) -> tuple[int, ...]:
+        return (0,) * len(self.space.decisions)
+
+
+def _first(teacher: Teacher, windows: int) -> Teacher:
+    return Teacher(teacher.expected[:windows], None if teacher.bias is None else teacher.bias[:windows], teacher.score[:windows])

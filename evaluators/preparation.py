@@ -1,0 +1,120 @@
+"""What can be known of a job before any weight is loaded: sites, space, exact costs, windows of text, digests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from autoeff.errors import InputError
+from autoeff.evaluators.loading import ModelFacts, inspect_model, load_tokenizer, memory_needed, resolve_model, skeleton
+from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.text import Passages, make_passages
+from autoeff.spaces.configuration import digest_of
+from autoeff.spaces.knob import Knob
+from autoeff.spaces.sites import Structure, find_structure
+from autoeff.spaces.space import SearchSpace, build_space
+
+__all__ = ["EVALUATOR_VERSION", "Preparation", "device_of", "prepare"]
+
+EVALUATOR_VERSION = 1  # raised when a value of the same key could change
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A job's preflight.
+
+    Attributes:
+        facts: Of the model's files.
+        structure: Blocks and sites.
+        space: Decisions with exact costs.
+        knobs: By name.
+        passages: Search and held-out text.
+        digest: Names everything that a quality value depends on besides configuration, split and windows.
+    """
+
+    facts: ModelFacts
+    structure: Structure
+    space: SearchSpace
+    knobs: Mapping[str, Knob]
+    passages: Mapping[Literal["search", "held_out"], Passages]
+    device: torch.device
+    digest: str
+
+    @property
+    def quality(self) -> str:
+        """The search objective's measurement name."""
+        return "kl" if self.facts.task == "decoder" else "damage_cosine"
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user must be told once."""
+        return [*self.facts.notices, *(n for p in self.passages.values() for n in p.notices)]
+
+    def report(self) -> dict[str, Any]:
+        """The preflight as plain data, stored with the job."""
+        return {
+            "model": {
+                "path": str(self.facts.path), "model_type": self.facts.model_type, "task": self.facts.task, "digest": self.facts.digest,
+                "parameters": self.facts.parameters, "blocks": len(self.structure.blocks), "context": self.facts.context,
+            },
+            "text": {
+                split: {"digest": p.digest, "source": p.source, "windows": len(p.ids), "length": p.ids.shape[1], "tokens": p.tokens}
+                for split, p in self.passages.items()
+            },
+            "quality": self.quality,
+            "decisions": len(self.space.decisions),
+            "configurations": str(self.space.size),
+            "memory_bytes": memory_needed(self.facts, self.device),
+            "hardware": hardware_name(self.device),
+            "notices": self.notices,
+        }  # fmt: skip
+
+
+def prepare(setup: EvaluationSetup) -> Preparation:
+    """Reads headers, config and text; loads no weights.
+
+    Raises:
+        InputError: Anything wrong with the model, the text, the knobs or the device.
+    """
+    device = device_of(setup.device)
+    facts = inspect_model(resolve_model(setup.model))
+    structure = find_structure(skeleton(facts), untie=setup.space.untie)
+    space, knobs = build_space(structure, setup.space)
+    tokenizer = load_tokenizer(facts)
+    passages = make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed)
+    digest = digest_of(
+        {
+            "evaluator": EVALUATOR_VERSION,
+            "torch": torch.__version__,
+            "hardware": hardware_name(device),
+            "model": facts.digest,
+            "text": {split: p.digest for split, p in passages.items()},
+            "knobs": {name: knob.settings() for name, knob in knobs.items()},
+        }
+    )
+    return Preparation(facts, structure, space, knobs, passages, device, digest)
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device called `name`.
+
+    Raises:
+        InputError: It is not on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not known; allowed: cpu, cuda, cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device {name!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def hardware_name(device: torch.device) -> str:
+    """Device and, on a CPU, the number of threads, on which sums of floats depend."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"

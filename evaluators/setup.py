@@ -1,0 +1,74 @@
+"""What a runner must be told before it can evaluate: plain data that travels as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autoeff.evaluators.text import TextSpec
+from autoeff.spaces.configuration import Level
+from autoeff.spaces.measurements import Measurement, Split
+from autoeff.spaces.space import SpaceSpec
+
+__all__ = ["EvaluationRequest", "EvaluationSetup", "measurement_from_json", "measurement_to_json"]
+
+
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """Everything that fixes what an evaluation means.
+
+    Attributes:
+        model: Directory, bundled name or hub id.
+        data: Search text.
+        eval_data: Held-out text; None takes the last fifth of `data`.
+        space: Knobs and their settings.
+        seed: Draws the windows.
+        device: `cpu`, `cuda` or `cuda:N`.
+        bank: Folder of the level bank.
+    """
+
+    model: str
+    data: TextSpec
+    eval_data: TextSpec | None
+    space: SpaceSpec
+    seed: int
+    device: str
+    bank: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> EvaluationSetup:
+        fields = dict(value)
+        for name in ("data", "eval_data"):
+            if fields[name] is not None:
+                draw = fields[name]["draw"]
+                fields[name] = TextSpec(**{**fields[name], "draw": tuple(draw) if isinstance(draw, list) else draw})
+        space = fields["space"]
+        fields["space"] = SpaceSpec(**{**space, "include": tuple(space["include"]), "exclude": tuple(space["exclude"])})
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One evaluation.
+
+    Attributes:
+        levels: A level for every decision.
+        split: On which text.
+        windows: How many of the split's windows (sentences), from the first on: the fidelity.
+    """
+
+    levels: Mapping[str, Level]
+    split: Split
+    windows: int
+
+
+def measurement_to_json(item: Measurement) -> dict[str, Any]:
+    return asdict(item)
+
+
+def measurement_from_json(value: Mapping[str, Any]) -> Measurement:
+    return Measurement(**value)

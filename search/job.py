@@ -1,0 +1,152 @@
+"""The one description of a job, for the command line, YAML, JSON, Python and REST alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from autoeff.errors import InputError
+from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.text import TextSpec
+from autoeff.spaces.configuration import Level
+from autoeff.spaces.space import SpaceSpec
+
+__all__ = ["Budget", "Data", "JobSpec", "Space"]
+
+FORMAT = 1
+_YAML_BYTES = 256 * 1024
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Strict):
+    """Text to search or judge on."""
+
+    source: str | None = Field(default=None, description="File, directory, JSONL, CSV of scored pairs, or package:NAME.")
+    windows: int | None = Field(default=None, ge=0, description="Windows of text (sentences for encoders); 0 takes all.")
+    length: int | None = Field(default=None, ge=2, description="Tokens per window; default min(512, the model's context).")
+    bos: Literal["per_window", "per_document"] = Field(default="per_window", description="Where a BOS token is put.")
+    draw: Literal["random", "first"] | tuple[int, ...] = Field(default="random", description="How windows are chosen; or their starts.")
+
+    def text(self) -> TextSpec:
+        return TextSpec(self.source, self.windows, self.length, self.bos, self.draw)
+
+
+class Space(_Strict):
+    """Which decisions there are."""
+
+    include: tuple[str, ...] = Field(default=("*",), description="Globs over site:knob.")
+    exclude: tuple[str, ...] = Field(default=(), description="Globs that remove decisions again.")
+    levels: dict[str, tuple[Level, ...]] = Field(default_factory=dict, description="Glob to allowed levels.")
+    untie: bool = Field(default=False, description="Let fused linears (q/k/v, gate/up) decide apart.")
+
+
+class Budget(_Strict):
+    """When to stop: whichever comes first."""
+
+    trials: int = Field(default=300, ge=1, description="Evaluations in full-token equivalents, table and guests included.")
+    seconds: float | None = Field(default=None, gt=0, description="Wall time of the search.")
+
+
+def _data(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _knobs(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    return {name: {} for name in value} if isinstance(value, list | tuple) else value
+
+
+def _listed(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class JobSpec(_Strict):
+    """Everything that a search depends on."""
+
+    format: Literal[1] = FORMAT
+    model: str = Field(description="Directory, hub id, or a bundled model: demo.")
+    data: Annotated[Data, BeforeValidator(_data)] = Field(default=Data(), description="Search text; bundled models bring their own.")
+    eval_data: Annotated[Data | None, BeforeValidator(_data)] = Field(
+        default=None, description="Held-out text; default is the last fifth of the search text."
+    )
+    knobs: Annotated[dict[str, dict[str, Any]], BeforeValidator(_knobs)] = Field(
+        default={"bits": {}}, min_length=1, description="Knobs to search, with settings."
+    )
+    space: Space = Field(default=Space(), description="Which decisions there are.")
+    objectives: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        default=("quality", "weight_bytes"), min_length=1, description="What to minimise; the first is the quality."
+    )
+    limits: tuple[str, ...] = Field(default=(), description="Hard limits, e.g. weight_bytes<=0.30x.")
+    budget: Budget = Field(default=Budget(), description="When to stop.")
+    sampler: str = Field(default="additive", description="Who proposes.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Draws the windows and everything random.")
+    batch: int = Field(default=1, ge=1, description="Sequences decoded together, for cache and read costs.")
+    context: int | None = Field(default=None, ge=1, description="Tokens in the cache, for cache and read costs; default the model's context.")
+    device: str = Field(default="cpu", description="cpu, cuda or cuda:N.")
+
+    @model_validator(mode="after")
+    def _objectives_are_distinct(self) -> JobSpec:
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives name {', '.join(self.objectives)}: each may stand once")
+        return self
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> JobSpec:
+        """The spec that a mapping describes.
+
+        Raises:
+            InputError: An unknown key or a value that is not allowed; one line naming the key.
+        """
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            raise InputError(_line(error)) from None
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, Any]:
+        """The mapping in a YAML or JSON file; the command line lays its flags over it.
+
+        Raises:
+            InputError: Unreadable, too large, not a mapping, or with aliases (which can explode).
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the job file {path}: {getattr(error, 'strerror', None) or error}") from None
+        if len(text) > _YAML_BYTES:
+            raise InputError(f"the job file {path} has {len(text)} characters; allowed are {_YAML_BYTES}")
+        try:
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+                raise InputError(f"the job file {path} uses YAML aliases, which are not allowed")
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"the job file {path} is no valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(value, dict):
+            raise InputError(f"the job file {path} holds no mapping of job fields")
+        return value
+
+    def setup(self, bank: Path) -> EvaluationSetup:
+        """What the runner must know."""
+        space = SpaceSpec(self.knobs, self.space.include, self.space.exclude, self.space.levels, self.space.untie)
+        eval_data = None if self.eval_data is None else self.eval_data.text()
+        return EvaluationSetup(self.model, self.data.text(), eval_data, space, self.seed, self.device, str(bank))
+
+
+def _line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-")) or "job"
+    if first["type"] == "extra_forbidden":
+        known: Mapping[str, Any] = JobSpec.model_fields
+        for part in first["loc"][:-1]:
+            known = {"space": Space, "budget": Budget, "data": Data, "eval_data": Data}.get(str(part), JobSpec).model_fields
+        return f"unknown key {where!r}; known: {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return message if where == "job" else f"{where}: {message}; found {first['input']!r}"

@@ -1,0 +1,231 @@
+"""Keeps one warm runner process, asks it, and enforces deadline and memory cap from outside.
+
+How a runner ends decides who is to blame (design: failures). SIGSEGV, SIGABRT, SIGBUS, SIGFPE, SIGILL and kills by our own
+caps are the candidate's; any other death is the plant's and is retried by the caller. After any error the process is thrown
+away: the next request starts a fresh one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from autoeff.errors import CandidateError, FailureClass, InputError, RunnerLost
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, measurement_from_json
+from autoeff.search.settings import Settings
+from autoeff.spaces.measurements import Measurement
+
+__all__ = ["Measured", "RunnerProcess"]
+
+_CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
+_LOG_TAIL_BYTES = 16 * 1024
+
+
+class _Tick(Protocol):
+    def __call__(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An answer to an evaluation.
+
+    Attributes:
+        measurements: Quality values.
+        seconds: Time inside the runner.
+    """
+
+    measurements: tuple[Measurement, ...]
+    seconds: float
+
+
+class RunnerProcess:
+    """A runner for one setup, started on first use.
+
+    Args:
+        setup: What it opens.
+        settings: Deadlines and memory cap.
+        log: File that collects what the runner prints.
+        progress: Called with (done, total) while its bank is built.
+    """
+
+    def __init__(
+        self, setup: EvaluationSetup, settings: Settings, log: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        self._setup, self._settings, self._log, self._progress = setup, settings, log, progress
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+        self.digest: str | None = None
+        self.starts = 0
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def open(self, tick: _Tick = lambda: None) -> None:
+        """Starts the process and loads the model, unless one is warm.
+
+        Raises:
+            InputError: The setup cannot be opened.
+            RunnerLost: It died while opening; CandidateError if it hit a cap or crashed there.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", "autoeff.evaluators.runner", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches us alone
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        self.starts += 1
+        self._pending = b""
+        answer = self._ask({"kind": "open", "setup": self._setup.to_json()}, self._settings.open_timeout_s, tick)
+        self.digest = answer["digest"]
+
+    def evaluate(self, request: EvaluationRequest, tick: _Tick = lambda: None) -> Measured:
+        """Measures one configuration.
+
+        Raises:
+            CandidateError: It failed, with its class.
+            RunnerLost: The process died of something else.
+        """
+        message = {"kind": "evaluate", "levels": dict(request.levels), "split": request.split, "windows": request.windows}
+        return self._measured(self.ask(message, tick))
+
+    def remeasure(self, folder: Path, split: str, windows: int) -> Measured:
+        """Measures the model found in `folder` against the dense model of the setup."""
+        return self._measured(self.ask({"kind": "remeasure", "folder": str(folder), "split": split, "windows": windows}))
+
+    def ask(self, message: Mapping[str, Any], tick: _Tick = lambda: None) -> Mapping[str, Any]:
+        """Sends one request to the warm runner and returns its answer. Raises as `evaluate`."""
+        self.open(tick)
+        return self._ask(message, self._settings.evaluation_timeout_s, tick)
+
+    def close(self) -> None:
+        """Ends the process, if any."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with _ignoring_broken_pipe():
+                    stream.close()
+        try:
+            process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def log_tail(self) -> str:
+        """The end of what the runner printed."""
+        try:
+            with self._log.open("rb") as file:
+                file.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
+                return file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    @staticmethod
+    def _measured(answer: Mapping[str, Any]) -> Measured:
+        return Measured(tuple(measurement_from_json(m) for m in answer["measurements"]), float(answer["seconds"]))
+
+    def _ask(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
+        try:
+            return self._exchange(message, timeout_s, tick)
+        except BaseException:
+            self._kill()
+            raise
+
+    def _exchange(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None
+        with _ignoring_broken_pipe():  # a dead process is seen below, with its exit status
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            process.stdin.flush()
+        for line in self._lines(process, time.monotonic() + timeout_s, timeout_s, tick):
+            answer: dict[str, Any] = json.loads(line)
+            match answer["kind"]:
+                case "progress":
+                    self._progress(answer["done"], answer["total"])
+                case "failed":
+                    raise CandidateError(FailureClass(answer["class"]), answer["message"])
+                case "refused":
+                    raise InputError(answer["message"])
+                case _:
+                    return answer
+        raise self._death(process)
+
+    def _lines(self, process: subprocess.Popen[bytes], deadline: float, timeout_s: float, tick: _Tick) -> Iterator[bytes]:
+        """Lines of the runner's answers until it closes its output."""
+        assert process.stdout is not None
+        watched = psutil.Process(process.pid)
+        cap = self._memory_cap()
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                while b"\n" in self._pending:
+                    line, _, self._pending = self._pending.partition(b"\n")
+                    yield line
+                if selector.select(_TICK_S):
+                    data = os.read(process.stdout.fileno(), 1 << 20)
+                    if not data:
+                        return
+                    self._pending += data
+                    continue
+                tick()
+                if time.monotonic() > deadline:
+                    raise CandidateError(FailureClass.TIMEOUT, f"no answer within {timeout_s:g} s")
+                if (held := _resident(watched)) > cap:
+                    raise CandidateError(FailureClass.OOM_HOST, f"held {held / 2**30:.2f} GiB; the cap is {cap / 2**30:.2f} GiB")
+
+    def _memory_cap(self) -> int:
+        if self._settings.memory_cap_bytes is not None:
+            return self._settings.memory_cap_bytes
+        return int(self._settings.memory_share * psutil.virtual_memory().total)
+
+    def _death(self, process: subprocess.Popen[bytes]) -> Exception:
+        try:
+            code = process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return RunnerLost("the runner closed its output but did not end")
+        if code < 0 and -code in _CANDIDATE_SIGNALS:
+            return CandidateError(FailureClass.CRASH, f"the runner died of {signal.Signals(-code).name}")
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return RunnerLost(f"the runner ended with {reason}")
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self.close()
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+@contextmanager
+def _ignoring_broken_pipe() -> Iterator[None]:
+    try:
+        yield
+    except (BrokenPipeError, ValueError):  # ValueError: flushing on close after the pipe broke
+        return

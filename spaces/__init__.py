@@ -1,0 +1,1 @@
+"""Sites, knobs, the space, the configuration."""

@@ -1,0 +1,103 @@
+"""The one table of what can be measured: fixed names, units and meanings.
+
+Every number that leaves a room is a `Measurement`; a bare float is never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from autoeff.errors import InputError
+
+__all__ = ["MEASURES", "Measure", "Measurement", "Split", "measure"]
+
+Split = Literal["search", "held_out"]
+Method = Literal["exact", "measured", "predicted", "estimated"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A name that may stand in an objective or a limit.
+
+    Attributes:
+        name: The fixed name.
+        unit: Its unit, as written in results.
+        kind: `cost` is known by arithmetic before any forward pass; `quality` takes one.
+        meaning: One sentence for `--help` and the documents.
+        larger_is_better: True for scores; every other measure is minimised.
+    """
+
+    name: str
+    unit: str
+    kind: Literal["quality", "cost"]
+    meaning: str
+    larger_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured or computed value.
+
+    Attributes:
+        name: A name of `MEASURES`.
+        value: In the unit of its measure.
+        split: Text it was taken on; None for costs.
+        tokens: Tokens (decoders), sentences or pairs (encoders) behind the value; None for costs.
+        spread: Standard error of the mean over windows, in the same unit; None where there is none.
+        statistic: What `value` is over its sample.
+        method: How it came about.
+        hardware: Device it was taken on; None for exact arithmetic.
+    """
+
+    name: str
+    value: float
+    split: Split | None = None
+    tokens: int | None = None
+    spread: float | None = None
+    statistic: str = "mean"
+    method: Method = "measured"
+    hardware: str | None = None
+
+    def __post_init__(self) -> None:
+        measure(self.name)
+
+    @property
+    def unit(self) -> str:
+        return measure(self.name).unit
+
+    def to_json(self) -> dict[str, Any]:
+        """The public form; None fields are left out."""
+        row: dict[str, Any] = {"value": self.value, "unit": self.unit}
+        for key in ("split", "tokens", "spread", "method", "hardware"):
+            if (item := getattr(self, key)) is not None:
+                row[key] = item
+        return row
+
+
+_ROWS = (
+    Measure("kl", "nats/token", "quality", "KL divergence from the dense model on the search text"),
+    Measure("kl_held_out", "nats/token", "quality", "KL divergence from the dense model on the held-out text"),
+    Measure("perplexity_held_out", "perplexity", "quality", "exp of the mean negative log-likelihood on the held-out text"),
+    Measure("damage_cosine", "1 - cosine", "quality", "one minus the cosine to the dense sentence embedding, search text"),
+    Measure("damage_cosine_held_out", "1 - cosine", "quality", "one minus the cosine to the dense sentence embedding, held-out text"),
+    Measure("spearman_held_out", "rank correlation", "quality", "Spearman of embedding cosine and score on held-out pairs", True),
+    Measure("avg_bits", "bits/weight", "cost", "stored bits per weight of the searchable linears, scales and padding included"),
+    Measure("linear_bytes", "bytes", "cost", "stored bytes of the searchable linears, scales and padding included"),
+    Measure("weight_bytes", "bytes", "cost", "stored bytes of every tensor of the model"),
+    Measure("kv_bytes", "bytes", "cost", "key/value cache at the job's batch and context, 16 bit"),
+    Measure("bytes_per_token", "bytes/token", "cost", "weight and cache bytes read per decoded token at the job's batch and context"),
+    Measure("flops_per_token", "FLOP/token", "cost", "floating-point operations of the linears per token"),
+)
+MEASURES = {row.name: row for row in _ROWS}
+
+
+def measure(name: str) -> Measure:
+    """The row called `name`.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name not in MEASURES:
+        raise InputError(f"unknown measurement {name!r}; known: {', '.join(sorted(MEASURES))}")
+    return MEASURES[name]
