@@ -1,0 +1,27 @@
+"""Searches, layer by layer, for the transformer configuration that keeps the most quality inside a limit.
+
+    import autoeff
+
+    result = autoeff.run_search("demo", knobs=["bits", "skip"], limits=["linear_bytes<=0.25x"])
+
+Importing this package does no work: the search engine is loaded when `run_search` or `Result` is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autoeff.search.run import Result, run_search
+
+__all__ = ["Result", "__version__", "run_search"]
+
+__version__ = "0.1.0"  # the one place; the build reads it from here, so that a bare tree knows it too
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Result", "run_search"):
+        from autoeff.search import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@
         UnreachableLimit     2    arithmetic proves that no configuration meets the limit
       CandidateError         1    one candidate failed; recorded with its class, the search goes on
       RunnerLost             1    a runner died of something that is not the candidate's fault
+      LeaseLost              1    another process took over; whoever hears this stops writing
 
 A message says what is wrong, the value found, what is allowed, and the remedy if there is one, in one line.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["AutoeffError", "CandidateError", "ExitCode", "FailureClass", "InputError", "RunnerLost", "UnreachableLimit"]
+__all__ = ["AutoeffError", "CandidateError", "ExitCode", "FailureClass", "InputError", "LeaseLost", "RunnerLost", "UnreachableLimit"]
 
 
 class ExitCode:
@@ -76,3 +77,9 @@ class RunnerLost(AutoeffError):
     """The runner process ended for a reason that is not the candidate's."""
 
     problem = "runner-lost"
+
+
+class LeaseLost(AutoeffError):
+    """The caller's lease ended and another process took over; nothing that it writes counts any more."""
+
+    problem = "lease-lost"

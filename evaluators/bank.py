@@ -80,11 +80,16 @@ class Bank:
         weights = {linear.name: self._weights(linear.name) for linear in site.linears}
         needed = {name: tensor for name, tensor in self.statistics.tensors.items() if name.rpartition(".")[2] in knob.needs}
         tensors = knob.build(site, level, weights, needed)
-        data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"entry": canonical_json(self._facts(knob, site, level))})
+        data = save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            metadata={"entry": canonical_json(self._facts(knob, site, level))},
+        )
         try:
             _write(path, data)
         except OSError as error:
-            raise InputError(f"cannot write the level bank at {self.folder}: {error.strerror}; set AUTOEFF_HOME to a folder that can be written") from None
+            raise InputError(
+                f"cannot write the level bank at {self.folder}: {error.strerror}; set AUTOEFF_HOME to a folder that can be written"
+            ) from None
         self.built += 1
         return tensors
 

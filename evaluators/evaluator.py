@@ -15,7 +15,7 @@ from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected
 from autoeff.evaluators.candidate import Candidate
 from autoeff.evaluators.forward import Forward
-from autoeff.evaluators.loading import load_model, load_tokenizer
+from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.preparation import hardware_name, prepare
 from autoeff.evaluators.quality import Sample, Teacher, cosine_damage, next_token_losses, pooled, sample_of, spearman, teacher_of, token_kl
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
@@ -89,12 +89,12 @@ class Evaluator:
         if text.targets is None:
             self._learn_targets(text, request.split)
         self.candidate.set(indices)
-        if self.preparation.facts.task == "decoder":
-            return self._decoder_quality(text, request)
-        return self._encoder_quality(text, request)
+        return self._quality(text, request)
 
     def complete(self, levels: Mapping[str, Level], prompt: str, tokens: int) -> str:
         """The prompt and its greedy continuation under a configuration; decoders only."""
+        if self._head is None:
+            raise InputError(f"model_type {self.preparation.facts.model_type!r} is an encoder and completes no text")
         self.candidate.set(self.space.indices(levels))
         tokenizer = load_tokenizer(self.preparation.facts)
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=self.preparation.device)
@@ -105,6 +105,35 @@ class Evaluator:
                 break
             ids = torch.cat([ids, following[None]], dim=1)
         return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+    def export(self, levels: Mapping[str, Level], folder: Path) -> list[str]:
+        """Writes the configuration in the original shapes, so that transformers alone loads it; returns the file names.
+
+        Values are those of the packed levels, in the checkpoint's own dtype; skipped sublayers are zeros.
+        """
+        self.candidate.set(self.space.indices(levels))
+        dtype = self.preparation.facts.dtype
+        state = {name: tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
+        self.model.config.dtype = dtype
+        self.model.save_pretrained(folder, state_dict=state)
+        load_tokenizer(self.preparation.facts).save_pretrained(folder)
+        return sorted(path.name for path in folder.iterdir())
+
+    def remeasure(self, folder: Path, split: Split, windows: int) -> list[Measurement]:
+        """Quality of the model in `folder` against this setup's dense model, as a trial's is measured.
+
+        The weights replace the dense ones for good, so this is the last thing that an evaluator does.
+        """
+        text = self._texts[split]
+        if text.targets is None:
+            self._learn_targets(text, split)
+        self.candidate.set(self._zeros)
+        exported = load_model(inspect_model(folder), self.preparation.device).state_dict()
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(exported[name])
+        self._dense_states, self._last_states = {}, {}
+        return self._quality(text, EvaluationRequest({}, split, windows))
 
     def stored_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
         """Bytes by linear, counted from the tensors that are stored packed, not from the cost model."""
@@ -120,9 +149,15 @@ class Evaluator:
                     stored[linear.name] = sum(t.nbytes for name, t in packed.items() if name.startswith(linear.name + "."))
         return stored
 
-    def _decoder_quality(self, text: _Text, request: EvaluationRequest) -> list[Measurement]:
-        teachers = text.targets
-        assert isinstance(teachers, list)
+    def _quality(self, text: _Text, request: EvaluationRequest) -> list[Measurement]:
+        """Measures the model as it stands."""
+        if isinstance(text.targets, Tensor):
+            return self._encoder_quality(text, request, text.targets)
+        assert text.targets is not None
+        return self._decoder_quality(text, request, text.targets)
+
+    def _decoder_quality(self, text: _Text, request: EvaluationRequest, teachers: list[Teacher]) -> list[Measurement]:
+        assert self._head is not None
         kl, losses = [], []
         for batch, rows, hidden in self._hidden(text, request.split, request.windows):
             teacher = _first(teachers[batch], len(hidden))
@@ -138,10 +173,9 @@ class Evaluator:
             result.append(self._measured("perplexity", request, Sample(perplexity, spread), tokens - request.windows))
         return result
 
-    def _encoder_quality(self, text: _Text, request: EvaluationRequest) -> list[Measurement]:
-        assert isinstance(text.targets, Tensor)
+    def _encoder_quality(self, text: _Text, request: EvaluationRequest, dense: Tensor) -> list[Measurement]:
         embeddings = self._embeddings(text, request.split, request.windows)
-        damage = sample_of(cosine_damage(embeddings, text.targets[: request.windows]))
+        damage = sample_of(cosine_damage(embeddings, dense[: request.windows]))
         result = [self._measured("damage_cosine", request, damage, request.windows)]
         scores = text.passages.scores
         if request.split == "held_out" and scores is not None and request.windows == len(text.passages.ids):
@@ -185,7 +219,7 @@ class Evaluator:
     def _learn_targets(self, text: _Text, split: Split) -> None:
         """Runs the dense model over a split's whole text."""
         self.candidate.set(self._zeros)
-        if self.preparation.facts.task == "encoder":
+        if self._head is None:
             text.targets = self._embeddings(text, split, len(text.passages.ids))
         else:
             text.targets = [teacher_of(hidden, self._head) for _, _, hidden in self._hidden(text, split, len(text.passages.ids))]
@@ -217,7 +251,9 @@ class Evaluator:
             logits = self.model(input_ids=ids, use_cache=False).logits
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             if not torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3):
-                raise InputError(f"model_type {self.preparation.facts.model_type!r} transforms the logits after its head; it is not supported yet")
+                raise InputError(
+                    f"model_type {self.preparation.facts.model_type!r} transforms the logits after its head; it is not supported yet"
+                )
         return head
 
     @property

@@ -5,8 +5,8 @@ text is read at run time for search and for judging (`TEXT_PACKAGES`). It is rea
 installation and never shipped. A share of the sequences are copy and passkey tasks, so that the model has something
 to retrieve over its context.
 
-    python examples/train_demo.py --steps 2600            # resumes from the last checkpoint in --work
-    python examples/train_demo.py --steps 2600 --export autoeff/models/demo
+    python examples/train_demo.py --work WORK             # resumes from the last checkpoint in WORK
+    python examples/export_demo.py WORK autoeff/models/demo
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_PACKAGES = {"search": "alembic", "held_out": "optuna"}
@@ -205,10 +205,10 @@ def train(training: Training, work: Path, threads: int) -> LlamaForCausalLM:
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     documents, facts = training_documents()
-    (work / "corpus.json").write_text(json.dumps(facts, indent=1))
     if not (work / "tokenizer.json").exists():
         train_tokenizer(documents).save(str(work / "tokenizer.json"))
     batches = Batches(Tokenizer.from_file(str(work / "tokenizer.json")), documents, training.seed, work)
+    (work / "corpus.json").write_text(json.dumps({**facts, "tokens": len(batches.ids)}, indent=1))
     torch.manual_seed(training.seed)
     model = make_model()
     decayed = [p for p in model.parameters() if p.dim() > 1]

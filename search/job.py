@@ -89,7 +89,9 @@ class JobSpec(_Strict):
     sampler: str = Field(default="additive", description="Who proposes.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Draws the windows and everything random.")
     batch: int = Field(default=1, ge=1, description="Sequences decoded together, for cache and read costs.")
-    context: int | None = Field(default=None, ge=1, description="Tokens in the cache, for cache and read costs; default the model's context.")
+    context: int | None = Field(
+        default=None, ge=1, description="Tokens in the cache, for cache and read costs; default the model's context."
+    )
     device: str = Field(default="cpu", description="cpu, cuda or cuda:N.")
 
     @model_validator(mode="after")

@@ -70,6 +70,12 @@ class RunnerProcess:
         self.digest: str | None = None
         self.starts = 0
 
+    def __enter__(self) -> RunnerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid

@@ -8,8 +8,11 @@ The model may live on the meta device: only shapes are read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from inspect import signature
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -113,16 +116,17 @@ def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:
         InputError: A part of a block that cannot be understood; the message names the module.
     """
     blocks = _blocks(model)
-    runs = _trace(model, blocks)
-    cache_bytes = _cache_bytes_per_token(model)
+    for path, block in blocks:
+        _refuse_unknown_parts(block, path)
+    runs, cache_bytes = _trace(model, blocks)
+    _refuse_uncalled_and_shared(model, blocks, runs)
     sites: list[Site] = []
     for index, (path, block) in enumerate(blocks):
         called = [run for run in runs if run.linear.startswith(path + ".")]
-        _refuse_unknown_parts(block, path, {run.linear for run in called})
         for kind in ("attention", "ffn"):
             members = [run for run in called if _is_attention(run.linear, path, block) == (kind == "attention")]
             if members:
-                sites += _sublayer(model, kind, index, path, members, cache_bytes, untie)
+                sites += _sublayer(model, kind, index, path, members, cache_bytes[index] if kind == "attention" else 0, untie)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Structure(
         model_type=str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
@@ -142,26 +146,19 @@ class _Run:
     fed: int  # identity of the input tensor
 
 
-def _linears(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def _linears(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear | Conv1D):
             yield f"{path}.{name}", child
 
 
-def _refuse_unknown_parts(block: nn.Module, path: str, called: set[str]) -> None:
-    linears = {name for name, _ in _linears(block, path)}
-    if missing := sorted(linears - called):
-        raise InputError(f"cannot understand {missing[0]}: a linear of a block that a plain forward pass never calls")
-    for name, parameter in block.named_parameters(prefix=path):
-        if parameter.dim() >= 2 and name.rpartition(".")[0] not in linears:
-            raise InputError(f"cannot understand {name}: a weight of shape {tuple(parameter.shape)} outside any linear")
-
-
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     best: list[tuple[str, nn.Module]] = []
+    outer = "\0"  # path of the last list; lists inside it belong to its blocks
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, nn.ModuleList) or path.startswith(outer + "."):
             continue
+        outer = path
         items = [(f"{path}.{i}", item) for i, item in enumerate(module)]
         like = len({type(item) for _, item in items}) == 1
         if like and len(items) > len(best) and any(True for _ in _linears(items[0][1], "")):
@@ -171,26 +168,60 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return best
 
 
-def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> list[_Run]:
+def _refuse_unknown_parts(block: nn.Module, path: str) -> None:
+    linears = {name for name, _ in _linears(block, path)}
+    for name, module in block.named_modules(prefix=path):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and any(linear.startswith(name + ".") for linear in linears):
+            raise InputError(f"cannot understand {name}: a list of linears inside a block (experts?)")
+    for name, parameter in block.named_parameters(prefix=path):
+        if parameter.dim() >= 2 and name.rpartition(".")[0] not in linears:
+            raise InputError(f"cannot understand {name}: a weight of shape {tuple(parameter.shape)} outside any linear")
+
+
+def _refuse_uncalled_and_shared(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], runs: Sequence[_Run]) -> None:
+    calls = Counter(run.linear for run in runs)
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for path, block in blocks:
+        for name, linear in _linears(block, path):
+            if calls[name] != 1:
+                raise InputError(f"cannot understand {name}: a plain forward pass calls this linear {calls[name]} times, not once")
+            if owners[id(linear.weight)] != 1:
+                raise InputError(f"cannot understand {name}: its weight is shared with another module")
+
+
+def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[list[_Run], list[int]]:
+    """The linears of the blocks in the order in which they run, and the cache bytes per token of each block."""
     runs: list[_Run] = []
-    kept: list[torch.Tensor] = []  # alive until the end, so that identities are not reused
+    kept: list[object] = []  # alive until the end, so that identities are not reused
 
     def watch(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            kept.append(inputs[0])
-            runs.append(_Run(name, id(inputs[0])))
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            kept.append(next(iter((*args, *kwargs.values()))))
+            runs.append(_Run(name, id(kept[-1])))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for path, block in blocks for name, module in _linears(block, path)]
-    device = next(model.parameters()).device
+    handles = [
+        module.register_forward_pre_hook(watch(name), with_kwargs=True) for path, block in blocks for name, module in _linears(block, path)
+    ]
+    tokens = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    # a checkpoint saved in the middle of a training may have switched its cache off
+    options = {"use_cache": True} if "use_cache" in signature(model.forward).parameters else {}
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device=device))
+            output = model(input_ids=tokens, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot understand {type(model).__name__}: it does not run on token ids alone: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-    return runs
+    cache = getattr(output, "past_key_values", None)
+    return runs, [0 if cache is None else _bytes_per_token(cache.layers[i]) for i in range(len(blocks))]
+
+
+def _bytes_per_token(layer: Any) -> int:
+    """Keys and values [B=1, H, T, D] of one token, as the model itself keeps them."""
+    return sum(int(kept.numel() // kept.shape[-2]) for kept in (layer.keys, layer.values)) * BYTES_DENSE
 
 
 def _is_attention(linear: str, path: str, block: nn.Module) -> bool:
@@ -199,36 +230,31 @@ def _is_attention(linear: str, path: str, block: nn.Module) -> bool:
 
 
 def _sublayer(
-    model: nn.Module, kind: Literal["attention", "ffn"], index: int, path: str, runs: Sequence[_Run], cache_bytes: int, untie: bool
+    model: nn.Module, kind: Literal["attention", "ffn"], index: int, path: str, runs: Sequence[_Run], kv_bytes: int, untie: bool
 ) -> list[Site]:
+    linears = tuple(_linear(run.linear, model.get_submodule(run.linear)) for run in runs)
     groups: dict[object, list[Linear]] = {}
-    for run in runs:
-        module = model.get_submodule(run.linear)
-        transposed = isinstance(module, Conv1D)
-        shape = tuple(module.weight.shape)
-        n, k = reversed(shape) if transposed else shape
-        linear = Linear(run.linear, k, n, getattr(module, "bias", None) is not None, transposed)
+    for run, linear in zip(runs, linears, strict=True):
         groups.setdefault(run.linear if untie else run.fed, []).append(linear)
-    sites = [Site(_joined([m.name for m in members]), "linears", index, tuple(members)) for members in groups.values()]
-    linears = tuple(linear for members in groups.values() for linear in members)
+    first, output = linears[0], linears[-1]
+    if output.out_features != first.in_features:
+        raise InputError(f"cannot understand {output.name}: {output.out_features} outputs do not fit a stream of {first.in_features}")
     common = _common_path([linear.name for linear in linears])
-    return [
-        Site(
-            name=common if common != path else f"{path}.{kind}",
-            kind=kind,
-            block=index,
-            linears=linears,
-            output=linears[-1].name,
-            kv_bytes=cache_bytes if kind == "attention" else 0,
-        ),
-        *sites,
-    ]
+    name = common if common != path else f"{path}.{kind}"
+    sites = [Site(_joined([member.name for member in members]), "linears", index, tuple(members)) for members in groups.values()]
+    return [Site(name, kind, index, linears, output.name, kv_bytes), *sites]
+
+
+def _linear(name: str, module: nn.Module) -> Linear:
+    assert isinstance(module, nn.Linear | Conv1D)
+    transposed = isinstance(module, Conv1D)
+    n, k = reversed(module.weight.shape) if transposed else module.weight.shape
+    return Linear(name, in_features=k, out_features=n, bias=module.bias is not None, transposed=transposed)
 
 
 def _common_path(names: Sequence[str]) -> str:
-    parts = [name.split(".")[:-1] for name in names]
-    shared = [level[0] for level in zip(*parts, strict=False) if len(set(level)) == 1]
-    return ".".join(shared)
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, parts))
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -236,14 +262,3 @@ def _joined(names: Sequence[str]) -> str:
         return names[0]
     common = _common_path(names)
     return f"{common}.{'+'.join(name.removeprefix(common + '.') for name in names)}"
-
-
-def _cache_bytes_per_token(model: nn.Module) -> int:
-    """Keys and values of one layer: 2 x KV heads x head size x 2 bytes. Encoders keep none."""
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
-        return 0
-    config = model.config
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * kv_heads * head_size * BYTES_DENSE

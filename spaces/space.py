@@ -273,4 +273,3 @@ def _dense(structure: Structure) -> dict[str, int]:
         "kv_bytes_per_token": sum(site.kv_bytes for site in structure.sites),
         "flops_per_token": 2 * (linear + structure.head_parameters),
     }
-

@@ -1,0 +1,1 @@
+"""The built-in knobs, one file each; found by listing this package."""

@@ -1,0 +1,1 @@
+"""The built-in quantizers, one file each; found by listing this package."""

@@ -1,0 +1,45 @@
+# make demo    set up and search the bundled model
+# make test    set up and run every check
+#
+# PYTHON chooses the interpreter (3.11 to 3.13), WORKERS the number of test processes, TESTS what pytest runs.
+
+PYTHON ?= python3
+WORKERS ?= 2
+TESTS ?= tests
+
+BIN := .venv/bin
+STAMP := .venv/installed
+UV := uv==0.13.8
+
+# pip reads PIP_FIND_LINKS by itself, uv does not.
+INSTALL := pip install $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} -c constraints.txt -e '.[dev]'
+
+# $(call timed,NAME,COMMAND): runs COMMAND and prints how long it took.
+define timed
+	@echo "== $(1)"; since=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - since )) s"
+endef
+
+.PHONY: demo env lint test types
+
+demo: env
+	@mkdir -p runs
+	$(BIN)/autoeff search demo --knobs bits,skip --limit 'linear_bytes<=0.25x' --trials 160 --seed 0 --out "runs/demo-$$(date +%Y%m%d-%H%M%S)"
+
+# One process per core: torch's own threads would only compete.
+test: lint types
+	@echo "== tests"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10 $(TESTS)
+
+lint: env
+	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
+
+types: env
+	$(call timed,types,$(BIN)/python -m mypy)
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else f"Python 3.11 to 3.13 is needed, $(PYTHON) is {sys.version.split()[0]}; set PYTHON")'
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv
+	$(call timed,install,if $(BIN)/python -m pip install --quiet $(UV); then $(BIN)/uv $(INSTALL) --quiet --python $(BIN)/python; else $(BIN)/python -m $(INSTALL) --quiet; fi)
+	@touch $@

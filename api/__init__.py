@@ -1,0 +1,1 @@
+"""The REST API: routes over what `autoeff.search` does."""

@@ -1,0 +1,1 @@
+"""The dashboard: Streamlit pages that talk to the API."""

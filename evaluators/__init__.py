@@ -1,0 +1,1 @@
+"""Turns a configuration into measurements: load, calibrate, bank, candidate, quality, runner."""

@@ -1,0 +1,365 @@
+"""From a model's name to checked facts and to the model itself. Models are data: safetensors and a bounded configuration, never code.
+
+`inspect_model` reads headers only and proves, by building the model on the meta device, that the weights are the ones the
+configuration asks for. `load_model` then allocates. transformers is handed tensors and a configuration object, no directory, so
+that it looks for nothing else (adapters, pickles, remote code); its own renaming of legacy tensor names still applies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import inspect
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoTokenizer
+
+from autoeff.errors import InputError
+from autoeff.evaluators.checkpoint import StoredTensor, read_checkpoint, read_json
+from autoeff.evaluators.model_config import build_config, quiet_transformers, read_config, refuse_code
+
+if TYPE_CHECKING:  # importing them takes seconds, which a command that builds no model need not wait for
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ModelFacts",
+    "check_memory",
+    "compute_dtype",
+    "inspect_model",
+    "load_model",
+    "load_tokenizer",
+    "memory_needed",
+    "resolve_model",
+    "skeleton",
+]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "vocab*", "merges*")
+_TOKENIZER_CONFIG_LIMIT = 16 << 20
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx")
+# Buffers that older versions of transformers stored and that newer ones compute.
+_BUFFER = re.compile(r"(.*\.)?(position_ids|token_type_ids|inv_freq|original_inv_freq|masked_bias|attn\.bias|attention\.bias)")
+_DECODER = re.compile(r".*(ForCausalLM|LMHeadModel)")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before any weight is loaded.
+
+    Attributes:
+        path: Directory.
+        model_type: As in `config.json`, known to the installed transformers.
+        architectures: As in `config.json`.
+        task: `decoder` predicts the next token; `encoder` gives sentence embeddings.
+        config: The settings that the configuration class declares, nothing else.
+        tensors: The stored tensors that the model uses, by stored name.
+        arguments: For the model's constructor.
+        parameters: Elements of the model's parameters, shared ones once.
+        stored_bytes: Size of `tensors` on disk.
+        dtype: What most elements of the weight matrices are stored in.
+        store_dtype: float16 or bfloat16: what every weight is rounded to at load. Dense means these values.
+        context: Longest sequence in tokens; None where the configuration does not say.
+        vocabulary: Rows of the token embedding.
+        digest: SHA-256 over the names and contents of weight, config and tokenizer files.
+        notices: What the user must be told once.
+    """
+
+    path: Path
+    model_type: str
+    architectures: tuple[str, ...]
+    task: Literal["decoder", "encoder"]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    arguments: Mapping[str, Any]
+    parameters: int
+    stored_bytes: int
+    dtype: torch.dtype
+    store_dtype: torch.dtype
+    context: int | None
+    vocabulary: int
+    digest: str
+    notices: tuple[str, ...]
+
+
+def resolve_model(reference: str) -> Path:
+    """The directory of a model.
+
+    Args:
+        reference: A directory, the name of a bundled model, or a hub id (`owner/name`), looked for in this order.
+
+    Raises:
+        InputError: There is none, or the hub does not give it.
+    """
+    path = os.path.expanduser(reference)
+    if reference and os.path.isdir(path):
+        return Path(path).resolve()
+    if reference and os.path.exists(path):
+        raise InputError(f"model {reference!r} is a file; expected the directory with config.json and model.safetensors")
+    bundled = importlib.resources.files("autoeff") / "models"
+    names = sorted(item.name for item in bundled.iterdir() if item.is_dir()) if bundled.is_dir() else []
+    if reference in names:
+        return Path(str(bundled / reference))
+    if _HUB_ID.fullmatch(reference) and not reference.startswith("."):
+        return _from_hub(reference)
+    raise InputError(
+        f"model {reference!r} does not exist; expected a directory with config.json and model.safetensors, "
+        f"a bundled model ({', '.join(names) or 'none here'}), or a hub id such as owner/name"
+    )
+
+
+def inspect_model(path: Path) -> ModelFacts:
+    """Checks a model directory without loading a weight.
+
+    Raises:
+        InputError: Anything that keeps the model from being loaded as data: see the first rule that is broken.
+    """
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is no model directory: config.json is missing; expected config.json, model.safetensors and tokenizer files")
+    model_type, architectures, settings = read_config(path)
+    if (path / "tokenizer_config.json").exists():
+        refuse_code(read_json(path / "tokenizer_config.json", _TOKENIZER_CONFIG_LIMIT), path / "tokenizer_config.json")
+    checkpoint = read_checkpoint(path)
+    task: Literal["decoder", "encoder"] = "decoder" if any(_DECODER.fullmatch(name) for name in architectures) else "encoder"
+    model, arguments = _on_meta(model_type, architectures, task, settings, {}), {}
+    used, missing = _matched(model, checkpoint.tensors, task, path)
+    if missing and all("pooler." in name for name in missing) and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
+        arguments = {"add_pooling_layer": False}
+        model = _on_meta(model_type, architectures, task, settings, arguments)
+        used, missing = _matched(model, checkpoint.tensors, task, path)
+    if missing and ".experts." in missing[0]:
+        raise InputError(f"{path}: {model_type!r} is a mixture of experts ({missing[0]}); only dense models are supported")
+    if missing:
+        raise InputError(f"{path}: the weights lack {missing[0]!r}, which config.json asks for ({len(missing)} missing in all)")
+    store_dtype = _store_dtype(path, used)
+    notices = []
+    if rounded := sorted({str(_FLOATS[t.dtype]).removeprefix("torch.") for t in used.values() if _FLOATS.get(t.dtype, store_dtype) != store_dtype}):
+        store = str(store_dtype).removeprefix("torch.")
+        notices.append(f"{' and '.join(rounded)} weights are rounded to {store} at load; dense means these values, at 2 bytes per parameter")
+    if heads := sorted(name for name in checkpoint.tensors.keys() - used.keys() if not _BUFFER.fullmatch(name)):
+        notices.append(f"{len(heads)} tensors of a task head are left out, {heads[0]} among them")
+    return ModelFacts(
+        path=path,
+        model_type=model_type,
+        architectures=architectures,
+        task=task,
+        config=settings,
+        tensors=used,
+        arguments=arguments,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        stored_bytes=sum(tensor.bytes for tensor in used.values()),
+        dtype=_main_dtype(used),
+        store_dtype=store_dtype,
+        context=next((value for key in _CONTEXT_KEYS if isinstance(value := getattr(model.config, key, None), int)), None),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        digest=_digest(path, checkpoint.files),
+        notices=tuple(notices),
+    )
+
+
+def skeleton(facts: ModelFacts) -> nn.Module:
+    """The model on the meta device: shapes without memory."""
+    return _on_meta(facts.model_type, facts.architectures, facts.task, facts.config, facts.arguments)
+
+
+def load_model(facts: ModelFacts, device: torch.device) -> nn.Module:
+    """The dense model: every weight rounded to `facts.store_dtype`, in the compute dtype, for inference only.
+
+    Raises:
+        InputError: It cannot fit into memory, or the files have changed since they were inspected.
+    """
+    check_memory(facts, device)
+    model_class = type(skeleton(facts))
+    state = {}
+    try:
+        for name, tensor in _stored_tensors(facts.path, facts.tensors):
+            state[name] = tensor.to(facts.store_dtype) if tensor.is_floating_point() else tensor
+        with quiet_transformers():
+            model, report = model_class.from_pretrained(
+                None,
+                config=build_config(facts.model_type, facts.config),
+                state_dict=state,
+                dtype=compute_dtype(facts, device),
+                output_loading_info=True,
+                local_files_only=True,
+                **facts.arguments,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load {facts.path}: {str(error).splitlines()[0][:200]}") from None
+    if odd := sorted(str(name) for name in [*report["missing_keys"], *report["mismatched_keys"]]):
+        raise InputError(f"{facts.path}: transformers finds no weights for {odd[0]}")
+    loaded: nn.Module = model.eval().requires_grad_(False).to(device)
+    return loaded
+
+
+def load_tokenizer(facts: ModelFacts) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: There is none, or it cannot be read.
+    """
+    if not _tokenizer_files(facts.path):
+        raise InputError(f"{facts.path} holds no tokenizer; expected tokenizer.json, or vocab and merges files, beside the weights")
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(facts.path), config=build_config(facts.model_type, facts.config), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # each tokenizer class fails in its own way on bad files
+        raise InputError(f"the tokenizer in {facts.path} cannot be read: {str(error).strip()[:200].splitlines()[0]}") from None
+    return tokenizer
+
+
+def compute_dtype(facts: ModelFacts, device: torch.device) -> torch.dtype:
+    """float32 on a CPU (the values stay those of the 16-bit store), the store's own dtype on a GPU."""
+    return torch.float32 if device.type == "cpu" else facts.store_dtype
+
+
+def memory_needed(facts: ModelFacts, device: torch.device) -> int:
+    """Bytes that loading takes on `device` at the least: the weights at the compute dtype and, on a CPU, their 16-bit originals.
+
+    Activations, the teacher and the bank come on top; their caches shrink to what there is.
+    """
+    width = compute_dtype(facts, device).itemsize
+    return facts.parameters * (width + facts.store_dtype.itemsize if device.type == "cpu" else width)
+
+
+def check_memory(facts: ModelFacts, device: torch.device) -> None:
+    """Refuses a model that cannot fit: against all of a CPU's memory (caches are reclaimed), or what is free on a GPU.
+
+    Raises:
+        InputError: It needs more than there is.
+    """
+    needed = memory_needed(facts, device)
+    if device.type == "cuda":
+        available, _ = torch.cuda.mem_get_info(device)
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise InputError(
+            f"{facts.path} needs {needed / 1e9:.1f} GB on {device} ({facts.parameters} parameters), {available / 1e9:.1f} GB are there; "
+            f"use a smaller model or a larger machine"
+        )
+
+
+def _from_hub(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=list(_HUB_FILES)))
+    except GatedRepoError:
+        raise InputError(f"model {model_id!r} is gated on the hub; accept its terms there and log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"model {model_id!r} is neither a directory here nor a model of the hub that you may read") from None
+    except LocalEntryNotFoundError:
+        raise InputError(f"model {model_id!r} is no directory here and not in the hub's cache, and the hub cannot be reached") from None
+    except Exception as error:  # the client lets the errors of several HTTP and storage libraries through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"model {model_id!r} is no directory here and the hub does not give it: {reason}") from None
+
+
+def _on_meta(
+    model_type: str, architectures: Iterable[str], task: Literal["decoder", "encoder"], settings: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> PreTrainedModel:
+    config = build_config(model_type, settings)
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if task == "decoder" else MODEL_MAPPING
+    if type(config) not in mapping:
+        raise InputError(f"transformers has no {task} for model_type {model_type!r}; give a decoder (…ForCausalLM) or a text encoder")
+    found = mapping[type(config)]
+    classes = found if isinstance(found, tuple | list) else (found,)
+    model_class = next((c for c in classes if c.__name__ in architectures), classes[0])
+    if getattr(model_class, "main_input_name", None) != "input_ids":
+        raise InputError(f"model_type {model_type!r} does not read text; give a decoder (…ForCausalLM) or a text encoder")
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: PreTrainedModel = model_class(config, **arguments)
+    except Exception as error:  # whatever a constructor trips over: activation names, sizes that do not divide, overflow
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"config.json describes no model that transformers can build as {model_type!r}: {reason}") from None
+    return model.eval()
+
+
+def _matched(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], task: str, path: Path
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The stored tensors that the model uses, and the names of those that it lacks.
+
+    Names are matched as transformers does: exact, with the base model's prefix added or removed, LayerNorm's old spelling.
+
+    Raises:
+        InputError: A shape or dtype is wrong, or a tensor belongs to nothing.
+    """
+    expected = model.state_dict(keep_vars=True)
+    prefix = model.base_model_prefix + "."
+    prefixed = any(name.startswith(prefix) for name in stored)
+    used, filled = {}, set()
+    for name, tensor in stored.items():
+        modern = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
+        target = next((t for t in (modern, prefix + modern, modern.removeprefix(prefix)) if t in expected), None)
+        if target is None:
+            if _BUFFER.fullmatch(name) or (task == "encoder" and prefixed and not name.startswith(prefix)):
+                continue
+            raise InputError(f"{path}: the weights hold {name!r}, which a {type(model).__name__} of this config.json does not have")
+        shape = tuple(expected[target].shape)
+        if tensor.shape != shape:
+            raise InputError(f"{path}: {name!r} has the shape {tensor.shape} in {tensor.file}, config.json asks for {shape}")
+        if expected[target].is_floating_point() and tensor.dtype not in _FLOATS:
+            raise InputError(f"{path}: {name!r} is stored as {tensor.dtype}; expected {', '.join(_FLOATS)}: give the model before quantisation")
+        used[name] = tensor
+        filled.add(id(expected[target]))
+    return used, [name for name, parameter in expected.items() if id(parameter) not in filled]  # tied ones are one object
+
+
+def _store_dtype(path: Path, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """bfloat16 for bfloat16 matrices; else float16 if it represents every value finitely, else bfloat16."""
+    if {tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1} == {"BF16"}:
+        return torch.bfloat16
+    store = torch.float16
+    wide = {name: tensor for name, tensor in tensors.items() if tensor.dtype in _FLOATS and tensor.dtype != "F16"}
+    for name, tensor in _stored_tensors(path, wide):
+        peak = tensor.abs().max() if tensor.numel() else torch.zeros(())
+        if not peak.to(torch.bfloat16).isfinite():
+            raise InputError(f"{path}: {name!r} holds values that are not finite at 16 bit; the checkpoint is damaged")
+        if not peak.to(torch.float16).isfinite():
+            store = torch.bfloat16
+    return store
+
+
+def _main_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    elements: dict[str, int] = {}
+    for tensor in tensors.values():
+        if len(tensor.shape) > 1 and tensor.dtype in _FLOATS:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.elements
+    return _FLOATS[max(elements, key=lambda dtype: elements[dtype])] if elements else torch.float32
+
+
+def _stored_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> Iterable[tuple[str, Tensor]]:
+    """Memory-mapped tensors, file by file."""
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        with safe_open(path / file, framework="pt") as handle:
+            for name, tensor in tensors.items():
+                if tensor.file == file:
+                    yield name, handle.get_tensor(name)
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in _TOKENIZER_FILES))
+
+
+def _digest(path: Path, weights: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for file in sorted({*weights, path / "config.json", *_tokenizer_files(path)}):
+        with file.open("rb") as handle:
+            total.update(f"{file.name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,148 @@
+"""Compiles every Triton kernel for Hopper (sm_90) on a machine without a GPU, and says what it takes of the chip.
+
+    python -m autoeff.kernels.compile
+
+A kernel module takes part by a function `hopper_cases`. What compiling cannot show: speed, races and numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
+
+__all__ = ["SHARED_BYTES", "Resources", "compile_all", "hopper", "resources"]
+
+SHARED_BYTES = 232_448
+"""Shared memory that one program may use on sm_90; Triton checks it only at launch."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: Per thread.
+        spill_bytes: Registers spilled to memory, per thread; 0 in a kernel that is good for anything.
+        shared_bytes: Shared memory per program.
+        wgmma: Whether it uses Hopper's asynchronous tensor cores.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.spill_bytes == 0 and self.shared_bytes <= SHARED_BYTES
+
+
+@contextmanager
+def hopper() -> Iterator[None]:
+    """Within it Triton compiles for sm_90; nothing can be launched."""
+    config = triton.runtime.driver
+    before = config._active  # the public `reset_active` would look for a real GPU
+    config.set_active(_Hopper())
+    try:
+        yield
+    finally:
+        config._active = before
+
+
+def resources(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Resources:
+    """Compiles `kernel` as a launch with these arguments would (tensors may be on the meta device).
+
+    Raises:
+        RuntimeError: The process runs Triton's interpreter.
+        subprocess.CalledProcessError: The assembler refuses the PTX.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("cannot compile while TRITON_INTERPRET is set; unset it")
+    with hopper():
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        # the plain `ptxas` of the wheel may be older than the PTX version emitted
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "-o", str(source.with_suffix(".cubin")), str(source)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Resources(
+        registers=_number(r"Used (\d+) registers", log),
+        spill_bytes=_number(r"(\d+) bytes spill stores", log),
+        shared_bytes=compiled.metadata.shared,
+        wgmma="wgmma" in ptx,
+    )
+
+
+def compile_all() -> Iterator[tuple[str, Resources]]:
+    """Label and resources of every case of every kernel module beside this one."""
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if info.name != "compile":
+            module = importlib.import_module(f"autoeff.kernels.{info.name}")
+            for label, kernel, grid, arguments, options in getattr(module, "hopper_cases", lambda: ())():
+                yield label, resources(kernel, grid, arguments, options)
+
+
+class _Hopper(DriverBase):  # type: ignore[misc]
+    """A driver that names its target and can do nothing else."""
+
+    def __init__(self) -> None:
+        pass
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_benchmarker(self) -> None:
+        return None
+
+
+def _number(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    if found is None:
+        raise RuntimeError(f"ptxas printed no match of {pattern!r}: {log!r}")
+    return int(found[1])
+
+
+def _main() -> int:
+    failed = 0
+    for label, used in compile_all():
+        failed += not used.fits
+        verdict = "ok  " if used.fits else "FAIL"
+        print(f"{verdict} {label}: {used.registers} registers, {used.spill_bytes} B spilled, {used.shared_bytes} B shared")  # noqa: T201
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,1 @@
+"""Formats that a configuration can be written in, one file each."""

@@ -1,0 +1,161 @@
+"""The run directory: where a search leaves its pictures and exports, and the small file that leads back to its job.
+
+`DIR/run.json` is written before anything slow happens, so that a search killed at any moment can be found and resumed. The
+results themselves are in the database that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from autoeff.errors import InputError
+from autoeff.search.settings import Settings
+from autoeff.search.storage.records import Trial
+from autoeff.search.storage.store import Store
+
+__all__ = ["FILE", "FORMAT", "Run", "all_trials", "create_run", "open_run", "write_file"]
+
+FORMAT = 1
+FILE = "run.json"
+_PAGE = 500
+
+
+class Run(NamedTuple):
+    """An opened run.
+
+    Attributes:
+        store: Open; the caller closes it.
+        folder: The run directory; None when the run was named by its job id.
+    """
+
+    store: Store
+    job_id: str
+    folder: Path | None
+
+
+def create_run(out: Path, job_id: str, database: str) -> Path:
+    """Makes the directory `out` with its `run.json`, and returns its absolute path.
+
+    Args:
+        database: URL of the database that holds the job; a relative SQLite path is made absolute.
+
+    Raises:
+        InputError: `out` exists (earlier results are never touched) or cannot be made; nothing is left behind.
+    """
+    out = out.absolute()
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists already; name another --out, or go on with `autoeff resume {out}` if it is a run")
+    text = json.dumps({"format": FORMAT, "job": job_id, "database": _absolute(database)}, indent=1) + "\n"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.mkdir()
+        try:
+            write_file(out / FILE, text.encode())
+        except OSError:
+            out.rmdir()
+            raise
+    except OSError as error:
+        raise InputError(f"cannot make the run directory {out}: {error.strerror or error}; name another --out") from None
+    return out
+
+
+def open_run(ref: str | Path, settings: Settings) -> Run:
+    """The run called `ref`: a run directory, or the id of a job in this machine's database.
+
+    Raises:
+        InputError: Neither; or a `run.json` that is damaged or of another format, or whose database or job is gone.
+    """
+    path = Path(ref)
+    if path.is_dir():
+        job_id, database = _read(path / FILE)
+        folder = path.absolute()
+        if (file := _sqlite_file(database)) is not None and not file.exists():
+            raise InputError(f"{path}: its results are in the database {file}, which does not exist (any more); put it back")
+    elif path.exists() or os.sep in str(ref):
+        raise InputError(f"{str(ref)!r} is no run directory; name one, or a job id that `autoeff ls` shows")
+    else:
+        job_id, database, folder = str(ref), settings.database, None
+        if (file := _sqlite_file(database)) is not None and not file.exists():
+            raise InputError(f"{job_id!r} is neither a run directory nor a job: the database {file} does not exist yet")
+    store = Store.open(database)
+    try:
+        store.counts(job_id)
+    except InputError:
+        store.close()
+        what = f"{path}: the database {database} has no job {job_id!r}" if folder else f"{job_id!r} is neither a run directory nor a job"
+        raise InputError(f"{what}; `autoeff ls` lists the jobs") from None
+    except BaseException:
+        store.close()
+        raise
+    return Run(store, job_id, folder)
+
+
+def all_trials(store: Store, job_id: str) -> Iterator[Trial]:
+    """Every trial of a job by number, read in pages."""
+    after = -1
+    while page := store.trials(job_id, after, _PAGE):
+        yield from page
+        after = page[-1].number
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a machine that loses power, sees all of it or nothing.
+
+    Raises:
+        OSError: It cannot be written; an earlier file is untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def _read(path: Path) -> tuple[str, str]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} is no run directory: it has no {FILE}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is damaged; use the job id instead, which `autoeff ls` shows") from None
+    found = value.get("format") if isinstance(value, dict) else None
+    if isinstance(value, dict) and found is not None and found != FORMAT:
+        raise InputError(f"{path} has format {found!r}; this version reads {FORMAT}: use the autoeff that wrote it or a newer one")
+    match value:
+        case {"format": 1, "job": str(job), "database": str(database)}:
+            return job, database
+    raise InputError(f"{path} is damaged; use the job id instead, which `autoeff ls` shows")
+
+
+def _sqlite_file(url: str) -> Path | None:
+    """The file behind a SQLite URL; None for any other, also for one that is none: opening it says what is wrong."""
+    try:
+        location = make_url(url)
+    except ArgumentError:
+        return None
+    return Path(location.database) if location.get_backend_name() == "sqlite" and location.database else None
+
+
+def _absolute(url: str) -> str:
+    file = _sqlite_file(url)
+    if file is None:
+        return url
+    return make_url(url).set(database=str(file.absolute())).render_as_string(hide_password=False)

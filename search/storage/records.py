@@ -1,0 +1,265 @@
+"""The values that go into and come out of the store: frozen, and free of any database type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+from autoeff.errors import FailureClass
+from autoeff.spaces.configuration import Configuration
+from autoeff.spaces.measurements import Measurement, Split
+
+__all__ = [
+    "Attempt",
+    "Claim",
+    "Counts",
+    "Event",
+    "Failure",
+    "Job",
+    "JobState",
+    "Origin",
+    "Outcome",
+    "Proposal",
+    "State",
+    "Trial",
+    "TrialRef",
+]
+
+Origin = Literal["dense", "uniform", "random", "table", "additive", "searched", "given"]
+Outcome = Literal["succeeded", "failed", "lost", "released"]
+
+
+class State(StrEnum):
+    """Of an evaluation, and so of every trial that asks for it. The only way back is RUNNING to QUEUED, under a new fence."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    QUARANTINED = "quarantined"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+class JobState(StrEnum):
+    """Of a job. PAUSED was stopped by its user and can be resumed; RUNNING without a coordinator was killed and can be resumed."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a job's trials.
+
+    Attributes:
+        trials: Proposed so far; also the next number.
+        cost: Used budget in full-token equivalents. A repeated configuration costs nothing the second time.
+    """
+
+    trials: int
+    succeeded: int
+    failed: int
+    quarantined: int
+    cost: float
+
+    @property
+    def open(self) -> int:
+        """Queued or running."""
+        return self.trials - self.succeeded - self.failed - self.quarantined
+
+
+@dataclass(frozen=True)
+class Job:
+    """A search.
+
+    Attributes:
+        spec: The validated `JobSpec` as JSON.
+        preflight: What was known before the first evaluation.
+        space: The search space as JSON.
+        setup_digest: Names what the results depend on besides the configuration; a resumed job must find the same.
+        result: The final summary, once there is one.
+        coordinator: The process that drives the job now; None when nobody does.
+    """
+
+    id: str
+    state: JobState
+    spec: Mapping[str, Any]
+    preflight: Mapping[str, Any]
+    space: Mapping[str, Any]
+    setup_digest: str
+    result: Mapping[str, Any] | None
+    created_at: datetime
+    ended_at: datetime | None
+    coordinator: str | None
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One candidate that a job wants evaluated.
+
+    Attributes:
+        number: Its trial number; the numbers of a job are dense.
+        origin: Who proposed it.
+        split: Text that it is measured on.
+        windows: Fidelity, in windows of that text.
+        cost: Budget that it uses, in full-token equivalents.
+        eval_key: SHA-256 over everything that the measurements depend on; equal keys are equal work.
+        costs: Exact cost measures by name.
+        feasible: Whether the exact costs meet the job's limits.
+        label: For people, such as "bits=3".
+        sampler_state: What the sampler needs to go on from here after a restart.
+    """
+
+    number: int
+    configuration: Configuration
+    origin: Origin
+    split: Split
+    windows: int
+    cost: float
+    eval_key: str
+    costs: Mapping[str, float]
+    feasible: bool
+    label: str | None = None
+    sampler_state: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to evaluate: good while its fence is the evaluation's newest.
+
+    Attributes:
+        attempt: 1 for the first try.
+    """
+
+    evaluation_id: int
+    fence: int
+    attempt: int
+    worker: str
+    configuration: Configuration
+    split: Split
+    windows: int
+
+
+@dataclass(frozen=True)
+class TrialRef:
+    """What became of a proposal.
+
+    Attributes:
+        state: A terminal one when equal work was done before.
+        claim: Where the proposer asked for it and the work is still to do.
+    """
+
+    number: int
+    evaluation_id: int
+    state: State
+    claim: Claim | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no value."""
+
+    kind: FailureClass
+    message: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A stored trial.
+
+    Attributes:
+        cost: Budget that it used; 0 for a repetition within its job.
+        measurements: Exact costs first; nothing else before it succeeded.
+        seconds: Wall time of the evaluation.
+        attempts: Tries so far.
+        told: Whether the sampler has heard of the outcome.
+        ended_at: End of the evaluation, which may lie before `created_at` when the work was done for another job.
+    """
+
+    number: int
+    evaluation_id: int
+    configuration: Configuration
+    origin: Origin
+    label: str | None
+    state: State
+    split: Split
+    windows: int
+    cost: float
+    feasible: bool
+    measurements: Sequence[Measurement]
+    failure: Failure | None
+    seconds: float | None
+    attempts: int
+    sampler_state: Mapping[str, Any] | None
+    told: bool
+    created_at: datetime
+    ended_at: datetime | None
+
+    def value(self, name: str) -> float | None:
+        """The value of a measurement; None where it was not taken."""
+        return next((m.value for m in self.measurements if m.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The public row."""
+        row: dict[str, Any] = {
+            "trial": self.number,
+            "digest": self.configuration.digest,
+            "origin": self.origin,
+            "state": str(self.state),
+            "configuration": dict(self.configuration.levels),
+            "measurements": {m.name: m.to_json() for m in self.measurements},
+        }
+        if self.label is not None:
+            row["label"] = self.label
+        if self.failure is not None:
+            row["failure"] = {"class": str(self.failure.kind), "message": self.failure.message}
+        return row
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at an evaluation.
+
+    Attributes:
+        accepted: Whether it decided the evaluation. Exactly one attempt of a terminal evaluation did.
+        outcome: None while it runs.
+        facts: What the worker noted besides: exit code, peak memory, versions.
+        late: What the holder reported after its lease had passed on; kept, never counted.
+    """
+
+    fence: int
+    worker: str
+    started_at: datetime
+    ended_at: datetime | None
+    accepted: bool
+    outcome: Outcome | None
+    seconds: float | None
+    failure: Failure | None
+    log: str | None
+    facts: Mapping[str, Any]
+    late: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job; `seq` has no gaps."""
+
+    seq: int
+    kind: str
+    body: Mapping[str, Any]
+    at: datetime

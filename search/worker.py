@@ -1,0 +1,58 @@
+"""Does claimed evaluations: the function that the embedded loop calls, and a task queue would."""
+
+from __future__ import annotations
+
+import time
+
+from autoeff.errors import CandidateError, InputError, RunnerLost
+from autoeff.evaluators.setup import EvaluationRequest
+from autoeff.search.runner_process import RunnerProcess
+from autoeff.search.storage.records import Claim
+from autoeff.search.storage.store import Store
+
+__all__ = ["Worker"]
+
+
+class Worker:
+    """Evaluates with one warm runner and writes every outcome down.
+
+    Args:
+        store: Where claims come from and outcomes go.
+        runner: The process that measures.
+        lease_s: How long a claim lives without a sign of life; renewed three times in that span.
+    """
+
+    def __init__(self, store: Store, runner: RunnerProcess, lease_s: float) -> None:
+        self._store, self._runner, self._lease_s = store, runner, lease_s
+
+    def work(self, claim: Claim) -> None:
+        """Evaluates until the claim has an outcome: a value, the candidate's failure, or a loss that someone may retry.
+
+        Raises:
+            InputError: The runner cannot be opened with this setup; the claim is given back.
+        """
+        try:
+            measured = self._runner.evaluate(EvaluationRequest(claim.configuration.levels, claim.split, claim.windows), self._renewal(claim))
+        except CandidateError as error:
+            self._store.fail(claim, error.failure, str(error), self._runner.log_tail())
+        except RunnerLost as error:
+            self._store.lost(claim, str(error), self._runner.log_tail())
+        except (InputError, KeyboardInterrupt):
+            self._store.release(claim)
+            raise
+        else:
+            self._store.complete(claim, measured.measurements, measured.seconds)
+
+    def _renewal(self, claim: Claim) -> _Renewal:
+        return _Renewal(self._store, claim, self._lease_s)
+
+
+class _Renewal:
+    def __init__(self, store: Store, claim: Claim, lease_s: float) -> None:
+        self._store, self._claim, self._lease_s = store, claim, lease_s
+        self._next = time.monotonic() + lease_s / 3
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._next:
+            self._store.renew(self._claim, self._lease_s)
+            self._next = time.monotonic() + self._lease_s / 3

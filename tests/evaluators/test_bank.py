@@ -1,0 +1,111 @@
+"""The bank stores each level once, finds it again, survives damage and concurrent builders."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoeff.errors import InputError
+from autoeff.evaluators.bank import Bank, Statistics
+from autoeff.spaces.knobs.bits import Bits
+from autoeff.spaces.sites import Linear, Site
+
+SITE = Site("block.0.up+down", "linears", 0, (Linear("block.0.up", 40, 24, False), Linear("block.0.down", 24, 40, True)))
+
+
+def weights(name: str) -> Tensor:
+    linear = next(item for item in SITE.linears if item.name == name)
+    return torch.randn(linear.out_features, linear.in_features, generator=torch.Generator().manual_seed(len(name))).half()
+
+
+def bank(folder: Path, keep_bytes: int = 1 << 20, weight: Callable[[str], Tensor] = weights, model: str = "model") -> Bank:
+    return Bank(folder, model, weight, lambda tensor: tensor.float(), keep_bytes)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_a_level_is_built_once_and_found_by_another_bank(tmp_path: Path) -> None:
+    first = bank(tmp_path)
+    built = first.packed(Bits(), SITE, 4)
+    again = bank(tmp_path, weight=lambda name: pytest.fail("built again"))
+    found = again.packed(Bits(), SITE, 4)
+    assert (first.built, again.built) == (1, 0)
+    assert built.keys() == found.keys()
+    assert all(torch.equal(built[name], found[name]) for name in built)
+
+
+def test_model_settings_level_and_site_are_told_apart(tmp_path: Path) -> None:
+    store = bank(tmp_path)
+    store.packed(Bits(), SITE, 4)
+    store.packed(Bits(), SITE, 3)
+    store.packed(Bits(group_size=32), SITE, 4)
+    store.packed(Bits(), Site("block.0.up", "linears", 0, SITE.linears[:1]), 4)
+    bank(tmp_path, model="another").packed(Bits(), SITE, 4)
+    assert len(files(tmp_path)) == 5
+
+
+def test_statistics_are_part_of_the_name_only_for_knobs_that_read_them(tmp_path: Path) -> None:
+    class Calibrated(Bits):
+        needs = frozenset({"input_norm"})
+
+    for digest in ("text a", "text b"):
+        store = bank(tmp_path)
+        store.statistics = Statistics(digest, {"block.0.up.input_norm": torch.ones(40)})
+        store.packed(Bits(), SITE, 4)
+        store.packed(Calibrated(), SITE, 4)
+    assert len(files(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -1])
+def test_a_cut_entry_is_built_again(tmp_path: Path, kept: int) -> None:
+    built = bank(tmp_path).packed(Bits(), SITE, 4)
+    (path,) = files(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[:kept])
+    again = bank(tmp_path)
+    found = again.packed(Bits(), SITE, 4)
+    assert again.built == 1
+    assert all(torch.equal(built[name], found[name]) for name in built)
+    assert path.read_bytes() == data
+
+
+def test_decoded_levels_are_kept_until_memory_is_short(tmp_path: Path) -> None:
+    store = bank(tmp_path)
+    assert store.decoded(Bits(), SITE, 4) is store.decoded(Bits(), SITE, 4)
+    short = bank(tmp_path, keep_bytes=1)
+    four = short.decoded(Bits(), SITE, 4)
+    short.decoded(Bits(), SITE, 3)
+    assert short.decoded(Bits(), SITE, 4) is not four
+
+
+def test_decoded_levels_are_in_the_compute_dtype(tmp_path: Path) -> None:
+    assert {t.dtype for t in bank(tmp_path).decoded(Bits(), SITE, 4).values()} == {torch.float32}
+
+
+def test_two_processes_may_build_the_same_bank(tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; import test_bank as t;"
+        f"s = t.bank(Path({str(tmp_path)!r})); [s.packed(t.Bits(group_size=g), t.SITE, b) for g in (8, 16, 32) for b in (2, 3, 4)]"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [process.communicate()[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert len(files(tmp_path)) == 9
+    assert not list(tmp_path.rglob(".building-*"))
+    check = bank(tmp_path, weight=lambda name: pytest.fail("an entry was damaged"))
+    check.packed(Bits(group_size=8), SITE, 2)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match="cannot write the level bank .* set AUTOEFF_HOME"):
+        bank(blocked).packed(Bits(), SITE, 4)

@@ -1,0 +1,78 @@
+"""KL, perplexity, cosine and Spearman against float64 definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from autoeff.errors import CandidateError, FailureClass
+from autoeff.evaluators.quality import cosine_damage, next_token_losses, pooled, sample_of, spearman, teacher_of, token_kl
+
+
+def head(bias: bool, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(24, 301, bias=bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("distance", [1e-3, 0.1, 3.0])
+def test_token_kl_equals_the_definition_in_float64(bias: bool, distance: float) -> None:
+    linear, dense = head(bias), torch.randn(3, 7, 24) * 2
+    candidate = dense + distance * torch.randn_like(dense)
+    p = torch.log_softmax(linear.double()(dense.double()), -1)
+    q = torch.log_softmax(linear(candidate.double()), -1)
+    expected = (p.exp() * (p - q)).sum(-1)
+    linear.float()
+    found = token_kl(candidate, linear, teacher_of(dense, linear))
+    # f(h) is of the order of the logits (here below 30), so float32 leaves an absolute error of some 30 x 2^-24 x 10
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_dense_hidden_states_have_a_kl_of_exactly_zero() -> None:
+    linear, dense = head(True), torch.randn(4, 9, 24)
+    assert torch.equal(token_kl(dense.clone(), linear, teacher_of(dense, linear)), torch.zeros(4, 9))
+
+
+def test_chunks_of_tokens_do_not_change_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, dense, candidate = head(False), torch.randn(2, 50, 24), torch.randn(2, 50, 24)
+    whole = token_kl(candidate, linear, teacher_of(dense, linear))
+    monkeypatch.setattr("autoeff.evaluators.quality._CHUNK_LOGITS", 7 * 301)
+    torch.testing.assert_close(token_kl(candidate, linear, teacher_of(dense, linear)), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_are_those_of_the_targets_inside_the_window() -> None:
+    linear, hidden, ids = head(False), torch.randn(2, 5, 24), torch.randint(0, 301, (2, 5))
+    logits = linear(hidden)
+    expected = torch.stack([nn.functional.cross_entropy(logits[i, :-1], ids[i, 1:], reduction="none") for i in range(2)])
+    torch.testing.assert_close(next_token_losses(hidden, linear, ids), expected)
+
+
+def test_pooling_ignores_padding_and_has_unit_length() -> None:
+    hidden, mask = torch.randn(2, 4, 8), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    found = pooled(hidden, mask)
+    torch.testing.assert_close(found[0], nn.functional.normalize(hidden[0, :2].mean(0), dim=0))
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(2))
+
+
+def test_cosine_damage_is_one_minus_cosine_and_zero_for_equal_embeddings() -> None:
+    a, b = nn.functional.normalize(torch.randn(2, 6, 16), dim=-1)
+    torch.testing.assert_close(cosine_damage(a, b), 1 - (a * b).sum(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(cosine_damage(a, a.clone()), torch.zeros(6))
+
+
+def test_spearman_agrees_with_scipy_also_with_ties() -> None:
+    a, b = torch.randint(0, 9, (200,)).float(), torch.randn(200).round(decimals=1)
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+
+
+def test_a_value_that_is_not_finite_is_the_candidates_failure() -> None:
+    with pytest.raises(CandidateError, match="not finite") as caught:
+        sample_of(torch.tensor([1.0, float("nan")]))
+    assert caught.value.failure is FailureClass.NAN
+
+
+def test_spread_is_the_standard_error_over_windows() -> None:
+    found = sample_of(torch.tensor([1.0, 3.0]))
+    assert (found.mean, found.spread) == (2.0, pytest.approx(1.0))
