@@ -7,6 +7,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 TESTS ?= tests
 
+# Bytecode saves seconds at every start of a process; an inherited variable must not switch it off.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := .venv/bin
 STAMP := .venv/installed
 UV := uv==0.13.8

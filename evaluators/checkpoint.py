@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from autoeff.errors import InputError
 
-__all__ = ["DTYPE_BYTES", "Checkpoint", "StoredTensor", "read_checkpoint", "read_header", "read_json"]
+__all__ = ["DTYPE_BYTES", "Checkpoint", "StoredTensor", "existing_path", "read_checkpoint", "read_header", "read_json"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,6 +65,15 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
 
 
+def existing_path(reference: str) -> Path | None:
+    """The file or directory that a user named, or None; also for names that no file can have."""
+    try:
+        path = Path(reference).expanduser()
+        return path if reference and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a NUL byte
+        return None
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """What `model.safetensors`, or the shards that `model.safetensors.index.json` lists, hold.
 
@@ -78,7 +87,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return _read_shards(folder)
     foreign = sorted(p.name for p in folder.iterdir() if p.suffix in _FOREIGN)
     if foreign and foreign[0].endswith(".gguf"):
-        raise InputError(f"{folder} holds {foreign[0]} and no {WEIGHTS}; only safetensors are read: give the 16-bit model that the GGUF was made from")
+        raise InputError(f"{folder} holds {foreign[0]} and no {WEIGHTS}; give the 16-bit safetensors that the GGUF was made from")
     if foreign:
         raise InputError(
             f"{folder} holds {foreign[0]} and no {WEIGHTS}; pickled weights can run code and are not read: if you trust them, convert them "
@@ -193,11 +202,12 @@ def _span(path: Path, name: str, entry: object) -> tuple[int, int, str, StoredTe
         raise InputError(f"{path}: {name!r} has the data_offsets {str(offsets)[:80]}; expected two non-negative integers")
     needed = prod(shape) * DTYPE_BYTES[dtype]  # Python integers cannot overflow; _sizes bounds each factor
     if offsets[1] - offsets[0] != needed:
-        raise InputError(f"{path}: {name!r} of shape {shape} and dtype {dtype} needs {needed} bytes, its data_offsets span {offsets[1] - offsets[0]}")
+        found = f"its data_offsets span {offsets[1] - offsets[0]}"
+        raise InputError(f"{path}: {name!r} of shape {shape} and dtype {dtype} needs {needed} bytes, {found}")
     return offsets[0], offsets[1], name, StoredTensor(path.name, dtype, tuple(shape), needed)
 
 
-def _sizes(value: object) -> bool:
+def _sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
 
 

@@ -192,7 +192,7 @@ class Evaluator:
         passages = text.passages
         keep = split == "search" and self._forward.fits(passages.ids, self._hidden_size)
         found = []
-        for number, rows in enumerate(self._forward.batches(passages.ids)):
+        for number, rows in enumerate(self._forward.batches(passages.ids, passages.mask)):
             if rows.start >= windows:
                 break
             whole = rows.stop <= windows
@@ -214,7 +214,7 @@ class Evaluator:
     def _embeddings(self, text: _Text, split: Split, windows: int) -> Tensor:
         mask = text.passages.mask
         assert mask is not None
-        return torch.cat([pooled(hidden, mask[rows]) for _, rows, hidden in self._hidden(text, split, windows)])
+        return torch.cat([pooled(hidden, mask[rows, : hidden.shape[1]]) for _, rows, hidden in self._hidden(text, split, windows)])
 
     def _learn_targets(self, text: _Text, split: Split) -> None:
         """Runs the dense model over a split's whole text."""

@@ -50,9 +50,10 @@ class Forward:
             block = model.get_submodule(path)
             block.forward = self._wrapped(index, block.forward)  # type: ignore[method-assign]
 
-    def batches(self, ids: Tensor) -> list[slice]:
+    def batches(self, ids: Tensor, mask: Tensor | None = None) -> list[slice]:
         """How windows [windows, tokens] are batched: a quarter of them at most, so that a quarter fidelity reuses whole batches."""
-        step = max(1, min(len(ids) // 4, _BATCH_TOKENS // ids.shape[1]))
+        length = ids.shape[1] if mask is None else max(1, int(mask.sum()) // len(mask))
+        step = max(1, min(len(ids) // 4, _BATCH_TOKENS // length))
         return [slice(i, min(i + step, len(ids))) for i in range(0, len(ids), step)]
 
     def fits(self, ids: Tensor, hidden_size: int) -> bool:
@@ -63,11 +64,11 @@ class Forward:
     def run(
         self, ids: Tensor, mask: Tensor | None, rows: slice, kept: Sequence[list[Tensor] | None], first_changed: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states of `ids[rows]` and the inputs of every block on the way.
+        """Final hidden states of `ids[rows]`, less columns of mere padding, and the inputs of every block on the way.
 
         Args:
             ids: Windows, int64 [windows, tokens].
-            mask: Attention mask of the same shape, or None.
+            mask: Attention mask of the same shape with the padding on the right, or None.
             rows: The batch.
             kept: Block inputs of earlier runs over the same batch, None where there are none.
             first_changed: For each of them the first block whose parameters differ from it.
@@ -81,7 +82,10 @@ class Forward:
         self._seen = list(states)
         self.computed_blocks += self.blocks - self._start
         self.all_blocks += self.blocks
-        arguments: dict[str, Any] = {"input_ids": ids[rows], "attention_mask": None if mask is None else mask[rows]}
+        arguments: dict[str, Any] = {"input_ids": ids[rows]}
+        if mask is not None:
+            width = int(mask[rows].sum(1).max())  # columns that hold nothing but padding are left out
+            arguments = {"input_ids": ids[rows, :width], "attention_mask": mask[rows, :width]}
         if hasattr(getattr(self.body, "config", None), "use_cache"):
             arguments["use_cache"] = False
         try:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoTokenizer
 
 from autoeff.errors import InputError
-from autoeff.evaluators.checkpoint import StoredTensor, read_checkpoint, read_json
+from autoeff.evaluators.checkpoint import StoredTensor, existing_path, read_checkpoint, read_json
 from autoeff.evaluators.model_config import build_config, quiet_transformers, read_config, refuse_code
 
 if TYPE_CHECKING:  # importing them takes seconds, which a command that builds no model need not wait for
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges*")
+_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "vocab*", "merges*")
 _TOKENIZER_CONFIG_LIMIT = 16 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -101,10 +101,10 @@ def resolve_model(reference: str) -> Path:
     Raises:
         InputError: There is none, or the hub does not give it.
     """
-    path = os.path.expanduser(reference)
-    if reference and os.path.isdir(path):
-        return Path(path).resolve()
-    if reference and os.path.exists(path):
+    path = existing_path(reference)
+    if path is not None and path.is_dir():
+        return path.resolve()
+    if path is not None:
         raise InputError(f"model {reference!r} is a file; expected the directory with config.json and model.safetensors")
     bundled = importlib.resources.files("autoeff") / "models"
     names = sorted(item.name for item in bundled.iterdir() if item.is_dir()) if bundled.is_dir() else []
@@ -125,27 +125,28 @@ def inspect_model(path: Path) -> ModelFacts:
         InputError: Anything that keeps the model from being loaded as data: see the first rule that is broken.
     """
     if not (path / "config.json").is_file():
-        raise InputError(f"{path} is no model directory: config.json is missing; expected config.json, model.safetensors and tokenizer files")
+        raise InputError(f"{path} is no model directory: config.json is missing; expected config.json, model.safetensors and a tokenizer")
     model_type, architectures, settings = read_config(path)
     if (path / "tokenizer_config.json").exists():
         refuse_code(read_json(path / "tokenizer_config.json", _TOKENIZER_CONFIG_LIMIT), path / "tokenizer_config.json")
     checkpoint = read_checkpoint(path)
     task: Literal["decoder", "encoder"] = "decoder" if any(_DECODER.fullmatch(name) for name in architectures) else "encoder"
     model, arguments = _on_meta(model_type, architectures, task, settings, {}), {}
+    if experts := next((name for name, _ in model.named_parameters() if ".experts." in name), None):
+        raise InputError(f"{path}: {model_type!r} is a mixture of experts ({experts}); only models without experts are supported")
     used, missing = _matched(model, checkpoint.tensors, task, path)
     if missing and all("pooler." in name for name in missing) and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         arguments = {"add_pooling_layer": False}
         model = _on_meta(model_type, architectures, task, settings, arguments)
         used, missing = _matched(model, checkpoint.tensors, task, path)
-    if missing and ".experts." in missing[0]:
-        raise InputError(f"{path}: {model_type!r} is a mixture of experts ({missing[0]}); only dense models are supported")
     if missing:
         raise InputError(f"{path}: the weights lack {missing[0]!r}, which config.json asks for ({len(missing)} missing in all)")
     store_dtype = _store_dtype(path, used)
     notices = []
-    if rounded := sorted({str(_FLOATS[t.dtype]).removeprefix("torch.") for t in used.values() if _FLOATS.get(t.dtype, store_dtype) != store_dtype}):
-        store = str(store_dtype).removeprefix("torch.")
-        notices.append(f"{' and '.join(rounded)} weights are rounded to {store} at load; dense means these values, at 2 bytes per parameter")
+    if rounded := sorted({_name(_FLOATS[t.dtype]) for t in used.values() if t.dtype in _FLOATS} - {_name(store_dtype)}):
+        notices.append(
+            f"{' and '.join(rounded)} weights are rounded to {_name(store_dtype)} at load; dense means these values, at 2 bytes each"
+        )
     if heads := sorted(name for name in checkpoint.tensors.keys() - used.keys() if not _BUFFER.fullmatch(name)):
         notices.append(f"{len(heads)} tensors of a task head are left out, {heads[0]} among them")
     return ModelFacts(
@@ -169,7 +170,8 @@ def inspect_model(path: Path) -> ModelFacts:
 
 def skeleton(facts: ModelFacts) -> nn.Module:
     """The model on the meta device: shapes without memory."""
-    return _on_meta(facts.model_type, facts.architectures, facts.task, facts.config, facts.arguments)
+    model: nn.Module = _on_meta(facts.model_type, facts.architectures, facts.task, facts.config, facts.arguments)
+    return model
 
 
 def load_model(facts: ModelFacts, device: torch.device) -> nn.Module:
@@ -179,7 +181,7 @@ def load_model(facts: ModelFacts, device: torch.device) -> nn.Module:
         InputError: It cannot fit into memory, or the files have changed since they were inspected.
     """
     check_memory(facts, device)
-    model_class = type(skeleton(facts))
+    model_class: Any = type(skeleton(facts))
     state = {}
     try:
         for name, tensor in _stored_tensors(facts.path, facts.tensors):
@@ -194,7 +196,7 @@ def load_model(facts: ModelFacts, device: torch.device) -> nn.Module:
                 local_files_only=True,
                 **facts.arguments,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise InputError(f"cannot load {facts.path}: {str(error).splitlines()[0][:200]}") from None
     if odd := sorted(str(name) for name in [*report["missing_keys"], *report["mismatched_keys"]]):
         raise InputError(f"{facts.path}: transformers finds no weights for {odd[0]}")
@@ -270,7 +272,7 @@ def _from_hub(model_id: str) -> Path:
 
 
 def _on_meta(
-    model_type: str, architectures: Iterable[str], task: Literal["decoder", "encoder"], settings: Mapping[str, Any], arguments: Mapping[str, Any]
+    model_type: str, architectures: Iterable[str], task: str, settings: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> PreTrainedModel:
     config = build_config(model_type, settings)
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING if task == "decoder" else MODEL_MAPPING
@@ -315,7 +317,7 @@ def _matched(
         if tensor.shape != shape:
             raise InputError(f"{path}: {name!r} has the shape {tensor.shape} in {tensor.file}, config.json asks for {shape}")
         if expected[target].is_floating_point() and tensor.dtype not in _FLOATS:
-            raise InputError(f"{path}: {name!r} is stored as {tensor.dtype}; expected {', '.join(_FLOATS)}: give the model before quantisation")
+            raise InputError(f"{path}: {name!r} is stored as {tensor.dtype}, which is quantised; expected {', '.join(_FLOATS)}")
         used[name] = tensor
         filled.add(id(expected[target]))
     return used, [name for name, parameter in expected.items() if id(parameter) not in filled]  # tied ones are one object
@@ -334,6 +336,10 @@ def _store_dtype(path: Path, tensors: Mapping[str, StoredTensor]) -> torch.dtype
         if not peak.to(torch.float16).isfinite():
             store = torch.bfloat16
     return store
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _main_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:

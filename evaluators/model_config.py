@@ -71,7 +71,7 @@ def read_config(folder: Path) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     if getattr(config_class, "sub_configs", None):
         raise InputError(f"{path}: {model_type!r} is composed of several models; give the text model alone")
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map) | _LEGACY_ROPE
-    return model_type, tuple(architectures), {key: raw[key] for key in sorted(raw.keys() & known - _NOT_OURS)}
+    return model_type, tuple(architectures), {key: raw[key] for key in sorted(raw.keys() - _NOT_OURS)}
 
 
 def build_config(model_type: str, settings: Mapping[str, Any]) -> PreTrainedConfig:
@@ -99,7 +99,7 @@ def refuse_code(value: object, path: Path, depth: int = 0) -> None:
         for key, item in value.items():
             if _CODE_KEY.fullmatch(key) and key != _HARMLESS:
                 raise InputError(
-                    f"{path} has the key {key!r}, which selects code; models are data only: remove the key if transformers knows the model_type"
+                    f"{path} has the key {key!r}, which selects code; models are data only: remove it if transformers knows the model_type"
                 )
             refuse_code(item, path, depth + 1)
     elif isinstance(value, list):
@@ -153,7 +153,7 @@ def _numbers(value: object, key: str = "") -> Iterator[tuple[str, int | float]]:
 
 def _suggestion(model_type: object) -> str:
     near = difflib.get_close_matches(str(model_type)[:80].lower(), list(CONFIG_MAPPING.keys()), n=3, cutoff=0.5)
-    return f"did you mean {', '.join(near)}?" if near else "the installed transformers must know it (for example llama, mistral, qwen3, gpt2, bert)"
+    return f"did you mean {', '.join(near)}?" if near else "expected one that the installed transformers knows, such as llama or bert"
 
 
 def _one_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from train_demo import CONTEXT, PHASES, RETRIEVAL_SHARE, TEXT_PACKAGES, make_model, passkey_document, training_documents
+from train_demo import CONTEXT, PHASES, RETRIEVAL_SHARE, TEXT_PACKAGES, passkey_document, trained_model, training_documents
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from autoeff.evaluators.text import read_package
@@ -159,8 +159,7 @@ def main(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|eos|>", model_max_length=CONTEXT
     )
-    model = make_model()
-    model.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["model"])
+    model = trained_model(work)
     model.config.dtype = torch.float16
     texts: dict[str, Any] = {split: read_package(name) for split, name in TEXT_PACKAGES.items()}
     with tempfile.TemporaryDirectory() as temporary:

@@ -191,6 +191,13 @@ def make_model() -> LlamaForCausalLM:
     )
 
 
+def trained_model(work: Path) -> LlamaForCausalLM:
+    """The model of the last checkpoint in `work`."""
+    model = make_model()
+    model.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["model"])
+    return model
+
+
 def phase_at(step: int, steps: int) -> Phase:
     done = 0.0
     for phase in PHASES:

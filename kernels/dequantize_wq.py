@@ -83,9 +83,9 @@ def pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
         raise ValueError(f"codes must be uint8 [N, K]: got {codes.dtype} {tuple(codes.shape)}")
     if codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"codes must be below 2^{bits} = {1 << bits}: got {int(codes.max())}")
-    padded = pad(codes, (0, -codes.shape[1] % UNIT))
+    padded = pad(codes, (0, -codes.shape[1] % UNIT)).contiguous()
     if widths == (8,):
-        return {"plane8": padded.contiguous()}
+        return {"plane8": padded}
     units = padded.view(torch.int64)
     planes: dict[str, Tensor] = {}
     base = 0
@@ -174,6 +174,8 @@ def launch(
         RuntimeError: Triton is not installed.
     """
     _check(planes, scale, minimum, bits, k, group, out.dtype)
+    if tuple(out.shape) != (scale.shape[0], k) or out.device != scale.device or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {(scale.shape[0], k)} on {scale.device}: got {tuple(out.shape)} on {out.device}")
     if triton is None:
         raise RuntimeError("low-bit weights on a GPU need Triton, which is not installed: pip install 'triton>=3.6'")
     grid, arguments, options = _arguments(planes, scale, minimum, bits, k, group, out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +18,12 @@ from autoeff.spaces.space import SpaceSpec
 
 __all__ = ["Budget", "Data", "JobSpec", "Space"]
 
-FORMAT = 1
-_YAML_BYTES = 256 * 1024
+_FILE_CHARACTERS = 256 * 1024
+_SHOWN_CHARACTERS = 80
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(_Strict):
@@ -71,7 +72,7 @@ def _listed(value: Any) -> Any:
 class JobSpec(_Strict):
     """Everything that a search depends on."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = Field(default=1, description="Of the job file.")
     model: str = Field(description="Directory, hub id, or a bundled model: demo.")
     data: Annotated[Data, BeforeValidator(_data)] = Field(default=Data(), description="Search text; bundled models bring their own.")
     eval_data: Annotated[Data | None, BeforeValidator(_data)] = Field(
@@ -110,7 +111,7 @@ class JobSpec(_Strict):
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
-            raise InputError(_line(error)) from None
+            raise InputError(_line(error, value)) from None
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:
@@ -120,20 +121,24 @@ class JobSpec(_Strict):
             InputError: Unreadable, too large, not a mapping, or with aliases (which can explode).
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as file:
+                text = file.read(_FILE_CHARACTERS + 1)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the job file {path}: {getattr(error, 'strerror', None) or error}") from None
-        if len(text) > _YAML_BYTES:
-            raise InputError(f"the job file {path} has {len(text)} characters; allowed are {_YAML_BYTES}")
+        if len(text) > _FILE_CHARACTERS:
+            raise InputError(f"the job file {path} is larger than the {_FILE_CHARACTERS} characters that are allowed")
         try:
-            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-                raise InputError(f"the job file {path} uses YAML aliases, which are not allowed")
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"the job file {path} is no valid YAML: {' '.join(str(error).split())}") from None
+            value = json.loads(text) if path.suffix == ".json" else _yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            kind = "JSON" if path.suffix == ".json" else "YAML"
+            raise InputError(f"the job file {path} is no valid {kind}: {' '.join(str(error).split())}") from None
         if not isinstance(value, dict):
             raise InputError(f"the job file {path} holds no mapping of job fields")
         return value
+
+    def to_yaml(self) -> str:
+        """The whole job as a file that `read` takes, defaults written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def setup(self, bank: Path) -> EvaluationSetup:
         """What the runner must know."""
@@ -142,13 +147,33 @@ class JobSpec(_Strict):
         return EvaluationSetup(self.model, self.data.text(), eval_data, space, self.seed, self.device, str(bank))
 
 
-def _line(error: ValidationError) -> str:
+_PARTS: Mapping[str, type[_Strict]] = {"data": Data, "eval_data": Data, "space": Space, "budget": Budget}
+
+
+def _yaml(text: str) -> Any:
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+        raise ValueError("aliases are not allowed")
+    return yaml.safe_load(text)
+
+
+def _line(error: ValidationError, value: Mapping[Any, Any]) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-")) or "job"
+    where = ".".join(_path(first["loc"], value)) or "job"
     if first["type"] == "extra_forbidden":
-        known: Mapping[str, Any] = JobSpec.model_fields
-        for part in first["loc"][:-1]:
-            known = {"space": Space, "budget": Budget, "data": Data, "eval_data": Data}.get(str(part), JobSpec).model_fields
-        return f"unknown key {where!r}; known: {', '.join(known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    return message if where == "job" else f"{where}: {message}; found {first['input']!r}"
+        known = _PARTS.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", JobSpec)
+        return f"unknown key {where!r}; known: {', '.join(known.model_fields)}"
+    if first["type"] == "missing":
+        return "the job names no model: give a directory, a hub id or demo"
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
+    found = repr(first["input"])
+    found = found if len(found) <= _SHOWN_CHARACTERS else found[:_SHOWN_CHARACTERS] + "…"
+    return message if where == "job" else f"{where!r}: {message}; found {found}"
+
+
+def _path(loc: Sequence[str | int], value: Any) -> Iterator[str]:
+    """The keys of `loc` that stand in the input; pydantic puts names of validators and union members between them."""
+    for part in loc:
+        inside = part in value if isinstance(value, Mapping) else isinstance(value, list | tuple) and part in range(len(value))
+        if inside:
+            yield str(part)
+            value = value[part]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +16,12 @@ from sqlalchemy.exc import ArgumentError
 
 from autoeff.errors import InputError
 from autoeff.search.settings import Settings
-from autoeff.search.storage.records import Trial
 from autoeff.search.storage.store import Store
 
-__all__ = ["FILE", "FORMAT", "Run", "all_trials", "create_run", "open_run", "write_file"]
+__all__ = ["FILE", "FORMAT", "Run", "check_new", "create_run", "open_run", "write_file"]
 
 FORMAT = 1
 FILE = "run.json"
-_PAGE = 500
 
 
 class Run(NamedTuple):
@@ -40,18 +37,26 @@ class Run(NamedTuple):
     folder: Path | None
 
 
-def create_run(out: Path, job_id: str, database: str) -> Path:
-    """Makes the directory `out` with its `run.json`, and returns its absolute path.
-
-    Args:
-        database: URL of the database that holds the job; a relative SQLite path is made absolute.
+def check_new(out: Path) -> None:
+    """Refuses a run directory that exists: earlier results are never touched.
 
     Raises:
-        InputError: `out` exists (earlier results are never touched) or cannot be made; nothing is left behind.
+        InputError: There is something at `out`, even if it is empty.
     """
-    out = out.absolute()
     if os.path.lexists(out):
         raise InputError(f"{out} exists already; name another --out, or go on with `autoeff resume {out}` if it is a run")
+
+
+def create_run(out: Path, job_id: str, database: str) -> Path:
+    """Makes the directory `out` with its `run.json`, which names the job and the URL of its database, and returns its absolute path.
+
+    A relative SQLite path in the URL is made absolute.
+
+    Raises:
+        InputError: `out` exists or cannot be made; nothing is left behind.
+    """
+    check_new(out)
+    out = out.absolute()
     text = json.dumps({"format": FORMAT, "job": job_id, "database": _absolute(database)}, indent=1) + "\n"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,14 +100,6 @@ def open_run(ref: str | Path, settings: Settings) -> Run:
         store.close()
         raise
     return Run(store, job_id, folder)
-
-
-def all_trials(store: Store, job_id: str) -> Iterator[Trial]:
-    """Every trial of a job by number, read in pages."""
-    after = -1
-    while page := store.trials(job_id, after, _PAGE):
-        yield from page
-        after = page[-1].number
 
 
 def write_file(path: Path, data: bytes) -> None:

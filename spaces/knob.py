@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -17,9 +17,11 @@ from autoeff.spaces.configuration import Level
 from autoeff.spaces.plugins import plugin, plugins
 from autoeff.spaces.sites import Site, Structure
 
-__all__ = ["Cost", "Kind", "Knob", "Undo", "known_knobs", "make_knob"]
+__all__ = ["KINDS", "Cost", "Kind", "Knob", "Undo", "known_knobs", "make_knob", "swap"]
 
 Kind = Literal["structure", "weight", "cache", "runtime", "trained"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""In the order in which knobs at one site are applied."""
 Cost = Mapping[str, int]
 """Change against the dense level of primary quantities: `linear_bytes`, `kv_bytes_per_token`, `flops_per_token`."""
 Undo = Callable[[], None]
@@ -31,7 +33,7 @@ class Knob(ABC):
 
     Attributes:
         name: As written in `--knobs` and in decision keys.
-        kind: Fixes the order at one site: structure, weight, cache, runtime, trained.
+        kind: Fixes the order at one site, see `KINDS`.
         conflicts: Names of knobs that may not be in the same space.
         needs: Names of the calibration statistics that `build` reads (see `evaluators/calibration.py`); empty for data-free knobs.
         uniform: Whether "the same level everywhere" is a configuration that people use, hence a baseline.
@@ -83,7 +85,37 @@ class Knob(ABC):
         return None
 
     def settings(self) -> dict[str, Any]:
+        """Every setting by name, as `make_knob` takes them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def swap(model: nn.Module, tensors: Mapping[str, Tensor]) -> Undo:
+    """Lets parameters of `model` point to other data; nothing is copied where dtype and device already agree.
+
+    Args:
+        model: Its parameters stay the same objects, so optimizers and hooks keep theirs.
+        tensors: By parameter name, in the parameter's shape.
+
+    Returns:
+        A call that points them back to the very same memory. Calls for one parameter are undone last in, first out.
+
+    Raises:
+        ValueError: A tensor of another shape.
+    """
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    for name, tensor in tensors.items():
+        parameter = model.get_parameter(name)
+        if parameter.shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(parameter.shape)}: got {tuple(tensor.shape)}")
+        before.append((parameter, parameter.data))
+    for (parameter, _), tensor in zip(before, tensors.values(), strict=True):
+        parameter.data = tensor.to(parameter.device, parameter.dtype)
+
+    def undo() -> None:
+        for parameter, data in before:
+            parameter.data = data
+
+    return undo
 
 
 _WHERE = ("autoeff.spaces.knobs", Knob, "autoeff.knobs")
@@ -108,17 +140,26 @@ def make_knob(name: str, settings: Mapping[str, Any]) -> Knob:
         if key not in allowed:
             raise InputError(f"unknown setting {name}.{key}; known: {', '.join(allowed) or 'none'}")
         values[key] = _converted(f"{name}.{key}", value, types[key])
-    return knob(**values)
+    made: Knob = knob(**values)
+    return made
 
 
 def _converted(key: str, value: Any, kind: Any) -> Any:
-    if not isinstance(value, str):
-        return tuple(value) if isinstance(value, list) else value
+    """`value` as the setting's type: bool, int, float, str, or a tuple of one of them (text: separated by commas)."""
+    many = get_origin(kind) is tuple
+    item = get_args(kind)[0] if many else kind
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[value.lower()]
-        if kind in (int, float, str):
-            return kind(value)
-        return tuple(int(part) for part in value.split(","))
-    except (KeyError, ValueError):
-        raise InputError(f"{key}: {value!r} is not a {getattr(kind, '__name__', 'list of numbers')}") from None
+        if many:
+            return tuple(_one(part, item) for part in (value.split(",") if isinstance(value, str) else value))
+        return _one(value, item)
+    except (KeyError, TypeError, ValueError):
+        what = f"{'list of ' if many else ''}{item.__name__}"
+        raise InputError(f"{key} must be of type {what}: got {value!r}") from None
+
+
+def _one(value: Any, kind: type) -> Any:
+    if isinstance(value, str) and kind is not str:
+        return {"true": True, "false": False}[value.strip().lower()] if kind is bool else kind(value)
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise TypeError
+    return kind(value)

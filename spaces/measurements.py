@@ -14,6 +14,7 @@ __all__ = ["MEASURES", "Measure", "Measurement", "Split", "measure"]
 
 Split = Literal["search", "held_out"]
 Method = Literal["exact", "measured", "predicted", "estimated"]
+_PREFIXES = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class Measure:
     kind: Literal["quality", "cost"]
     meaning: str
     larger_is_better: bool = False
+
+    def text(self, value: float) -> str:
+        """The value for people: `1.24 MB`, `12.6 MFLOP`, `0.0412`. Files hold the value itself."""
+        for word, shown in (("bytes", "B"), ("FLOP", "FLOP")):
+            if self.unit.startswith(word):
+                prefix = next((p for p, scale in _PREFIXES.items() if abs(value) >= scale), "")
+                return f"{value / _PREFIXES.get(prefix, 1):.4g} {prefix}{shown}"
+        return f"{value:#.4g}".removesuffix(".")
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,21 @@ def plugins(package: str, base: type, group: str) -> dict[str, type[Any]]:
         package: Dotted package whose modules hold the built-ins, one each.
         base: Abstract class with a class attribute `name`.
         group: Entry point group of third parties. A third party may not take a built-in's name.
+
+    Raises:
+        InputError: A third party that cannot be loaded, is of another kind or takes a name that exists.
     """
     found: dict[str, type[Any]] = {}
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
         module = importlib.import_module(f"{package}.{info.name}")
         for item in vars(module).values():
-            if inspect.isclass(item) and item.__module__ == module.__name__ and _concrete(item, base):
+            if _concrete(item, base) and item.__module__ == module.__name__:
                 found[item.name] = item
     for entry in importlib.metadata.entry_points(group=group):
-        item = entry.load()
+        try:
+            item = entry.load()
+        except Exception as error:  # whatever a third party's module does when imported
+            raise InputError(f"entry point {entry.value!r} of {group} cannot be loaded: {error!r}; mend or remove its package") from error
         if not _concrete(item, base):
             raise InputError(f"entry point {entry.value!r} of {group} is no concrete {base.__name__}")
         if item.name in found:
@@ -55,5 +61,5 @@ def plugin(package: str, base: type, group: str, name: str) -> type[Any]:
     return known[name]
 
 
-def _concrete(item: object, base: type) -> bool:
+def _concrete(item: Any, base: type) -> bool:
     return inspect.isclass(item) and issubclass(item, base) and not inspect.isabstract(item) and "name" in vars(item)

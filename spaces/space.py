@@ -17,7 +17,7 @@ import yaml
 
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Configuration, Level, digest_of
-from autoeff.spaces.knob import Knob, make_knob
+from autoeff.spaces.knob import KINDS, Knob, make_knob
 from autoeff.spaces.sites import BYTES_DENSE, Site, Structure
 
 __all__ = ["Decision", "SearchSpace", "SpaceSpec", "build_space"]
@@ -200,22 +200,36 @@ class SearchSpace:
         """The space that `to_json` wrote.
 
         Raises:
-            InputError: Another format number.
+            InputError: Another format number, or not what `to_json` writes.
         """
         if value.get("format") != FORMAT:
             raise InputError(f"search space of format {value.get('format')!r}; this version reads {FORMAT}")
-        decisions = tuple(
-            Decision(**{**d, "levels": tuple(d["levels"]), "costs": tuple(d["costs"]), "silencing": frozenset(d["silencing"])})
-            for d in value["decisions"]
-        )
-        return cls(decisions, dict(value["dense"]))
+        try:
+            decisions = tuple(
+                Decision(**{**d, "levels": tuple(d["levels"]), "costs": tuple(d["costs"]), "silencing": frozenset(d["silencing"])})
+                for d in value["decisions"]
+            )
+            return cls(decisions, dict(value["dense"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"not a search space as this version writes it: {error!r}") from None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_json(), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str) -> SearchSpace:
-        return cls.from_json(yaml.safe_load(text))
+        """The space that `to_yaml` wrote.
+
+        Raises:
+            InputError: No YAML mapping, or as in `from_json`.
+        """
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(value, dict):
+            raise InputError(f"not a search space: a YAML mapping is expected, got {type(value).__name__}")
+        return cls.from_json(value)
 
 
 def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dict[str, Knob]]:
@@ -228,20 +242,16 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
     for name, knob in knobs.items():
         if clash := sorted(knob.conflicts & knobs.keys()):
             raise InputError(f"knob {name} cannot be searched together with {', '.join(clash)}")
-    order = {site.name: i for i, site in enumerate(structure.sites)}
-    rank = {name: i for i, name in enumerate(knobs)}
-    pairs = [(site, name) for name, knob in knobs.items() for site in knob.sites(structure)]
-    pairs.sort(key=lambda pair: (order[pair[0].name], rank[pair[1]]))
-    keys = [f"{site.name}:{name}" for site, name in pairs]
-    for glob in (*spec.include, *spec.exclude, *spec.levels):
-        if not any(fnmatchcase(key, glob) for key in keys):
-            raise InputError(f"the glob {glob!r} matches no decision; the first is {keys[0]!r}" if keys else "no decision at all")
+        if not knob.sites(structure):
+            raise InputError(f"knob {name} finds nothing to decide about in this {structure.model_type} model")
+    pairs = _pairs(structure, knobs)
+    _check_globs(spec, pairs, knobs)
     decisions: list[Decision] = []
     silencers: dict[str, int] = {}  # linear name -> index of the decision that can silence it
-    for (site, name), key in zip(pairs, keys, strict=True):
-        if not any(fnmatchcase(key, g) for g in spec.include) or any(fnmatchcase(key, g) for g in spec.exclude):
+    for site, name in pairs:
+        levels = _levels(knobs[name], site, spec)
+        if len(levels) < 2:
             continue
-        levels = _levels(knobs[name], site, key, spec.levels)
         silencing = frozenset(i for i, level in enumerate(levels) if knobs[name].silences(site, level))
         costs = tuple(dict(knobs[name].cost(site, level)) for level in levels)
         parent = silencers.get(site.linears[0].name) if site.linears else None
@@ -249,18 +259,44 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
         if silencing:
             silencers.update(dict.fromkeys((linear.name for linear in site.linears), len(decisions) - 1))
     if not decisions:
-        raise InputError(f"the space is empty: knobs {', '.join(knobs)} leave no decision after include and exclude")
+        raise InputError(f"the space is empty: include, exclude and levels leave nothing to decide for {', '.join(knobs) or 'no knob'}")
     return SearchSpace(tuple(decisions), _dense(structure)), knobs
 
 
-def _levels(knob: Knob, site: Site, key: str, allowed: Mapping[str, Sequence[Level]]) -> tuple[Level, ...]:
+def _pairs(structure: Structure, knobs: Mapping[str, Knob]) -> list[tuple[Site, str]]:
+    """Site and knob of every decision; at one site those that silence others come first, then the order of the kinds.
+
+    The order in which the user names the knobs plays no part, so the same knobs are the same space.
+    """
+    position = {site.name: i for i, site in enumerate(structure.sites)}
+
+    def order(pair: tuple[Site, str]) -> tuple[int, bool, int, str]:
+        site, name = pair
+        silences = any(knobs[name].silences(site, level) for level in knobs[name].levels(site))
+        return position[site.name], not silences, KINDS.index(knobs[name].kind), name
+
+    return sorted(((site, name) for name, knob in knobs.items() for site in knob.sites(structure)), key=order)
+
+
+def _check_globs(spec: SpaceSpec, pairs: Sequence[tuple[Site, str]], knobs: Mapping[str, Knob]) -> None:
+    for glob in (*spec.include, *spec.exclude, *spec.levels):
+        matched = [(site, name) for site, name in pairs if fnmatchcase(f"{site.name}:{name}", glob)]
+        if not matched:
+            first = f"; the first is '{pairs[0][0].name}:{pairs[0][1]}'" if pairs else ""
+            raise InputError(f"the glob {glob!r} matches no decision{first}")
+        known = list(dict.fromkeys(level for site, name in matched for level in knobs[name].levels(site)))
+        if unknown := [level for level in spec.levels.get(glob, ()) if level not in known]:
+            raise InputError(f"{glob}: no level {unknown[0]!r}; allowed: {', '.join(map(str, known))}")
+
+
+def _levels(knob: Knob, site: Site, spec: SpaceSpec) -> tuple[Level, ...]:
+    """What `spec` leaves of the levels; one level or none is nothing to decide."""
+    key = f"{site.name}:{knob.name}"
+    if not any(fnmatchcase(key, glob) for glob in spec.include) or any(fnmatchcase(key, glob) for glob in spec.exclude):
+        return ()
     levels = knob.levels(site)
-    for glob, choice in allowed.items():
-        if fnmatchcase(key, glob):
-            if unknown := [level for level in choice if level not in knob.levels(site)]:
-                raise InputError(f"{key}: no level {unknown[0]!r}; allowed: {', '.join(map(str, knob.levels(site)))}")
-            levels = tuple(level for level in knob.levels(site) if level in choice or level == knob.levels(site)[0])
-    return levels
+    choice = next((spec.levels[glob] for glob in reversed(list(spec.levels)) if fnmatchcase(key, glob)), levels)
+    return tuple(level for level in levels if level in choice or level == levels[0])
 
 
 def _dense(structure: Structure) -> dict[str, int]:

@@ -36,8 +36,13 @@ def tracked(root: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Built:
-    """A wheel built from the sources, an sdist of them, and a wheel built from that sdist."""
+    """A wheel built from the sources, an sdist of them, and a wheel built from that sdist.
 
+    Attributes:
+        files: What the package was to hold, as named inside it.
+    """
+
+    files: set[str]
     wheel: Path
     sdist: Path
     wheel_of_sdist: Path
@@ -47,7 +52,8 @@ class Built:
 def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Built in a copy, so that neither the checkout nor an earlier build in it takes part."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in tracked(root):
+    names = tracked(root)
+    for name in names:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, copy / name, follow_symlinks=False)
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
@@ -56,7 +62,7 @@ def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     (sdist,) = (copy / "both").glob("*.tar.gz")
     (wheel_of_sdist,) = (copy / "both").glob("*.whl")
     (wheel,) = (copy / "direct").glob("*.whl")
-    return Built(wheel, sdist, wheel_of_sdist)
+    return Built(in_package(names), wheel, sdist, wheel_of_sdist)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 
 def test_package_links_to_every_room(root: Path) -> None:
-    links = {path.name: os.readlink(path) for path in (root / "autoeff").iterdir() if path.is_symlink()}
+    links = {path.name: str(path.readlink()) for path in (root / "autoeff").iterdir() if path.is_symlink()}
     assert links == {room: f"../{room}" for room in ROOMS}
 
 
@@ -88,17 +94,17 @@ def test_rooms_are_real_folders(root: Path) -> None:
     assert [room for room in ROOMS if not (root / room).is_dir() or (root / room).is_symlink()] == []
 
 
-def test_wheel_holds_every_file_of_the_rooms(built: Built, root: Path) -> None:
+def test_wheel_holds_every_file_of_the_rooms(built: Built) -> None:
     shipped = {name for name in contents(built.wheel) if name.startswith("autoeff/")}
-    assert shipped == in_package(tracked(root))
+    assert shipped == built.files
 
 
-def test_sdist_holds_real_files(built: Built, root: Path) -> None:
+def test_sdist_holds_real_files(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         members = [member for member in archive.getmembers() if not member.isdir()]
     assert [member.name for member in members if not member.isfile()] == []
     names = {member.name.partition("/")[2] for member in members}
-    assert {name for name in names if name.startswith("autoeff/")} == in_package(tracked(root))
+    assert {name for name in names if name.startswith("autoeff/")} == built.files
     assert {"CHANGELOG.md", "LICENSE", "README.md", "constraints.txt", "pyproject.toml"} <= names
 
 

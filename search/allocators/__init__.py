@@ -1,0 +1,1 @@
+"""Turn a damage table and limits into configurations, one method a file."""

@@ -26,7 +26,7 @@ from autoeff.spaces.space import SearchSpace
 if TYPE_CHECKING:
     from autoeff.search.limits import Limit  # which needs this module to prove that limits exclude each other
 
-__all__ = ["Allocator", "front", "solve"]
+__all__ = ["Allocator", "front", "integer_costs", "solve"]
 
 CELLS = 2**22
 WORK = 2**27
@@ -79,11 +79,11 @@ class Allocator:
         self._fixed_costs_fit = True
         self._axes: dict[tuple[tuple[int, ...], ...], int | None] = {}  # cost of each level against dense -> the most in total
         if measure is not None:
-            self._axes[_integers(space, cost_model, measure)[0]] = None
+            self._axes[integer_costs(space, cost_model, measure)[0]] = None
         for limit in limits:
             if limit.name not in cost_model.measures:
                 continue
-            costs, unit = _integers(space, cost_model, limit.name)
+            costs, unit = integer_costs(space, cost_model, limit.name)
             room = limit.bound - cost_model.dense(limit.name)
             if unit == 0:  # no level changes this measure
                 self._fixed_costs_fit &= room >= 0
@@ -224,7 +224,7 @@ class _Table:
             at[part] -= self._jump[i][level]
 
 
-def _integers(space: SearchSpace, cost_model: CostModel, name: str) -> tuple[tuple[tuple[int, ...], ...], Fraction]:
+def integer_costs(space: SearchSpace, cost_model: CostModel, name: str) -> tuple[tuple[tuple[int, ...], ...], Fraction]:
     """The costs of all levels against dense as coprime integers, and the unit they count; 0 where all are zero."""
     form = cost_model.measures[name]
     costs = [[form.change(cost) for cost in d.costs] for d in space.decisions]

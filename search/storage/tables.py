@@ -185,7 +185,7 @@ class TrialRow(Base):
 
     __table_args__ = (
         Index(None, "evaluation_id", "job_id"),
-        Index("ix_trial_untold", "job_id", sqlite_where=text("told_at IS NULL"), postgresql_where=text("told_at IS NULL")),
+        Index("ix_trial_untold", "job_id", "number", sqlite_where=text("told_at IS NULL"), postgresql_where=text("told_at IS NULL")),
     )
 
 

@@ -32,7 +32,7 @@ def upgrade() -> None:
         sa.Column("quarantined", sa.Integer(), nullable=False),
         sa.Column("cost", sa.Double(), nullable=False),
         sa.Column("events", sa.Integer(), nullable=False),
-        sa.CheckConstraint("state IN ('pending', 'running', 'paused', 'succeeded', 'failed', 'cancelled')", name="ck_job_state"),
+        sa.CheckConstraint("state IN ('pending', 'running', 'paused', 'succeeded', 'failed', 'cancelled')", name=op.f("ck_job_state")),
     )
     op.create_index("ix_job_created_at_id", "job", ["created_at", "id"])
     op.create_table(
@@ -56,13 +56,13 @@ def upgrade() -> None:
         sa.Column("accepted_fence", sa.Integer()),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("ended_at", sa.Double()),
-        sa.CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'quarantined')", name="ck_evaluation_state"),
-        sa.CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name="ck_evaluation_leased"),
-        sa.CheckConstraint("(state IN ('queued', 'running')) = (accepted_fence IS NULL)", name="ck_evaluation_decided"),
+        sa.CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'quarantined')", name=op.f("ck_evaluation_state")),
+        sa.CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name=op.f("ck_evaluation_leased")),
+        sa.CheckConstraint("(state IN ('queued', 'running')) = (accepted_fence IS NULL)", name=op.f("ck_evaluation_decided")),
     )
     op.create_index("ix_evaluation_eval_key", "evaluation", ["eval_key"])
-    _create_partial_index("ix_evaluation_lease_until", "evaluation", "lease_until", "state = 'running'")
-    _create_partial_index("uq_evaluation_eval_key", "evaluation", "eval_key", "state IN ('queued', 'running', 'succeeded')", unique=True)
+    _create_partial_index("ix_evaluation_lease_until", "evaluation", ["lease_until"], "state = 'running'")
+    _create_partial_index("uq_evaluation_eval_key", "evaluation", ["eval_key"], "state IN ('queued', 'running', 'succeeded')", unique=True)
     op.create_table(
         "trial",
         sa.Column("job_id", sa.String(64), sa.ForeignKey("job.id"), primary_key=True),
@@ -78,7 +78,7 @@ def upgrade() -> None:
         sa.Column("told_at", sa.Double()),
     )
     op.create_index("ix_trial_evaluation_id_job_id", "trial", ["evaluation_id", "job_id"])
-    _create_partial_index("ix_trial_untold", "trial", "job_id", "told_at IS NULL")
+    _create_partial_index("ix_trial_untold", "trial", ["job_id", "number"], "told_at IS NULL")
     op.create_table(
         "attempt",
         sa.Column("evaluation_id", sa.Integer(), sa.ForeignKey("evaluation.id"), primary_key=True),
@@ -123,8 +123,8 @@ def upgrade() -> None:
         _freeze(table, "DELETE")
 
 
-def _create_partial_index(name: str, table: str, column: str, where: str, *, unique: bool = False) -> None:
-    op.create_index(name, table, [column], unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+def _create_partial_index(name: str, table: str, columns: list[str], where: str, *, unique: bool = False) -> None:
+    op.create_index(name, table, columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
 def _freeze(table: str, operation: str, when: str = "1") -> None:

@@ -1,0 +1,642 @@
+"""The command line: `autoeff search MODEL …`, and the verbs that resume, read and export what it left.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 a feasible configuration was found (or the verb
+did its work), 1 failure, 2 bad input, 3 the search ended without a feasible configuration, 130 interrupted. Engine and models are
+imported by the verbs that need them, so that `--help` and the read verbs answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import autoeff
+from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
+from autoeff.errors import AutoeffError, ExitCode, InputError
+from autoeff.spaces.measurements import MEASURES, measure
+
+if TYPE_CHECKING:
+    from autoeff.search.run import Plan, Result
+    from autoeff.search.runs import Run
+    from autoeff.search.storage.records import Job
+
+__all__ = ["app", "job_fields", "main"]
+
+app = typer.Typer(
+    name="autoeff",
+    help="Searches, layer by layer, for the transformer configuration that keeps the most quality inside a limit.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own click from 0.26 on
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+class Form(StrEnum):
+    """How a verb prints."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+FIELDS: Mapping[str, str] = {
+    "model": "model", "data": "data.source", "windows": "data.windows", "length": "data.length", "draw": "data.draw", "bos": "data.bos",
+    "eval_data": "eval_data.source", "eval_windows": "eval_data.windows", "eval_length": "eval_data.length",
+    "eval_draw": "eval_data.draw", "eval_bos": "eval_data.bos", "knobs": "knobs", "settings": "knobs", "include": "space.include",
+    "exclude": "space.exclude", "levels": "space.levels", "untie": "space.untie", "objective": "objectives", "limit": "limits",
+    "trials": "budget.trials", "timeout": "budget.seconds", "sampler": "sampler", "seed": "seed", "batch": "batch", "context": "context",
+    "device": "device",
+}  # fmt: skip
+"""The `JobSpec` field behind each flag of `search`."""
+
+RunRef = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or a job id.")]
+TrialRef = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best.")]
+Format = Annotated[Form, typer.Option("--format", help="How to print.")]
+
+
+def _option(panel: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False
+) -> None:
+    if version:
+        sys.stdout.write(f"autoeff {autoeff.__version__}\n")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        sys.stdout.write(ctx.get_help() + "\n")
+
+
+@app.command()
+def search(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", show_default=False, help="Directory, hub id, or demo. May stand in --config.")
+    ] = None,
+    data: Annotated[str | None, _option("Text", "Search text: file, directory, JSONL, CSV of scored pairs, or package:NAME.")] = None,
+    windows: Annotated[int | None, _option("Text", "Windows of text (sentences for encoders); 0 takes all.")] = None,
+    length: Annotated[int | None, _option("Text", "Tokens per window.")] = None,
+    draw: Annotated[str | None, _option("Text", "Which windows: random, first, or their starts.", metavar="random|first|N,N…")] = None,
+    bos: Annotated[str | None, _option("Text", "Where a BOS token is put.", metavar="per_window|per_document")] = None,
+    eval_data: Annotated[str | None, _option("Text", "Held-out text; default is the last fifth of the search text.")] = None,
+    eval_windows: Annotated[int | None, _option("Text", "As --windows, held-out text.")] = None,
+    eval_length: Annotated[int | None, _option("Text", "As --length, held-out text.")] = None,
+    eval_draw: Annotated[str | None, _option("Text", "As --draw, held-out text.")] = None,
+    eval_bos: Annotated[str | None, _option("Text", "As --bos, held-out text.")] = None,
+    knobs: Annotated[str | None, _option("Space", "Knobs to search; default bits.", metavar="NAME,NAME…")] = None,
+    settings: Annotated[
+        list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
+    ] = None,
+    include: Annotated[list[str] | None, _option("Space", "Only decisions (site:knob) like this; may be repeated.", metavar="GLOB")] = None,
+    exclude: Annotated[list[str] | None, _option("Space", "No decisions like this; may be repeated.", metavar="GLOB")] = None,
+    levels: Annotated[
+        list[str] | None, _option("Space", "Only these levels where decisions match; may be repeated.", metavar="GLOB=LEVEL,LEVEL…")
+    ] = None,
+    untie: Annotated[bool | None, _option("Space", "Let fused linears (q/k/v, gate/up) decide apart.", "--untie/--tie")] = None,
+    objective: Annotated[str | None, _option("Goal", "What to minimise; quality first.", metavar="NAME,NAME…")] = None,
+    limit: Annotated[
+        list[str] | None, _option("Goal", "A hard limit such as weight_bytes<=0.30x or avg_bits<=3.5; may be repeated.", metavar="LIMIT")
+    ] = None,
+    batch: Annotated[int | None, _option("Goal", "Sequences decoded together, for cache and read costs.")] = None,
+    context: Annotated[int | None, _option("Goal", "Tokens in the cache, for cache and read costs.")] = None,
+    trials: Annotated[int | None, _option("Search", "Budget in full-token evaluations; default 300.")] = None,
+    timeout: Annotated[str | None, _option("Search", "Budget of wall time: 90s, 20m, 2h.", metavar="TIME")] = None,
+    sampler: Annotated[str | None, _option("Search", "Who proposes; default additive.")] = None,
+    seed: Annotated[int | None, _option("Search", "Draws the windows and everything random; default 0.")] = None,
+    device: Annotated[str | None, _option("Search", "cpu, cuda or cuda:N; default cpu.")] = None,
+    config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
+    out: Annotated[Path | None, _option("Run", "New folder for the run; default runs/<model>-<time>.", metavar="DIR")] = None,
+    dry_run: Annotated[bool, _option("Run", "Check the job, print what is known of it, and stop.", "--dry-run")] = False,
+    form: Format = Form.TABLE,
+) -> None:
+    """Searches a model for its best configurations within limits."""
+    from autoeff.search import run
+    from autoeff.search.job import JobSpec
+    from autoeff.search.runs import check_new
+    from autoeff.search.settings import Settings
+
+    spec = JobSpec.parse(job_fields(ctx.params, {} if config is None else JobSpec.read(config)))
+    machine = Settings.read()
+    if dry_run:
+        _print_plan(run.plan(spec, machine), form)
+        return
+    folder = run.default_folder(spec.model) if out is None else out
+    check_new(folder)
+    with _resumable(folder), Watcher() as watcher:
+        result = run.start(spec, folder, machine, watcher.watch)
+    _print_result(result, form)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def resume(run: RunRef, form: Format = Form.TABLE) -> None:
+    """Goes on with a search that was stopped or killed."""
+    from autoeff.search.run import resume as resume_run
+    from autoeff.search.settings import Settings
+
+    with _resumable(Path(run)), Watcher() as watcher:
+        result = resume_run(run, Settings.read(), watcher.watch)
+    _print_result(result, form)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def status(run: RunRef, form: Format = Form.TABLE) -> None:
+    """Says where a search stands."""
+    from autoeff.search.standing import standing_of
+
+    with _opened(run) as opened:
+        job = opened.store.job(opened.job_id)
+        standing = standing_of(opened.store, job)
+        facts = _job_row(job) | {
+            "folder": None if opened.folder is None else str(opened.folder),
+            "succeeded": job.counts.succeeded,
+            "failed": job.counts.failed + job.counts.quarantined,
+            "front": len(standing.front),
+            "best": standing.best,
+            "best_" + standing.quality: standing.best_quality,
+        }
+    if form is Form.JSON:
+        print_json(facts)
+        return
+    print_pairs({name: "-" if value is None else ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()})
+    if not job.state.terminal and job.coordinator is None:
+        sys.stderr.write(f"autoeff: nobody drives this search; `autoeff resume {run}` goes on with it\n")
+
+
+@app.command()
+def ls(run: Annotated[str | None, typer.Argument(metavar="[RUN]", show_default=False)] = None, form: Format = Form.TABLE) -> None:
+    """Lists the jobs of this machine, or the trials of a run."""
+    if run is None:
+        _list_jobs(form)
+        return
+    from autoeff.search.results import rows_of
+
+    with _opened(run) as opened:
+        rows = rows_of(opened.store, opened.job_id)
+        _print_rows(rows, opened.store.job(opened.job_id), form)
+
+
+@app.command()
+def show(run: RunRef, trial: TrialRef, form: Format = Form.TABLE) -> None:
+    """Shows one trial: its configuration, what was measured, and its log if it failed."""
+    with _opened(run) as opened:
+        row = _row(opened, trial)
+        record = opened.store.trial(opened.job_id, row["trial"])
+        attempts = opened.store.attempts(record.evaluation_id)
+    if form is Form.JSON:
+        print_json(row)
+        return
+    print_pairs({key: row[key] for key in ("trial", "digest", "origin", "label", "state") if row.get(key) is not None})
+    sys.stdout.write("\n")
+    columns = ["measurement", "value", "spread", "text", "tokens", "method"]
+    measured = row["measurements"].items()
+    print_table(
+        columns,
+        [
+            [
+                n,
+                measure(n).text(m["value"]),
+                f"{m['spread']:.2g}" if "spread" in m else None,
+                m.get("split"),
+                m.get("tokens"),
+                m.get("method"),
+            ]
+            for n, m in measured
+        ],
+    )
+    sys.stdout.write("\n")
+    print_table(["decision", "level"], row["configuration"].items())
+    if record.failure is not None:
+        sys.stdout.write(f"\n{record.failure.kind}: {record.failure.message}\n")
+        sys.stdout.writelines(f"\nlog of attempt {n}:\n{attempt.log}\n" for n, attempt in enumerate(attempts, start=1) if attempt.log)
+
+
+@app.command()
+def pareto(run: RunRef, form: Format = Form.TABLE) -> None:
+    """Lists the trials on the Pareto front, also while the search goes on."""
+    from autoeff.search.results import rows_of
+    from autoeff.search.standing import standing_of
+
+    with _opened(run) as opened:
+        job = opened.store.job(opened.job_id)
+        front = standing_of(opened.store, job).front
+        rows = [row for row in rows_of(opened.store, opened.job_id) if row["trial"] in front]
+        _print_rows(rows, job, form)
+
+
+@app.command()
+def best(run: RunRef, form: Format = Form.TABLE) -> None:
+    """Shows the best trial within the limits."""
+    show(run, "best", form)
+
+
+@app.command()
+def export(
+    run: RunRef,
+    trial: TrialRef,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")],
+    format_name: Annotated[str, typer.Option("--format", metavar="hf-dense|recipe", help="What to write.")] = "hf-dense",
+) -> None:
+    """Writes a trial's configuration, loads it in a fresh process and measures it again."""
+    from autoeff.search.run import export as export_run
+    from autoeff.search.settings import Settings
+
+    settings = Settings.read()
+    with _opened(run) as opened:
+        number = _number(opened, trial)
+    done = export_run(run, number, folder, format_name, settings)
+    quality = done["quality"]
+    print_pairs(
+        {
+            "folder": done["folder"],
+            "format": done["format"],
+            "files": ", ".join(done["files"]),
+            f"{quality} of the trial": f"{done['trial']:.6g}",
+            f"{quality} after reload": f"{done['measured']:.6g}",
+            "linear_bytes": f"{done['linear_bytes']} as packed; files in the original shapes are larger",
+        }
+    )
+
+
+@app.command()
+def doctor(form: Format = Form.TABLE) -> None:
+    """Says what this machine has, what is missing, and what mends it."""
+    from autoeff.search.doctor import examine
+    from autoeff.search.settings import Settings
+
+    report = examine(Settings.read())
+    if form is Form.JSON:
+        print_json(report.to_json())
+    else:
+        print_table(["", "", "", "remedy"], [[c.state, c.name, c.found, c.remedy] for c in report.checks], left=4)
+        sys.stdout.write("\n")
+        print_table(["kind", "name", "from"], [[p.kind, p.name, p.where] for p in report.plugins], left=3)
+    raise typer.Exit(ExitCode.FEASIBLE if report.healthy else ExitCode.FAILURE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; whatever goes wrong becomes one line on standard error."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what libraries tell their developers
+    try:
+        code = typer.main.get_command(app)(args=argv, prog_name="autoeff", standalone_mode=False)
+        sys.stdout.flush()
+    except AutoeffError as error:
+        print_error(str(error))
+        return error.exit_code
+    except _USAGE_ERROR as error:
+        print_error(f"{error.format_message()} Try `autoeff --help`.")  # type: ignore[attr-defined]
+        return ExitCode.BAD_INPUT
+    except (KeyboardInterrupt, typer.Abort):
+        print_error("interrupted")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; what is still buffered has no place to go
+        return ExitCode.FAILURE
+    except Exception as error:
+        if os.environ.get("AUTOEFF_DEBUG") == "1":
+            traceback.print_exc()
+        print_error(f"{type(error).__name__}: {error}; this is a fault of autoeff, {_logged()}")
+        return ExitCode.FAILURE
+    return code if isinstance(code, int) else ExitCode.FEASIBLE
+
+
+def job_fields(flags: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the job that `base` (a job file) and the flags over it describe.
+
+    Flags replace what the file says; settings and levels are added to those of the file, and win where both name the same.
+
+    Raises:
+        InputError: A flag that cannot be read.
+    """
+    job = deepcopy(dict(base))
+    for name, path in FIELDS.items():
+        value = flags.get(name)
+        if value is None or value == []:
+            continue
+        section, _, key = path.partition(".")
+        if section == "knobs":
+            job["knobs"] = _chosen(value, job) if name == "knobs" else _with_settings(value, job)
+        elif not key:
+            job[section] = list(value) if name == "limit" else _split(value) if name == "objective" else value
+        else:
+            part = _mapping(job, section)
+            if key == "levels":
+                part[key] = _with_levels(value, part.get(key) or {})
+            else:
+                part[key] = _seconds(value) if key == "seconds" else _starts(value) if key == "draw" else value
+    return job
+
+
+def _mapping(job: dict[str, Any], section: str) -> dict[str, Any]:
+    """A section of the job to write into; text given by its name alone becomes one."""
+    value = job.get(section)
+    if section in ("data", "eval_data") and isinstance(value, str):
+        value = {"source": value}
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise InputError(f"{section!r} of the job file must be a mapping; found {value!r}")
+    job[section] = value
+    return value
+
+
+def _knobs_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    from autoeff.search.job import JobSpec
+
+    knobs = job.get("knobs", JobSpec.model_fields["knobs"].default)
+    if isinstance(knobs, str):
+        knobs = _split(knobs)
+    if isinstance(knobs, list):
+        knobs = {str(name): {} for name in knobs}
+    if not isinstance(knobs, dict):
+        raise InputError(f"'knobs' of the job file must be names or a mapping; found {knobs!r}")
+    return {name: dict(settings or {}) for name, settings in knobs.items()}
+
+
+def _chosen(text: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    known = _knobs_of(job) if "knobs" in job else {}
+    return {name: known.get(name, {}) for name in _split(text)}
+
+
+def _with_settings(items: Sequence[str], job: Mapping[str, Any]) -> dict[str, Any]:
+    knobs = _knobs_of(job)
+    for item in items:
+        left, equals, value = item.partition("=")
+        knob, dot, name = left.strip().partition(".")
+        if not (equals and dot and knob and name):
+            raise InputError(f"cannot read --set {item!r}; write for example bits.group_size=32")
+        if knob not in knobs:
+            raise InputError(f"--set {item!r}: {knob} is not among the knobs {', '.join(knobs)}; add it with --knobs")
+        parts = [_scalar(part) for part in value.split(",")]
+        knobs[knob][name] = parts if len(parts) > 1 else parts[0]
+    return knobs
+
+
+def _with_levels(items: Sequence[str], levels: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(levels)
+    for item in items:
+        glob, equals, value = item.rpartition("=")
+        if not equals or not glob or not value:
+            raise InputError(f"cannot read --levels {item!r}; write for example '*down_proj:bits=16,4,3'")
+        found.pop(glob, None)  # the last glob that matches holds
+        found[glob] = [_scalar(part) for part in value.split(",")]
+    return found
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _scalar(text: str) -> int | float | bool | str:
+    """A value as the job file would hold it."""
+    text = text.strip()
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
+    if match is None:
+        raise InputError(f"cannot read --timeout {text!r}; write for example 90s, 20m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _starts(text: str) -> str | list[int]:
+    return [int(part) for part in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
+
+
+@contextmanager
+def _opened(ref: str) -> Iterator[Run]:
+    from autoeff.search.runs import open_run
+    from autoeff.search.settings import Settings
+
+    run = open_run(ref, Settings.read())
+    with run.store:
+        yield run
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Ctrl-C ends a search with a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = f"; `autoeff resume {folder}` goes on" if folder.exists() else ""
+        sys.stderr.write(f"\nautoeff: interrupted{how}\n")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def _number(run: Run, trial: str) -> int:
+    """The number that TRIAL stands for."""
+    if trial != "best":
+        if not trial.isdecimal():
+            raise InputError(f"no trial {trial!r}: give a number, counted from 0, or best")
+        return int(trial)
+    from autoeff.search.standing import standing_of
+
+    job = run.store.job(run.job_id)
+    if not job.spec["limits"]:
+        raise InputError(f"job {job.id} has no limits, so no single best trial; `autoeff pareto` lists the front to choose from")
+    number = standing_of(run.store, job).best
+    if number is None:
+        raise InputError(f"job {job.id} has no feasible trial with a value (yet); `autoeff ls` lists its trials")
+    return number
+
+
+def _row(run: Run, trial: str) -> dict[str, Any]:
+    from autoeff.search.results import rows_of
+
+    number = _number(run, trial)
+    run.store.trial(run.job_id, number)
+    return next(row for row in rows_of(run.store, run.job_id) if row["trial"] == number)
+
+
+def _list_jobs(form: Form) -> None:
+    from autoeff.search.settings import Settings
+    from autoeff.search.storage.store import Store
+
+    with Store.open(Settings.read().database) as store:
+        jobs = page = store.jobs()
+        while page:
+            page = store.jobs(before=page[-1].id)
+            jobs += page
+    rows = [_job_row(job) for job in jobs]
+    if form is Form.JSON:
+        print_json(rows)
+        return
+    columns = ["job", "state", "model", "limits", "trials", "used", "budget", "created"]
+    print_table(columns, [[", ".join(r[c]) if c == "limits" else r[c] for c in columns] for r in rows], left=4)
+    if not rows:
+        sys.stderr.write("autoeff: no jobs yet; `autoeff search demo` makes the first\n")
+
+
+def _job_row(job: Job) -> dict[str, Any]:
+    ended = job.ended_at
+    return {
+        "job": job.id,
+        "state": str(job.state),
+        "driven_by": job.coordinator,
+        "model": job.spec["model"],
+        "limits": list(job.spec["limits"]),
+        "trials": job.counts.trials,
+        "used": round(job.counts.cost, 3),
+        "budget": job.spec["budget"]["trials"],
+        "created": job.created_at.isoformat(timespec="seconds"),
+        "ended": None if ended is None else ended.isoformat(timespec="seconds"),
+    }
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], job: Job, form: Form) -> None:
+    if form is Form.JSON:
+        print_json(rows)
+        return
+    from autoeff.search.standing import cost_columns
+
+    names = [
+        *cost_columns(job),
+        job.preflight["quality"],
+        *(name for name in _HELD_OUT if any(name in row["measurements"] for row in rows)),
+    ]
+    print_table(
+        ["trial", "origin", "label", "state", *names],
+        [
+            [
+                r["trial"],
+                r["origin"],
+                r.get("label"),
+                r["failure"]["class"] if "failure" in r else r["state"],
+                *(_shown(r, n) for n in names),
+            ]
+            for r in rows
+        ],
+        left=4,
+    )
+
+
+def _shown(row: Mapping[str, Any], name: str) -> str | None:
+    return measure(name).text(row["measurements"][name]["value"]) if name in row["measurements"] else None
+
+
+_HELD_OUT = [name for name in MEASURES if name.endswith("_held_out")]
+
+
+def _print_plan(plan: Plan, form: Form) -> None:
+    preflight = plan.preflight
+    if form is Form.JSON:
+        print_json(
+            {
+                "preflight": preflight,
+                "space": plan.space.to_json(),
+                "limits": [{"name": limit.name, "bound": float(limit.bound), "text": limit.text} for limit in plan.limits],
+                "minimum_trials": plan.minimum_trials,
+                "dense": dict(plan.dense),
+                "least": dict(plan.least),
+                "table": plan.table,
+                "job": plan.spec.model_dump(mode="json"),
+            }
+        )
+        return
+    model = preflight["model"]
+    texts = {
+        f"{split.replace('_', '-')} text": f"{text['source']}: {text['windows']} x {text['length']} tokens"
+        for split, text in preflight["text"].items()
+    }
+    print_pairs(
+        {
+            "model": f"{model['path']} ({model['model_type']}, {model['blocks']} blocks, context {model['context']})",
+            "parameters": f"{model['parameters']:,}",
+            **texts,
+            "quality": preflight["quality"],
+            "decisions": preflight["decisions"],
+            "configurations": _magnitude(preflight["configurations"]),
+            "memory": MEASURES["weight_bytes"].text(preflight["memory_bytes"]),
+            "hardware": preflight["hardware"],
+            "damage table": plan.table,
+            "least --trials": plan.minimum_trials,
+        }
+    )
+    sys.stdout.write("\n")
+    bounds = {limit.name: limit.text for limit in plan.limits}
+    print_table(
+        ["cost", "dense", "least reachable", "limit"],
+        [[name, measure(name).text(dense), measure(name).text(plan.least[name]), bounds.get(name)] for name, dense in plan.dense.items()],
+    )
+    sys.stdout.write(f"\n{plan.spec.to_yaml()}")
+    for notice in preflight["notices"]:
+        sys.stderr.write(f"autoeff: notice: {notice}\n")
+
+
+def _magnitude(number: str) -> str:
+    return number if len(number) <= 9 else f"about 10^{len(number) - 1}"
+
+
+def _print_result(result: Result, form: Form) -> None:
+    summary = result.summary
+    paths = {"front": result.folder / "front.png", "report": result.folder / "report.html"}
+    if form is Form.JSON:
+        files = {f"{name}_file": str(path) for name, path in paths.items()}
+        print_json({"job": result.job_id, "folder": str(result.folder), "exit_code": result.exit_code, **files, **summary})
+        return
+    from autoeff.search.report import verdict
+    from autoeff.search.standing import cost_columns, main_cost
+
+    with _opened(str(result.folder)) as opened:
+        job = opened.store.job(opened.job_id)
+    rows, quality, costs = summary["rows"], summary["quality"], cost_columns(job)
+    held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
+    held_out = {name: key for name, key in held_out.items() if any(row[key] is not None for row in rows)}
+    print_table(
+        ["", "label", "trial", *costs, quality, *held_out],
+        [
+            [
+                row["role"], row["point"] or row["label"], row["trial"], *(measure(name).text(row["costs"][name]) for name in costs),
+                *(None if row[key] is None else measure(name).text(row[key]) for name, key in {quality: "search", **held_out}.items()),
+            ]
+            for row in rows
+        ],
+        left=2,
+    )  # fmt: skip
+    sys.stdout.write("\n")
+    for row in rows:
+        if row["role"] == "found":
+            sys.stdout.write(f"{verdict(row, summary, main_cost(job))}\n")
+    print_pairs(paths)
+
+
+def _logged() -> str:
+    """Where the traceback was written."""
+    name = f"autoeff-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    for folder in (Path(os.environ.get("AUTOEFF_HOME", tempfile.gettempdir())), Path(tempfile.gettempdir())):
+        try:
+            (folder / name).write_text(traceback.format_exc())
+        except OSError:
+            continue
+        return f"its traceback is in {folder / name}"
+    return "AUTOEFF_DEBUG=1 shows its traceback"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

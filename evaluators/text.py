@@ -1,0 +1,299 @@
+"""Text as a model reads it: windows of token ids for decoders, padded sentences for encoders; drawn by a seed, named by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from autoeff.errors import InputError
+from autoeff.evaluators.checkpoint import read_json
+from autoeff.evaluators.loading import ModelFacts
+from autoeff.evaluators.sources import Text, read_package, read_pairs, read_text
+from autoeff.spaces.measurements import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Passages", "TextSpec", "make_passages", "make_sentences", "make_windows"]
+
+_WINDOWS = 16
+_WINDOW_LENGTH = 512
+_SENTENCES = 256
+_SENTENCE_LENGTH = 128
+_READ_LIMIT = 64 << 20  # bytes of a source that are ever tokenised
+_READ_LEAST = 1 << 16
+_BYTES_PER_TOKEN = 16  # generous: natural text has about 4
+_SETTLED = 64  # ids before a cut in the text that the cut may change
+_DOCUMENT_END = re.compile(r"^<\|endoftext\|>\s*$", re.MULTILINE)
+_BUNDLED = "texts.json"
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Which text, and how it is cut.
+
+    Attributes:
+        source: A text file, a directory, JSONL, a CSV of scored pairs (encoders), `package:NAME`; None for a bundled model's own.
+        windows: Windows (decoders) or sentences (encoders); 0 takes all; None takes 16 windows (all with `per_document`), 256
+            sentences, or every held-out pair.
+        length: Tokens per window, BOS included; None takes 512 (sentences are cut at 128), or the model's context if shorter.
+        bos: `per_window` puts a BOS in front of each window of the plain encoding; `per_document` in front of each document
+            (divided by lines `<|endoftext|>`), whose ids are then cut into windows.
+        draw: `random` draws windows that do not overlap by the seed; `first` takes them from the start; or where the search
+            windows start, in ids (sentences: which ones). A held-out part of the same source is then drawn at random.
+    """
+
+    source: str | None = None
+    windows: int | None = None
+    length: int | None = None
+    bos: Literal["per_window", "per_document"] = "per_window"
+    draw: Literal["random", "first"] | tuple[int, ...] = "random"
+
+    def __post_init__(self) -> None:
+        if self.windows is not None and self.windows < 0:
+            raise InputError(f"windows must be at least 1, or 0 for all: {self.windows}")
+        if self.length is not None and self.length < 2:
+            raise InputError(f"length must be at least 2 tokens: {self.length}")
+        if self.bos not in ("per_window", "per_document"):
+            raise InputError(f"bos must be per_window or per_document: {self.bos!r}")
+        starts = self.draw if isinstance(self.draw, tuple) else ()
+        if self.draw not in ("random", "first") and (not starts or not all(type(start) is int and start >= 0 for start in starts)):
+            raise InputError(f"draw must be random, first, or a list of window starts: {self.draw!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Passages:
+    """Token ids, ready for a model.
+
+    Attributes:
+        ids: int64 [windows, tokens]; for scored pairs rows 2i and 2i + 1 are pair i.
+        mask: Attention mask, int64 of the same shape, for padded sentences; None where every token counts.
+        scores: Of pairs, float32 [windows / 2]; None otherwise.
+        digest: SHA-256 of all of these.
+        source: Where they are from.
+        tokens: Tokens that count.
+        notices: What the user must be told once.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    scores: Tensor | None
+    digest: str
+    source: str
+    tokens: int
+    notices: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Passages:
+        """The same passages with their tensors on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(self, ids=self.ids.to(device), mask=move(self.mask), scores=move(self.scores))
+
+
+def make_passages(
+    tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, data: TextSpec, eval_data: TextSpec | None, seed: int
+) -> dict[Split, Passages]:
+    """Search and held-out passages of a job.
+
+    Without a held-out source, a given search source is divided: its first four fifths are searched on, the last fifth is held out.
+
+    Raises:
+        InputError: A text cannot be read, is too short, or is needed and not given.
+    """
+    held_out = eval_data or replace(data, draw="random" if isinstance(data.draw, tuple) else data.draw)
+    divided = data.source is not None and (eval_data is None or eval_data.source is None)
+    if divided:
+        held_out = replace(held_out, source=data.source)
+    make = make_windows if facts.task == "decoder" else make_sentences
+    return {
+        "search": make(tokenizer, facts, data, seed, "search", divided=divided),
+        "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided),
+    }
+
+
+def make_windows(
+    tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, spec: TextSpec, seed: int, split: Split, *, divided: bool = False
+) -> Passages:
+    """Windows of a text for a decoder.
+
+    Args:
+        tokenizer: The model's.
+        facts: The model.
+        spec: Source and cut.
+        seed: Draws the windows, for each split apart.
+        split: Which of a bundled model's texts; which part of a divided one.
+        divided: Take the first four fifths of the ids for `search`, the last fifth for `held_out`.
+
+    Raises:
+        InputError: The text is missing, unreadable or too short, or the windows do not fit the model.
+    """
+    length = _length(spec, facts, _WINDOW_LENGTH)
+    bos = tokenizer.bos_token_id if spec.bos == "per_window" else None
+    step = length - (bos is not None)
+    asked = len(spec.draw) if isinstance(spec.draw, tuple) else spec.windows
+    count = asked if asked is not None else (_WINDOWS if spec.bos == "per_window" else 0)
+    limit = _READ_LIMIT
+    if spec.draw == "first" and count and not divided:
+        limit = min(limit, max(_READ_LEAST, count * step * _BYTES_PER_TOKEN))
+    text, notices = _read(spec, facts, split, limit)
+    ids = _encode(tokenizer, text, spec.bos)
+    while not text.complete and limit < _READ_LIMIT and len(ids) < count * step + _SETTLED:
+        limit = min(4 * limit, _READ_LIMIT)
+        text, notices = _read(spec, facts, split, limit)
+        ids = _encode(tokenizer, text, spec.bos)
+    if not text.complete and limit == _READ_LIMIT:
+        notices.append(f"only the first {_READ_LIMIT >> 20} MiB of {text.name} are used")
+    where = text.name
+    if divided:
+        cut = len(ids) * 4 // 5
+        ids = ids[:cut] if split == "search" else ids[cut:]
+        where += ", its first four fifths" if split == "search" else ", its last fifth"
+    fit = len(ids) // step
+    if not fit:
+        raise InputError(f"{where} is shorter than one window: {len(ids)} ids found, {step} needed; give more text or a shorter length")
+    if isinstance(spec.draw, tuple):
+        starts = list(spec.draw)
+        if max(starts) + step > len(ids):
+            last = f"the last possible start is {len(ids) - step}"
+            raise InputError(f"no window can start at id {max(starts)} of {where}, which has {len(ids)} ids; {last}")
+    else:
+        if asked and asked > fit:
+            raise InputError(
+                f"{asked} windows of {length} tokens were asked for, {where} ({len(ids)} ids) holds {fit}; ask for {fit} or fewer"
+            )
+        if asked is None and count > fit:
+            notices.append(f"{where} holds {fit} windows of {length} tokens, fewer than the usual {count}")
+        count = min(count or fit, fit)
+        rng = random.Random(f"{seed}:{split}")
+        starts = [i * step for i in range(count)] if spec.draw == "first" else _apart(len(ids), count, step, rng)
+    windows = ids[torch.tensor(starts)[:, None] + torch.arange(step)]
+    if bos is not None:
+        windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+    return _passages(facts, windows, None, None, where, notices)
+
+
+def make_sentences(
+    tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, spec: TextSpec, seed: int, split: Split, *, divided: bool = False
+) -> Passages:
+    """Sentences for an encoder: the lines of a text, or both columns of a CSV of scored pairs, padded on the right.
+
+    Args and errors are those of `make_windows`; a held-out CSV is taken whole unless `windows` says otherwise.
+    """
+    length = _length(spec, facts, _SENTENCE_LENGTH)
+    notices: list[str] = []
+    paired = spec.source is not None and spec.source.endswith(".csv")
+    items: list[tuple[str, ...]]
+    scores: list[float] | None = None
+    if paired:
+        assert spec.source is not None
+        pairs = read_pairs(spec.source)
+        where, items, scores = spec.source, [(pair.first, pair.second) for pair in pairs], [pair.score for pair in pairs]
+    else:
+        text, notices = _read(spec, facts, split, _READ_LIMIT)
+        if not text.complete:
+            notices.append(f"only the first {_READ_LIMIT >> 20} MiB of {text.name} are used")
+        where, items = text.name, [(line.strip(),) for document in text.documents for line in document.splitlines() if line.strip()]
+    part = range(len(items))
+    if divided:
+        cut = len(items) * 4 // 5
+        part = part[:cut] if split == "search" else part[cut:]
+        where += ", its first four fifths" if split == "search" else ", its last fifth"
+    chosen = [part[i] for i in _choose(len(part), spec, paired, seed, split, where)]
+    sentences = [sentence for i in chosen for sentence in items[i]]
+    rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
+    width = max(len(row) for row in rows)
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return _passages(facts, ids, mask, None if scores is None else torch.tensor([scores[i] for i in chosen]), where, notices)
+
+
+def _length(spec: TextSpec, facts: ModelFacts, usual: int) -> int:
+    if spec.length is not None and facts.context is not None and spec.length > facts.context:
+        raise InputError(f"windows of {spec.length} tokens exceed the model's context; at most {facts.context} are allowed")
+    return spec.length or min(usual, facts.context or usual)
+
+
+def _read(spec: TextSpec, facts: ModelFacts, split: Split, limit_bytes: int) -> tuple[Text, list[str]]:
+    """The text and what must be said about it."""
+    if spec.source is not None:
+        return read_text(spec.source, limit_bytes), []
+    path = facts.path / _BUNDLED
+    if not path.is_file():
+        raise InputError(f"{facts.path} brings no text of its own; give one with --data")
+    listed = read_json(path, 1 << 16)
+    entry = listed.get(split)
+    keys = ("package", "version", "sha256")
+    if listed.get("format") != 1 or not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+        raise InputError(f"{path} is malformed; expected format 1 and package, version and sha256 of the {split} text")
+    package = read_package(entry["package"])
+    text = package.text(limit_bytes)
+    notices = []
+    if package.sha256 != entry["sha256"]:
+        notices.append(
+            f"the {split} text is {text.name}, the model's published figures are of {entry['version']} "
+            f"(sha256 {entry['sha256'][:12]}…); values may differ"
+        )
+    return text, notices
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
+    """All ids in order, int64 [ids]."""
+    if bos == "per_window":
+        plain = tokenizer("\n\n".join(text.documents), add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(plain, dtype=torch.int64)
+    pieces = [piece.strip("\n") for document in text.documents for piece in _DOCUMENT_END.split(document)]
+    first = tokenizer.bos_token_id
+    ids: list[int] = []
+    for row in tokenizer([piece for piece in pieces if piece], verbose=False)["input_ids"]:
+        if first is not None and row[:1] != [first]:
+            ids.append(first)
+        ids += row
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _apart(total: int, count: int, step: int, rng: random.Random) -> list[int]:
+    """Starts of `count` stretches of `step` that do not overlap, every such set equally likely, in random order.
+
+    Shrinking each stretch to a point leaves `count` distinct points. The order matters: a low fidelity takes the first windows.
+    """
+    points = sorted(rng.sample(range(total - count * (step - 1)), count))
+    starts = [point + i * (step - 1) for i, point in enumerate(points)]
+    rng.shuffle(starts)
+    return starts
+
+
+def _choose(total: int, spec: TextSpec, paired: bool, seed: int, split: Split, where: str) -> Sequence[int]:
+    """Which sentences, or pairs of them."""
+    unit = "pairs" if paired else "sentences"
+    if isinstance(spec.draw, tuple):
+        if max(spec.draw) >= total:
+            raise InputError(f"number {max(spec.draw)} was asked for, {where} has {total} {unit}; the last is {total - 1}")
+        return spec.draw
+    if not total:
+        raise InputError(f"{where} holds no {unit}; give more text")
+    asked = -(-spec.windows // 2) if spec.windows and paired else spec.windows
+    if asked and asked > total:
+        raise InputError(f"{asked} {unit} were asked for, {where} has {total}; ask for that many or fewer")
+    usual = total if paired and split == "held_out" else _SENTENCES // (2 if paired else 1)
+    count = total if asked == 0 else min(total, asked or usual)
+    return range(count) if spec.draw == "first" else random.Random(f"{seed}:{split}").sample(range(total), count)
+
+
+def _passages(facts: ModelFacts, ids: Tensor, mask: Tensor | None, scores: Tensor | None, source: str, notices: Sequence[str]) -> Passages:
+    if (largest := int(ids.max())) >= facts.vocabulary:
+        raise InputError(f"the tokenizer gives the id {largest}, the model knows {facts.vocabulary} ids; they do not belong together")
+    digest = hashlib.sha256()
+    for tensor in (ids, mask, scores):
+        digest.update(b"none" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    tokens = ids.numel() if mask is None else int(mask.sum())
+    return Passages(ids, mask, scores, digest.hexdigest(), source, tokens, tuple(notices))

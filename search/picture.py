@@ -1,0 +1,178 @@
+"""The picture of a search: quality against cost, with the baselines that every search is judged by."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from autoeff.spaces.measurements import measure
+
+__all__ = ["Guest", "Picture", "draw_png", "draw_svg"]
+
+_INK = {"ink": "#1c2330", "muted": "#6b7382", "line": "#d9dee7", "found": "#1d63d8", "guest": "#b4531a"}
+"""Colours on white. In the SVG each stands for a CSS variable of the same name, so that the page can turn dark."""
+_ORIGINS = {"table": "#9aa3b2", "random": "#c9b458", "additive": "#57a773", "searched": "#6f9ceb", "given": "#b08cc9"}
+_MARKS = {"dense": "P", "uniform": "s", "additive": "D", "random": "^", "found": "*"}
+_SIZES = {"found": 190, "dense": 70}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "autoeff",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK["ink"],
+    "axes.labelcolor": _INK["ink"],
+    "axes.edgecolor": _INK["muted"],
+    "xtick.color": _INK["muted"],
+    "ytick.color": _INK["muted"],
+    "xtick.labelcolor": _INK["ink"],
+    "ytick.labelcolor": _INK["ink"],
+}
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A configuration that is marked and named.
+
+    Attributes:
+        role: dense, uniform, additive, random or found.
+        quality: On the search text; 0 for the dense model.
+    """
+
+    role: str
+    label: str
+    cost: float
+    quality: float | None
+    spearman: float | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn.
+
+    Attributes:
+        quality: Name of the measurement on the logarithmic axis.
+        cost: Name of the measurement on the other one.
+        points: (cost, quality) of every trial by origin.
+        front: (cost, quality) of the trials on the Pareto front.
+        limit: Upper bound on the cost, None where the job has none on it.
+    """
+
+    quality: str
+    cost: str
+    points: Mapping[str, Sequence[tuple[float, float]]]
+    front: Sequence[tuple[float, float]]
+    guests: Sequence[Guest]
+    limit: float | None = None
+    spearman: Sequence[tuple[float, float]] = field(default=())
+
+
+def draw_png(picture: Picture) -> bytes:
+    """The picture on white, 1,600 pixels wide."""
+    return _saved(picture, "png", dpi=160, facecolor="white")
+
+
+def draw_svg(picture: Picture) -> str:
+    """The picture for inclusion in a page: transparent, its colours as CSS variables `--ink`, `--muted`, `--line`, `--found`, `--guest`."""
+    text = _saved(picture, "svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
+    for name, colour in _INK.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text[text.index("<svg") :]
+
+
+def _saved(picture: Picture, form: str, **options: Any) -> bytes:
+    with matplotlib.rc_context(_STYLE):
+        ranked = any(guest.spearman is not None for guest in picture.guests)
+        figure = Figure(figsize=(10, 7.6 if ranked else 5.6), layout="constrained")
+        if ranked:
+            upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
+            _draw_spearman(lower, picture)
+            _label_cost(lower, picture.cost)
+        else:
+            upper = figure.subplots()
+            _label_cost(upper, picture.cost)
+        _draw_quality(upper, picture)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, **options)
+        return buffer.getvalue()
+
+
+def _draw_quality(axes: Axes, picture: Picture) -> None:
+    _clean(axes)
+    axes.set_yscale("log")
+    for origin, points in picture.points.items():
+        if drawn := _positive(points):
+            colour = _ORIGINS.get(origin, _ORIGINS["searched"])
+            axes.scatter(
+                [x for x, _ in drawn], [y for _, y in drawn], s=11, color=colour, alpha=0.45, linewidths=0, label=f"{origin} trials", rasterized=True, zorder=2
+            )
+    if front := sorted(_positive(picture.front)):
+        xs, ys = zip(*front, strict=True)
+        axes.plot(xs, ys, color=_INK["found"], linewidth=1.4, drawstyle="steps-post", label="Pareto front", zorder=3)
+        axes.scatter(xs, ys, s=16, color=_INK["found"], linewidths=0, zorder=4)
+    if picture.limit is not None:
+        axes.axvline(picture.limit, color=_INK["guest"], linewidth=1.1, linestyle=(0, (5, 3)), label="limit", zorder=1)
+    seen: set[str] = set()
+    floor = axes.get_ylim()[0]
+    for guest in picture.guests:
+        if guest.quality is None:
+            continue
+        on_floor = guest.quality <= 0  # a logarithmic axis has no zero: the dense model stands on its lower edge
+        axes.scatter(
+            [guest.cost], [floor if on_floor else guest.quality], marker=_MARKS[guest.role], s=_SIZES.get(guest.role, 46),
+            color=_INK["found" if guest.role == "found" else "guest"], edgecolors="white", linewidths=0.8, zorder=6,
+            clip_on=not on_floor, label=None if guest.role in seen else _ROLE_WORDS[guest.role],
+        )  # fmt: skip
+        seen.add(guest.role)
+        if guest.role != "random":
+            axes.annotate(
+                guest.label, (guest.cost, floor if on_floor else guest.quality), textcoords="offset points",
+                xytext=(8, -13) if guest.role == "found" else (7, 6),
+                fontsize=8.5, color=_INK["found" if guest.role == "found" else "ink"], zorder=7,
+            )  # fmt: skip
+    axes.set_ylim(bottom=floor)
+    axes.set_ylabel(f"{picture.quality}, {measure(picture.quality).unit}")
+    for handle in axes.legend(loc="upper right", frameon=False, fontsize=8.5, ncols=2).legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+
+
+def _draw_spearman(axes: Axes, picture: Picture) -> None:
+    _clean(axes)
+    if line := sorted(picture.spearman):
+        axes.plot(*zip(*line, strict=True), color=_INK["found"], linewidth=1.4, marker=".", zorder=3)
+    for guest in picture.guests:
+        if guest.spearman is None:
+            continue
+        axes.scatter(
+            [guest.cost], [guest.spearman], marker=_MARKS[guest.role], s=_SIZES.get(guest.role, 46),
+            color=_INK["found" if guest.role == "found" else "guest"], edgecolors="white", linewidths=0.8, zorder=4,
+        )  # fmt: skip
+    axes.set_ylabel("Spearman, held out")
+
+
+def _label_cost(axes: Axes, cost: str) -> None:
+    axes.set_xlabel(f"{cost}, {measure(cost).unit}" if measure(cost).unit != "bytes" else cost)
+    if measure(cost).unit.startswith(("bytes", "FLOP")):
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: measure(cost).text(value)))
+
+
+def _clean(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(color=_INK["line"], linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _positive(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if y > 0]
+
+
+_ROLE_WORDS = {
+    "dense": "dense", "uniform": "uniform levels", "additive": "additive optimum", "random": "best of random", "found": "found",
+}  # fmt: skip

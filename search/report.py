@@ -1,0 +1,206 @@
+"""What a search leaves for people: `front.png`, and `report.html` that needs nothing else and no network."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import autoeff
+from autoeff.search.job import JobSpec
+from autoeff.search.limits import parse_limit
+from autoeff.search.picture import Guest, Picture, draw_png, draw_svg
+from autoeff.search.runs import write_file
+from autoeff.search.standing import cost_columns, main_cost
+from autoeff.search.storage.records import Job
+from autoeff.spaces.costs import CostModel
+from autoeff.spaces.measurements import measure
+from autoeff.spaces.space import Decision, SearchSpace
+
+__all__ = ["verdict", "write_report"]
+
+Row = Mapping[str, Any]
+_FAILURES_SHOWN = 20
+_NOTHING = "\N{EN DASH}"
+_ROLES = {"dense": "dense", "uniform": "uniform", "additive": "first additive optimum", "random": "best of random", "found": "found"}
+
+
+def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> tuple[Path, Path]:
+    """Writes `front.png` and `report.html` into `folder` and returns their paths; earlier ones are replaced whole.
+
+    `rows` are the public rows of the job's trials, `summary` is its result.
+
+    Raises:
+        OSError: `folder` cannot be written.
+    """
+    spec, space = JobSpec.parse(job.spec), SearchSpace.from_json(job.space)
+    picture = _picture(job, spec, space, rows, summary)
+    page = _PAGES.get_template("report.html.j2").render(
+        job=job,
+        spec=spec,
+        summary=summary,
+        version=autoeff.__version__,
+        folder=folder,
+        verdicts=[verdict(row, summary, picture.cost) for row in summary["rows"] if row["role"] == "found"],
+        columns=cost_columns(job),
+        quality=summary["quality"],
+        front_svg=draw_svg(picture),
+        chosen="best" if spec.limits else summary["found"],
+        maps=_level_maps(space, rows, summary),
+        damage=_damage_map(space, summary),
+        failures=_failures(rows),
+    )
+    paths = folder / "front.png", folder / "report.html"
+    write_file(paths[0], draw_png(picture))
+    write_file(paths[1], page.encode())
+    return paths
+
+
+def verdict(found: Row, summary: Row, cost: str) -> str:
+    """One sentence on a found row: its quality and cost, against the cheapest uniform level that costs no less."""
+    quality = summary["quality"]
+    if found["search"] is None:
+        return f"trial {found['trial']} has no {quality}"
+    text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])} at {_text(cost, found['costs'][cost])}"
+    if not found["feasible"]:
+        return f"{text}, which breaks a limit; no feasible configuration was found and this is the closest"
+    rivals = [r for r in summary["rows"] if r["role"] == "uniform" and r["search"] and r["costs"][cost] >= found["costs"][cost]]
+    if not rivals:
+        return text
+    rival = min(rivals, key=lambda row: row["costs"][cost])
+    change = 1 - found["search"] / rival["search"]
+    cheaper = 1 - found["costs"][cost] / rival["costs"][cost]
+    at = f"{cheaper:.1%} less {cost}" if cheaper >= 0.0005 else f"the same {cost}"
+    words = f"{abs(change):.0%} {'less' if change > 0 else 'more'} {quality} than uniform {rival['label']} at {at}"
+    return f"{text}; {words}" + ("" if change > 0 else ", so it is not called best")
+
+
+def _picture(job: Job, spec: JobSpec, space: SearchSpace, rows: Sequence[Row], summary: Row) -> Picture:
+    quality = summary["quality"]
+    cost = main_cost(job)
+    full = max((tokens for row in rows if (tokens := _tokens(row, quality))), default=None)
+    points: dict[str, list[tuple[float, float]]] = {}
+    by_number: dict[int, tuple[float, float]] = {}
+    for row in rows:
+        if full is not None and _tokens(row, quality) == full:  # what was measured on fewer tokens has no place on this axis
+            point = row["measurements"][cost]["value"], row["measurements"][quality]["value"]
+            points.setdefault(row["origin"], []).append(point)
+            by_number[row["trial"]] = point
+    context = spec.context or job.preflight["model"]["context"]
+    model = CostModel(space, batch=spec.batch, context=context)
+    bounds = [limit.bound for text in spec.limits if (limit := parse_limit(text, model, quality)).name == cost]
+    front = set(summary["front"])
+    guests = [
+        Guest(row["role"], row["label"], row["costs"][cost], 0.0 if row["role"] == "dense" else row["search"], row["spearman_held_out"])
+        for row in summary["rows"]
+    ]
+    return Picture(
+        quality=quality,
+        cost=cost,
+        points={origin: points[origin] for origin in points if origin not in ("dense", "uniform")},
+        front=[by_number[number] for number in front if number in by_number],
+        guests=guests,
+        limit=float(min(bounds)) if bounds else None,
+        spearman=[
+            (row["measurements"][cost]["value"], row["measurements"]["spearman_held_out"]["value"])
+            for row in rows
+            if row["trial"] in front and "spearman_held_out" in row["measurements"]
+        ],
+    )
+
+
+def _level_maps(space: SearchSpace, rows: Sequence[Row], summary: Row) -> list[dict[str, Any]]:
+    """For every found configuration a grid of blocks by places, each cell its level."""
+    wanted = {row["trial"]: row for row in summary["rows"] if row["role"] == "found"}
+    maps = []
+    for row in rows:
+        if row["trial"] not in wanted:
+            continue
+        indices = space.indices(row["configuration"])
+        cells: dict[tuple[int, str], dict[str, Any]] = {}
+        for decision, i, on in zip(space.decisions, indices, space.active(indices), strict=True):
+            share = i / max(1, len(decision.levels) - 1)
+            cells[decision.block, _place(decision)] = {
+                "text": str(decision.levels[i]) if on else _NOTHING, "share": share if on else 0.0, "title": decision.key,
+            }  # fmt: skip
+        found = wanted[row["trial"]]
+        maps.append({"title": found["point"] or found["label"], "trial": row["trial"], "digest": row["digest"], **_grid(space, cells)})
+    return maps
+
+
+def _damage_map(space: SearchSpace, summary: Row) -> list[dict[str, Any]]:
+    """For every knob a grid of blocks by places and levels, each cell the quality lost by that level alone."""
+    damage: Mapping[str, Mapping[str, float | None]] = summary["table"]["damage"]
+    values = [value for levels in damage.values() for value in levels.values() if value is not None and value > 0]
+    if not values:
+        return []
+    low, high = math.log(min(values)), math.log(max(values))
+
+    def cell(name: str, value: float | None) -> dict[str, Any]:
+        if value is None:
+            return {"text": "fails", "share": 1.0, "title": f"{name}: fails"}
+        share = (math.log(value) - low) / (high - low or 1) if value > 0 else 0.0
+        return {"text": _short(value), "share": share, "title": f"{name}: {value:.3g}"}
+
+    maps = []
+    for knob in dict.fromkeys(decision.knob for decision in space.decisions):
+        cells: dict[tuple[int, str], dict[str, Any]] = {}
+        for decision in space.decisions:
+            for level, value in damage.get(decision.key, {}).items() if decision.knob == knob else ():
+                cells[decision.block, f"{_inside(decision)} = {level}"] = cell(f"{decision.key} = {level}", value)
+        if cells:
+            maps.append({"title": knob, **_grid(space, cells)})
+    return maps
+
+
+def _grid(space: SearchSpace, cells: Mapping[tuple[int, str], dict[str, Any]]) -> dict[str, Any]:
+    places = list(dict.fromkeys(place for _, place in cells))
+    blocks = sorted({decision.block for decision in space.decisions})
+    return {"places": places, "blocks": [(block, [cells.get((block, place)) for place in places]) for block in blocks]}
+
+
+def _place(decision: Decision) -> str:
+    """What a column of the level map is about: `self_attn.o_proj bits`."""
+    return f"{_inside(decision)} {decision.knob}"
+
+
+def _inside(decision: Decision) -> str:
+    """The site's path inside its block."""
+    parts = decision.site.split(".")
+    number = str(decision.block)
+    return ".".join(parts[parts.index(number) + 1 :] if number in parts else parts)
+
+
+def _failures(rows: Sequence[Row]) -> dict[str, Any]:
+    failed = [row for row in rows if "failure" in row]
+    return {
+        "counts": Counter(row["failure"]["class"] for row in failed),
+        "shown": failed[:_FAILURES_SHOWN],
+        "more": max(0, len(failed) - _FAILURES_SHOWN),
+    }
+
+
+def _tokens(row: Row, quality: str) -> int | None:
+    measured = row["measurements"].get(quality)
+    return None if measured is None else measured["tokens"]
+
+
+def _text(name: str, value: float | None) -> str:
+    return _NOTHING if value is None else measure(name).text(value)
+
+
+def _short(value: float) -> str:
+    """Two digits of a number, for a narrow cell: `.012`, `3e-5`."""
+    text = f"{value:#.2g}" if value >= 0.001 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+    return text.removesuffix(".").removeprefix("0") or "0"
+
+
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+_PAGES.filters["measured"] = lambda value, name: _text(name, value)
+_PAGES.globals["roles"] = _ROLES

@@ -1,0 +1,165 @@
+"""What a run amounts to: its public rows, its front, and the table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from autoeff.search.guests import Baselines
+from autoeff.search.limits import Limit, feasible
+from autoeff.search.pareto import non_dominated
+from autoeff.search.samplers.problem import OperatingPoint, Problem
+from autoeff.search.storage.records import State, Trial
+from autoeff.search.storage.store import Store
+
+__all__ = ["Results", "all_trials", "rows_of"]
+
+
+def all_trials(store: Store, job_id: str) -> list[Trial]:
+    """Every trial of a job, read in pages."""
+    trials: list[Trial] = []
+    while page := store.trials(job_id, after=trials[-1].number if trials else -1):
+        trials += page
+    return trials
+
+
+def rows_of(store: Store, job_id: str) -> list[dict[str, Any]]:
+    """The JSON row of every trial; what a configuration measured on held-out text stands in the rows of its search trials too."""
+    trials = all_trials(store, job_id)
+    held_out = {t.configuration.digest: t for t in trials if t.split == "held_out" and t.state is State.SUCCEEDED}
+    rows = []
+    for trial in trials:
+        row = trial.to_json()
+        confirmed = held_out.get(trial.configuration.digest)
+        if confirmed is not None and trial.split == "search":
+            row["measurements"].update({m.name: m.to_json() for m in confirmed.measurements if m.split == "held_out"})
+        rows.append(row)
+    return rows
+
+
+class Results:
+    """Reads the outcome out of the trials of one problem.
+
+    Args:
+        problem: What was searched.
+        trials: All of them so far.
+    """
+
+    def __init__(self, problem: Problem, trials: Iterable[Trial]) -> None:
+        self.problem = problem
+        self.full: dict[str, Trial] = {}
+        self.held_out: dict[str, Trial] = {}
+        for trial in trials:
+            if trial.state is not State.SUCCEEDED:
+                continue
+            if trial.split == "held_out":
+                self.held_out.setdefault(trial.configuration.digest, trial)
+            elif trial.windows == problem.windows:
+                self.full.setdefault(trial.configuration.digest, trial)
+
+    def quality(self, trial: Trial) -> float:
+        """On the search text; infinity where there is none."""
+        value = trial.value(self.problem.quality)
+        return inf if value is None else value
+
+    def held_out_quality(self, trial: Trial) -> float:
+        """On the held-out text; infinity before it is confirmed."""
+        confirmed = self.held_out.get(trial.configuration.digest)
+        value = None if confirmed is None else confirmed.value(f"{self.problem.quality}_held_out")
+        return inf if value is None else value
+
+    def within(self, limits: Sequence[Limit]) -> list[Trial]:
+        """Full-fidelity trials that keep the limits on costs and the job's on quality, best first."""
+        on_quality = [limit for limit in self.problem.limits if limit.name == self.problem.quality]
+        kept = [
+            trial
+            for trial in self.full.values()
+            if feasible(limits, self.problem.cost_model, self.problem.space.indices(trial.configuration.levels))
+            and all(limit.met(self.quality(trial)) for limit in on_quality)
+        ]
+        return sorted(kept, key=lambda trial: (self.quality(trial), trial.number))
+
+    def front(self) -> list[Trial]:
+        """The non-dominated trials under the job's limits, by falling quality loss."""
+        trials = self.within(self.problem.limits)
+        values = [self.problem.values(self.problem.space.indices(t.configuration.levels), self.quality(t)) for t in trials]
+        return [trials[i] for i in non_dominated(values)]
+
+    def found(self, point: OperatingPoint) -> Trial | None:
+        """The best configuration at a point, guests included: by the held-out text where confirmed, else by the search text."""
+        trials = self.within(point.limits)
+        return min(trials, key=lambda t: (self.held_out_quality(t), self.quality(t), t.number), default=None)
+
+    def guests(self) -> list[tuple[str, str | None, Trial]]:
+        """The baselines to compare with: (role, operating point, trial)."""
+        found: list[tuple[str, str | None, Trial]] = [
+            (t.origin, None, t) for t in self.full.values() if t.origin in ("dense", "uniform")
+        ]
+        for point in self.problem.operating_points:
+            within = self.within(point.limits)
+            for origin in ("additive", "random"):
+                best = next((t for t in within if t.origin == origin), None)
+                if best is not None:
+                    found.append((origin, point.name, best))
+        return found
+
+    def additivity(self, baselines: Baselines) -> dict[str, float] | None:
+        """Spearman of predicted and true damage among candidates within 1.5 times the best at the first operating point."""
+        trials = self.within(self.problem.operating_points[0].limits)
+        good = [t for t in trials if self.quality(t) <= 1.5 * self.quality(trials[0])]
+        if len(good) < 5:
+            return None
+        space = self.problem.space
+        predicted = []
+        for trial in good:
+            indices = space.indices(trial.configuration.levels)
+            rows = zip(baselines.table.damage, indices, space.active(indices), strict=True)
+            predicted.append(sum(row[i] for row, i, on in rows if on))
+        return {"spearman": float(spearmanr(predicted, [self.quality(t) for t in good]).statistic), "n": len(good)}
+
+    def summary(self, baselines: Baselines) -> dict[str, Any]:
+        """The end table and what the report draws, as plain data."""
+        points = self.problem.operating_points
+        winners = [(point, self.found(point)) for point in points]
+        rows = [self._row(role, point, trial) for role, point, trial in self.guests()]
+        rows += [self._row("found", point.name, trial) for point, trial in winners if trial is not None]
+        first = winners[0][1] if winners else None
+        return {
+            "quality": self.problem.quality,
+            "objectives": list(self.problem.objectives),
+            "limits": [limit.text for limit in self.problem.limits],
+            "state": "infeasible" if first is None else "feasible",
+            "rows": rows,
+            "front": [trial.number for trial in self.front()],
+            "found": None if first is None else first.number,
+            "closest": None if first is not None else self._closest(),
+            "table": {"form": baselines.table.form, "damage": self._damage(baselines)},
+            "additivity": self.additivity(baselines),
+        }
+
+    def _row(self, role: str, point: str | None, trial: Trial) -> dict[str, Any]:
+        confirmed = self.held_out.get(trial.configuration.digest)
+        label = trial.label if role == "uniform" else None
+        row: dict[str, Any] = {"role": role, "label": label, "trial": trial.number, "point": point, "feasible": trial.feasible}
+        row["origin"] = trial.origin
+        row["costs"] = {m.name: m.value for m in trial.measurements if m.method == "exact"}
+        row["search"] = trial.value(self.problem.quality)
+        names = {"held_out": f"{self.problem.quality}_held_out"}
+        for key in ("held_out", "perplexity_held_out", "spearman_held_out"):
+            row[key] = None if confirmed is None else confirmed.value(names.get(key, key))
+        return row
+
+    def _closest(self) -> int | None:
+        """The evaluated trial of best quality among those that keep the limits on costs, where a limit on quality was missed."""
+        kept = [t for t in self.full.values() if t.feasible]
+        return min(kept, key=self.quality).number if kept else None
+
+    def _damage(self, baselines: Baselines) -> dict[str, dict[str, float | None]]:
+        table: Mapping[str, dict[str, float | None]] = {
+            decision.key: {str(level): value if value < inf else None for level, value in zip(decision.levels, row, strict=True)}
+            for decision, row in zip(self.problem.space.decisions, baselines.table.damage, strict=True)
+        }
+        return dict(table)

@@ -1,0 +1,116 @@
+"""What a sampler may know: the space, exact costs, limits and budget. And what it says: candidates."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Literal
+
+from autoeff.search.limits import Limit, cost_limits, feasible
+from autoeff.spaces.costs import CostModel
+from autoeff.spaces.space import SearchSpace
+
+__all__ = ["Candidate", "OperatingPoint", "Origin", "Problem", "stream"]
+
+Origin = Literal["dense", "uniform", "random", "table", "additive", "searched", "given"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration to be evaluated.
+
+    Attributes:
+        indices: Level indices, normalised.
+        windows: Of the search text; fewer than all of them is a cheap fidelity.
+        origin: Who proposes it. Only `dense`, `uniform` and `table` may break a limit.
+        label: For people, such as `bits=3`.
+    """
+
+    indices: tuple[int, ...]
+    windows: int
+    origin: Origin
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A budget at which the search looks for the best configuration.
+
+    Attributes:
+        name: The limits as the user wrote them, or the uniform level whose cost it has.
+        limits: On costs.
+    """
+
+    name: str
+    limits: tuple[Limit, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One search.
+
+    Attributes:
+        space: The decisions.
+        cost_model: Their exact costs.
+        limits: Hard limits.
+        objectives: What is minimised; first the quality measure, then cost measures.
+        trials: Budget in full-token equivalents, everything counted.
+        windows: Windows of the search text at full fidelity.
+        seed: Of everything random.
+    """
+
+    space: SearchSpace
+    cost_model: CostModel
+    limits: tuple[Limit, ...]
+    objectives: tuple[str, ...]
+    trials: int
+    windows: int
+    seed: int
+
+    @property
+    def quality(self) -> str:
+        return self.objectives[0]
+
+    @property
+    def few_windows(self) -> int:
+        """The cheap fidelity: a quarter of the windows."""
+        return max(1, self.windows // 4)
+
+    @cached_property
+    def cost_limits(self) -> tuple[Limit, ...]:
+        return cost_limits(self.limits, self.cost_model)
+
+    @cached_property
+    def cost_measure(self) -> str:
+        """The cost that a front is drawn over: the first objective on a cost, else the first limited one, else the stored bytes."""
+        names = [*self.objectives[1:], *(limit.name for limit in self.cost_limits), "weight_bytes"]
+        return names[0]
+
+    @cached_property
+    def operating_points(self) -> tuple[OperatingPoint, ...]:
+        """The limits; where there are none, the cost of each uniform level."""
+        if self.cost_limits:
+            return (OperatingPoint(", ".join(limit.text for limit in self.cost_limits), self.cost_limits),)
+        points: dict[Fraction, OperatingPoint] = {}
+        for name, configuration in self.space.uniform().items():
+            bound = self.cost_model.exact(self.cost_measure, self.space.indices(configuration.levels))
+            points.setdefault(bound, OperatingPoint(name, (Limit(self.cost_measure, bound, f"{self.cost_measure}<={name}"),)))
+        return tuple(points.values())
+
+    def feasible(self, indices: Sequence[int]) -> bool:
+        """Whether every limit on a cost is kept."""
+        return feasible(self.limits, self.cost_model, indices)
+
+    def values(self, indices: Sequence[int], quality: float) -> list[float]:
+        """The objective values, all minimised."""
+        return [quality, *(float(self.cost_model.exact(name, indices)) for name in self.objectives[1:])]
+
+
+def stream(seed: int, *names: object) -> random.Random:
+    """A generator of its own for everything that has a name: the same on every machine and Python."""
+    text = "/".join(map(str, (seed, *names)))
+    return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]))

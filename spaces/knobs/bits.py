@@ -1,0 +1,89 @@
+"""Bits per weight of the linears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from autoeff.spaces.configuration import Level
+from autoeff.spaces.knob import Cost, Kind, Knob, Undo, swap
+from autoeff.spaces.quantizer import Quantizer, make_quantizer
+from autoeff.spaces.sites import BYTES_DENSE, Site, Structure
+
+__all__ = ["Bits"]
+
+_DENSE = 16
+_WIDTHS = (8, 6, 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Bits(Knob):
+    """Codes of 8, 6, 4, 3 or 2 bits with fp16 scales instead of 16-bit weights.
+
+    Fewer bits are fewer bytes, stored and read per token; the arithmetic stays. Fewer weights per scale are closer to the dense
+    model and cost 32 (symmetric: 16) bits per group. Biases stay 16 bit.
+
+    Attributes:
+        quantizer: Name of a quantizer, see `autoeff.spaces.quantizers`.
+        group_size: Inputs that share a scale; a multiple of 8 from 8 to 1024.
+        symmetric: Scales without minima.
+
+    Source: mixed precision by layer after HAWQ, arXiv:1905.03696; group-wise scales after Q-BERT, arXiv:1909.05840.
+    """
+
+    name: ClassVar[str] = "bits"
+    kind: ClassVar[Kind] = "weight"
+
+    quantizer: str = "rtn"
+    group_size: int = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self._quantizer  # a wrong setting is reported here
+
+    def sites(self, structure: Structure) -> Sequence[Site]:
+        return [site for site in structure.sites if site.kind == "linears"]
+
+    def levels(self, site: Site) -> tuple[Level, ...]:
+        """16 and every lower width that saves bytes; with few inputs the scales can weigh more than the bits saved."""
+        levels, least = [_DENSE], BYTES_DENSE * site.parameters
+        for bits in _WIDTHS:
+            if (size := self._packed_bytes(site, bits)) < least:
+                levels.append(bits)
+                least = size
+        return tuple(levels)
+
+    def cost(self, site: Site, level: Level) -> Cost:
+        if level == _DENSE:
+            return {}
+        return {"linear_bytes": self._packed_bytes(site, int(level)) - BYTES_DENSE * site.parameters}
+
+    def build(self, site: Site, level: Level, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        packed = {linear.name: self._quantizer.quantize(weights[linear.name], int(level)) for linear in site.linears}
+        return {f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()}
+
+    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        decoded: dict[str, Tensor] = {}
+        for linear in site.linears:
+            prefix = f"{linear.name}."
+            parts = {name.removeprefix(prefix): tensor for name, tensor in packed.items() if name.startswith(prefix)}
+            weight = self._quantizer.dequantize(parts, int(level), linear.in_features)
+            decoded[f"{prefix}weight"] = weight.T.contiguous() if linear.transposed else weight
+        return decoded
+
+    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
+        return swap(model, decoded)
+
+    def kernel(self, site: Site, level: Level) -> str | None:
+        return None if level == _DENSE else "dequantize_wq"
+
+    @cached_property
+    def _quantizer(self) -> Quantizer:
+        return make_quantizer(self.quantizer, group_size=self.group_size, symmetric=self.symmetric)
+
+    def _packed_bytes(self, site: Site, bits: int) -> int:
+        return sum(self._quantizer.packed_bytes(linear.out_features, linear.in_features, bits) for linear in site.linears)

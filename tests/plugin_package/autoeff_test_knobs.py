@@ -1,0 +1,96 @@
+"""Third-party knobs for the tests: `noise` works, `faulty` harms the process that applies it.
+
+The folder is a distribution as an installer leaves it (a module and its `.dist-info`): put it on `sys.path` or `PYTHONPATH`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from autoeff.spaces.configuration import Level
+from autoeff.spaces.knob import Cost, Kind, Knob, Undo, swap
+from autoeff.spaces.sites import Site, Structure
+
+__all__ = ["Faulty", "Noise"]
+
+
+@dataclass(frozen=True)
+class Noise(Knob):
+    """Gaussian noise of a level's percentage of the weight's own deviation; pretends to save that many bytes per linear.
+
+    Attributes:
+        seed: Of the noise.
+    """
+
+    name: ClassVar[str] = "noise"
+    kind: ClassVar[Kind] = "weight"
+    conflicts: ClassVar[frozenset[str]] = frozenset({"bits"})  # both replace the weight
+
+    seed: int = 0
+
+    def sites(self, structure: Structure) -> Sequence[Site]:
+        return [site for site in structure.sites if site.kind == "linears"]
+
+    def levels(self, site: Site) -> tuple[Level, ...]:
+        return (0, 1, 10, 100)
+
+    def cost(self, site: Site, level: Level) -> Cost:
+        return {"linear_bytes": -int(level) * len(site.linears)} if level else {}
+
+    def build(self, site: Site, level: Level, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        noisy: dict[str, Tensor] = {}
+        for linear in site.linears:
+            weight = weights[linear.name]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{linear.name} {self.seed}".encode()))
+            noise = torch.randn(weight.shape, generator=generator) * weight.float().std() * int(level) / 100
+            noisy[f"{linear.name}.weight"] = (weight.float() + noise).to(weight.dtype)
+        return noisy
+
+    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = {f"{linear.name}.weight": linear.transposed for linear in site.linears}
+        return {name: packed[name].T.contiguous() if transposed else packed[name] for name, transposed in names.items()}
+
+    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
+        return swap(model, decoded)
+
+
+@dataclass(frozen=True)
+class Faulty(Knob):
+    """Every way in which a candidate can go wrong, done for real when applied."""
+
+    name: ClassVar[str] = "faulty"
+    kind: ClassVar[Kind] = "runtime"
+    uniform: ClassVar[bool] = False
+
+    def sites(self, structure: Structure) -> Sequence[Site]:
+        return [site for site in structure.sites if site.kind == "ffn"]
+
+    def levels(self, site: Site) -> tuple[Level, ...]:
+        return ("none", "segfault", "hog", "loop", "raise", "nan")
+
+    def cost(self, site: Site, level: Level) -> Cost:
+        i = self.levels(site).index(level)
+        return {"flops_per_token": -i} if i else {}
+
+    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
+        if level == "segfault":
+            ctypes.string_at(0)
+        if level == "hog":
+            kept = []
+            while True:
+                kept.append(b"\1" * (1 << 24))  # written, so that it is resident
+        while level == "loop":
+            pass
+        if level == "raise":
+            raise RuntimeError("faulty knob: told to raise")
+        if level == "nan":
+            names = [f"{linear.name}.weight" for linear in site.linears]
+            return swap(model, {name: torch.full_like(model.get_parameter(name), torch.nan) for name in names})
+        return swap(model, {})

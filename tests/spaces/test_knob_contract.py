@@ -1,0 +1,172 @@
+"""What every knob must do; a new knob adds one row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from autoeff.spaces.configuration import Level
+from autoeff.spaces.knob import KINDS, Knob, Undo, make_knob
+from autoeff.spaces.sites import Site, Structure, find_structure
+from autoeff.spaces.space import SpaceSpec, build_space
+
+ROWS: dict[str, tuple[str, dict[str, object]]] = {
+    "bits": ("bits", {"group_size": 8}),
+    "bits, symmetric": ("bits", {"group_size": 16, "symmetric": True}),
+    "skip": ("skip", {}),
+    "third party": ("noise", {"seed": 3}),
+}
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(params=ROWS)
+def knob(request: pytest.FixtureRequest, third_party_knobs: Path) -> Knob:
+    return make_knob(*ROWS[request.param])
+
+
+@pytest.fixture
+def model(family: str, make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model(family)
+
+
+@pytest.fixture
+def structure(model: nn.Module) -> Structure:
+    return find_structure(model)
+
+
+def _output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        output = model(TOKENS)
+    return output.last_hidden_state if model.get_output_embeddings() is None else output.logits
+
+
+def _decoded(model: nn.Module, knob: Knob, site: Site, level: Level) -> dict[str, Tensor]:
+    """As the bank does it: built from 16-bit weights, stored, read back."""
+    weights = {}
+    for linear in site.linears:
+        weight = model.get_submodule(linear.name).weight.detach().half()
+        weights[linear.name] = weight.T.contiguous() if linear.transposed else weight
+    return knob.decode(site, level, load(save(knob.build(site, level, weights, {}))))
+
+
+def _state(model: nn.Module) -> dict[str, tuple[int, int, Tensor]]:
+    return {name: (id(p), p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+
+
+def _assert_same(before: Mapping[str, tuple[int, int, Tensor]], model: nn.Module) -> None:
+    after = _state(model)
+    assert after.keys() == before.keys()
+    for name, (identity, pointer, values) in before.items():
+        assert after[name][:2] == (identity, pointer), name
+        assert torch.equal(after[name][2], values), name
+
+
+def test_describes_itself(knob: Knob) -> None:
+    assert knob.kind in KINDS
+    assert knob.name not in knob.conflicts
+    assert make_knob(knob.name, knob.settings()) == knob
+    assert hash(knob) == hash(replace(knob))
+
+
+def test_sites_are_places_of_the_model(knob: Knob, structure: Structure) -> None:
+    sites = knob.sites(structure)
+    assert sites
+    assert set(sites) <= set(structure.sites)
+    assert len(set(sites)) == len(sites)
+
+
+def test_levels_fall_in_cost_from_a_dense_one_that_costs_nothing(knob: Knob, structure: Structure) -> None:
+    for site in knob.sites(structure):
+        levels = knob.levels(site)
+        assert len(set(levels)) == len(levels)
+        costs = [dict(knob.cost(site, level)) for level in levels]
+        assert costs[0] == {}
+        for more, less in pairwise(costs):
+            names = more.keys() | less.keys()
+            assert all(less.get(name, 0) <= more.get(name, 0) for name in names)
+            assert any(less.get(name, 0) < more.get(name, 0) for name in names)
+
+
+def test_costs_stay_within_the_model(knob: Knob, structure: Structure) -> None:
+    space, _ = build_space(structure, SpaceSpec({knob.name: knob.settings()}))
+    least = space.primary([len(d.levels) - 1 for d in space.decisions])
+    assert least.keys() == space.dense.keys()
+    assert all(value >= 0 for value in least.values())
+
+
+def test_dense_level_is_an_exact_identity(knob: Knob, model: nn.Module, structure: Structure) -> None:
+    before, output = _state(model), _output(model)
+    for site in knob.sites(structure):
+        dense = knob.levels(site)[0]
+        assert not knob.silences(site, dense)
+        assert knob.kernel(site, dense) is None
+        knob.apply(model, site, dense, {})
+    _assert_same(before, model)
+    assert torch.equal(_output(model), output)
+
+
+def test_building_is_deterministic(knob: Knob, model: nn.Module, structure: Structure) -> None:
+    site = knob.sites(structure)[-1]
+    for level in knob.levels(site)[1:]:
+        one, two = (_decoded(model, knob, site, level) for _ in range(2))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_every_level_changes_the_model_and_is_undone_bit_exactly(knob: Knob, model: nn.Module, structure: Structure) -> None:
+    before, dense = _state(model), _output(model)
+    for site in knob.sites(structure)[:4]:
+        for level in knob.levels(site)[1:]:
+            undo = knob.apply(model, site, level, _decoded(model, knob, site, level))
+            assert _output(model).isfinite().all()
+            assert not torch.equal(_output(model), dense), (site.name, level)
+            undo()
+            _assert_same(before, model)
+
+
+def test_kernel_exists(knob: Knob, structure: Structure) -> None:
+    for site in knob.sites(structure):
+        for level in knob.levels(site):
+            name = knob.kernel(site, level)
+            assert name is None or find_spec(f"autoeff.kernels.{name}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_walks_end_where_they_began(family: str, seed: int, make_model: Callable[..., nn.Module]) -> None:
+    """Every knob at once, sites in any order; at one sublayer what came last goes first."""
+    rng = random.Random(seed)
+    model = make_model(family)
+    structure = find_structure(model)
+    before, dense = _state(model), _output(model)
+    moves = [(knob, site) for knob in (make_knob("bits", {"group_size": 8}), make_knob("skip", {})) for site in knob.sites(structure)]
+    stacks: dict[str, list[Undo]] = {}  # by the sublayer whose parameters are touched
+    sublayer = {linear.name: site.name for site in structure.sites if site.kind != "linears" for linear in site.linears}
+    for _ in range(40):
+        knob, site = rng.choice(moves)
+        stack = stacks.setdefault(sublayer[site.linears[0].name], [])
+        if stack and rng.random() < 0.4:
+            stack.pop()()
+        else:
+            level = rng.choice(knob.levels(site)[1:])
+            stack.append(knob.apply(model, site, level, _decoded_of(before, knob, site, level)))
+    assert not torch.equal(_output(model), dense)
+    for stack in rng.sample(list(stacks.values()), len(stacks)):
+        while stack:
+            stack.pop()()
+    _assert_same(before, model)
+    assert torch.equal(_output(model), dense)
+
+
+def _decoded_of(state: Mapping[str, tuple[int, int, Tensor]], knob: Knob, site: Site, level: Level) -> dict[str, Tensor]:
+    weights = {linear.name: state[f"{linear.name}.weight"][2].half() for linear in site.linears}
+    weights = {linear.name: weights[linear.name].T if linear.transposed else weights[linear.name] for linear in site.linears}
+    return knob.decode(site, level, knob.build(site, level, weights, {}))
