@@ -7,6 +7,7 @@ imported by the verbs that need them, so that `--help` and the read verbs answer
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from autoeff.search.runs import Run
     from autoeff.search.storage.records import Job
 
-__all__ = ["app", "job_fields", "main"]
+__all__ = ["FIELDS", "Form", "app", "job_fields", "main"]
 
 app = typer.Typer(
     name="autoeff",
@@ -242,8 +243,15 @@ def pareto(run: RunRef, form: Format = Form.TABLE) -> None:
 
 @app.command()
 def best(run: RunRef, form: Format = Form.TABLE) -> None:
-    """Shows the best trial within the limits."""
+    """Shows the best trial within the limits; the closest one, and exit code 3, where the search found none."""
+    from autoeff.search.standing import standing_of
+
+    with _opened(run) as opened:
+        standing = standing_of(opened.store, opened.store.job(opened.job_id))
     show(run, "best", form)
+    if not standing.feasible:
+        sys.stderr.write("autoeff: no trial keeps the limits; this one is the closest\n")
+        raise typer.Exit(ExitCode.INFEASIBLE)
 
 
 @app.command()
@@ -284,7 +292,7 @@ def doctor(form: Format = Form.TABLE) -> None:
     if form is Form.JSON:
         print_json(report.to_json())
     else:
-        print_table(["", "", "", "remedy"], [[c.state, c.name, c.found, c.remedy] for c in report.checks], left=4)
+        print_table(["state", "what", "found", "remedy"], [[c.state, c.name, c.found, c.remedy] for c in report.checks], left=4)
         sys.stdout.write("\n")
         print_table(["kind", "name", "from"], [[p.kind, p.name, p.where] for p in report.plugins], left=3)
     raise typer.Exit(ExitCode.FEASIBLE if report.healthy else ExitCode.FAILURE)
@@ -328,7 +336,7 @@ def job_fields(flags: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, A
     job = deepcopy(dict(base))
     for name, path in FIELDS.items():
         value = flags.get(name)
-        if value is None or value == []:
+        if value is None or (isinstance(value, list | tuple) and not value):
             continue
         section, _, key = path.partition(".")
         if section == "knobs":
@@ -572,7 +580,7 @@ def _print_plan(plan: Plan, form: Form) -> None:
             "quality": preflight["quality"],
             "decisions": preflight["decisions"],
             "configurations": _magnitude(preflight["configurations"]),
-            "memory": MEASURES["weight_bytes"].text(preflight["memory_bytes"]),
+            "memory needed": MEASURES["weight_bytes"].text(preflight["memory_bytes"]),
             "hardware": preflight["hardware"],
             "damage table": plan.table,
             "least --trials": plan.minimum_trials,
@@ -581,12 +589,20 @@ def _print_plan(plan: Plan, form: Form) -> None:
     sys.stdout.write("\n")
     bounds = {limit.name: limit.text for limit in plan.limits}
     print_table(
-        ["cost", "dense", "least reachable", "limit"],
-        [[name, measure(name).text(dense), measure(name).text(plan.least[name]), bounds.get(name)] for name, dense in plan.dense.items()],
+        ["cost", "dense", "least reachable", "of dense", "limit"],
+        [
+            [name, measure(name).text(dense), measure(name).text(plan.least[name]), _share(plan.least[name], dense), bounds.get(name)]
+            for name, dense in plan.dense.items()
+        ],
     )
     sys.stdout.write(f"\n{plan.spec.to_yaml()}")
     for notice in preflight["notices"]:
         sys.stderr.write(f"autoeff: notice: {notice}\n")
+
+
+def _share(value: float, dense: float) -> str:
+    """In the form of a limit, rounded up so that it is one that can be kept."""
+    return f"{math.ceil(value / dense * 10**4) / 10**4:.4f}x" if dense else ""
 
 
 def _magnitude(number: str) -> str:
@@ -601,7 +617,7 @@ def _print_result(result: Result, form: Form) -> None:
         print_json({"job": result.job_id, "folder": str(result.folder), "exit_code": result.exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.search.standing import cost_columns, main_cost
+    from autoeff.search.standing import cost_columns, problem_of
 
     with _opened(str(result.folder)) as opened:
         job = opened.store.job(opened.job_id)
@@ -622,7 +638,7 @@ def _print_result(result: Result, form: Form) -> None:
     sys.stdout.write("\n")
     for row in rows:
         if row["role"] == "found":
-            sys.stdout.write(f"{verdict(row, summary, main_cost(job))}\n")
+            sys.stdout.write(f"{verdict(row, summary, problem_of(job).cost_measure)}\n")
     print_pairs(paths)
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.live import Live
 
     from autoeff.search.run import Progress
@@ -97,9 +97,7 @@ class Watcher:
         if progress.notice:
             self._print(f"notice: {progress.notice}")
         if self._live is not None:
-            from rich.text import Text
-
-            self._live.update(Text(describe(progress), overflow="ellipsis", no_wrap=True))
+            self._live.update(_line(progress))
             return
         reached = progress.used / progress.budget if progress.budget else 0.0
         if progress.phase != self._phase or reached >= self._milestone:
@@ -119,6 +117,8 @@ def describe(progress: Progress) -> str:
     parts = [_PHASES.get(progress.phase, progress.phase)]
     if progress.total:
         parts.append(f"{progress.done}/{progress.total}")
+    elif progress.done:
+        parts.append(f"{progress.done} trials")
     if progress.used:
         parts.append(f"{progress.used:.4g} of {progress.budget:.4g} evaluations")
     if progress.best is not None:
@@ -131,6 +131,19 @@ def describe(progress: Progress) -> str:
     if progress.eta_s is not None:
         parts.append(f"{duration(progress.eta_s)} left")
     return ", ".join(parts)
+
+
+def _line(progress: Progress) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    done, total = (progress.done, progress.total) if progress.total else (progress.used, progress.budget)
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=24)
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_row(ProgressBar(total=total, completed=done), Text(describe(progress)))
+    return grid
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,14 @@ _KEEP_DECODED_BYTES = 2 << 30
 
 @dataclass
 class _Text:
-    """A split with what is kept of the dense model over it."""
+    """A split with what is kept of the dense model over it.
+
+    Attributes:
+        order: Rows of `passages` before they were sorted by length, [windows]; None where all have the same length.
+    """
 
     passages: Passages
+    order: Tensor | None = None
     targets: list[Teacher] | Tensor | None = None  # decoders: a teacher a batch; encoders: embeddings [sentences, hidden]
 
 
@@ -53,8 +59,8 @@ class Evaluator:
         self.preparation = prepare(setup)
         facts, device = self.preparation.facts, self.preparation.device
         self.space, self.structure = self.preparation.space, self.preparation.structure
-        self.model = load_model(facts, device)
-        self._texts = {split: _Text(passages.to(device)) for split, passages in self.preparation.passages.items()}
+        self.model: Any = load_model(facts, device)
+        self._texts = {split: _text(passages.to(device)) for split, passages in self.preparation.passages.items()}
         self._head = self._find_head()
         self._forward = Forward(self.model, self.structure.blocks, _KEEP_STATES_BYTES)
         self._dense_states: dict[int, list[Tensor]] = {}
@@ -65,7 +71,7 @@ class Evaluator:
             Path(setup.bank),
             facts.digest,
             weights=lambda name: dense[name].to(facts.store_dtype),
-            place=lambda tensor: tensor.to(device, dtype),
+            place=lambda tensor: tensor.to(facts.store_dtype).to(device, dtype),  # the values that a 16-bit runtime computes with
             keep_bytes=_KEEP_DECODED_BYTES,
         )
         self.candidate = Candidate(self.model, self.structure, self.space, self.preparation.knobs, self.bank)
@@ -177,9 +183,11 @@ class Evaluator:
         embeddings = self._embeddings(text, request.split, request.windows)
         damage = sample_of(cosine_damage(embeddings, dense[: request.windows]))
         result = [self._measured("damage_cosine", request, damage, request.windows)]
-        scores = text.passages.scores
-        if request.split == "held_out" and scores is not None and request.windows == len(text.passages.ids):
-            left, right = embeddings[0::2], embeddings[1::2]
+        scores, order = text.passages.scores, text.order
+        if request.split == "held_out" and scores is not None and order is not None and request.windows == len(order):
+            as_read = torch.empty_like(embeddings)
+            as_read[order] = embeddings
+            left, right = as_read[0::2], as_read[1::2]
             result.append(self._measured("spearman", request, Sample(spearman((left * right).sum(-1), scores), None), len(scores)))
         return result
 
@@ -263,6 +271,16 @@ class Evaluator:
     @property
     def _zeros(self) -> tuple[int, ...]:
         return (0,) * len(self.space.decisions)
+
+
+def _text(passages: Passages) -> _Text:
+    """Sorts sentences by length within the first quarter and within the rest, so that batches hold little padding."""
+    if passages.mask is None:
+        return _Text(passages)
+    lengths = passages.mask.sum(1)
+    quarter = max(1, len(lengths) // 4)
+    order = torch.cat([torch.argsort(lengths[:quarter], stable=True), quarter + torch.argsort(lengths[quarter:], stable=True)])
+    return _Text(replace(passages, ids=passages.ids[order], mask=passages.mask[order]), order)
 
 
 def _first(teacher: Teacher, windows: int) -> Teacher:

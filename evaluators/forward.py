@@ -37,7 +37,7 @@ class Forward:
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], keep_bytes: int) -> None:
-        self.body: nn.Module = getattr(model, "base_model", model)
+        self.body: Any = getattr(model, "base_model", model)
         self.keep_bytes = keep_bytes
         self.blocks = len(blocks)
         self.computed_blocks = 0
@@ -48,7 +48,7 @@ class Forward:
         self._returns_tuple = False
         for index, path in enumerate(blocks):
             block = model.get_submodule(path)
-            block.forward = self._wrapped(index, block.forward)  # type: ignore[method-assign]
+            block.forward = self._wrapped(index, block.forward)
 
     def batches(self, ids: Tensor, mask: Tensor | None = None) -> list[slice]:
         """How windows [windows, tokens] are batched: a quarter of them at most, so that a quarter fidelity reuses whole batches."""

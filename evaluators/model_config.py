@@ -71,7 +71,7 @@ def read_config(folder: Path) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     if getattr(config_class, "sub_configs", None):
         raise InputError(f"{path}: {model_type!r} is composed of several models; give the text model alone")
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map) | _LEGACY_ROPE
-    return model_type, tuple(architectures), {key: raw[key] for key in sorted(raw.keys() - _NOT_OURS)}
+    return model_type, tuple(architectures), {key: raw[key] for key in sorted(raw.keys() & known - _NOT_OURS)}
 
 
 def build_config(model_type: str, settings: Mapping[str, Any]) -> PreTrainedConfig:

@@ -117,9 +117,11 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
+    inverse: Tensor
+    counts: Tensor
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    ranks = counts.cumsum(0).double() - (counts - 1) / 2
+    return ranks[inverse]
 
 
 def _score(hidden: Tensor, head: nn.Linear, teacher: Teacher) -> Tensor:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoeff.errors import AutoeffError
-from autoeff.search.guests import Candidate, finalists, preamble
-from autoeff.search.limits import feasible
-from autoeff.search.pareto import non_dominated
-from autoeff.search.results import all_trials, end_row, search_trials
+from autoeff.evaluators.loading import load_tokenizer
+from autoeff.search.guests import DamageTable, finalists, preamble, table_form
+from autoeff.search.results import Results, all_trials
 from autoeff.search.runner_process import RunnerProcess
+from autoeff.search.samplers.problem import Candidate, Problem
 from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
-from autoeff.search.storage.records import Claim, JobState, Proposal, State, Trial
+from autoeff.search.storage.records import Claim, JobState, Proposal, Trial
 from autoeff.search.storage.store import Store
+from autoeff.search.study import Study
 from autoeff.search.worker import Worker
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.measurements import Split
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Coordinator", "Progress"]
 
+_PROMPT_TOKENS = 48
 _COMPLETION_TOKENS = 48
+_FRONT_CONFIRMED = 12
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,7 @@ class Coordinator:
         watch: Hears of progress.
     """
 
-    def __init__(
-        self, store: Store, job_id: str, plan: Plan, folder: Path, settings: Settings, watch: Callable[[Progress], None]
-    ) -> None:
+    def __init__(self, store: Store, job_id: str, plan: Plan, folder: Path, settings: Settings, watch: Callable[[Progress], None]) -> None:
         self._store, self._job_id, self._plan, self._settings, self._watch = store, job_id, plan, settings, watch
         self._me = process_identity()
         self._setup = plan.spec.setup(settings.bank)
@@ -85,12 +87,14 @@ class Coordinator:
         self._worker = Worker(store, self._runner, settings.lease_s)
         self._full = {split: len(passages.ids) for split, passages in plan.preparation.passages.items()}
         self._quality = plan.preparation.quality
+        self._problem: Problem = plan.problem
         self._fence = 0
         self._stored: list[Trial] = []
         self._trials: list[Trial] = []
         self._told: list[int] = []
         self._started = self._renewed = time.monotonic()
-        self._phase = "loading"
+        self._phase = self._reported = "loading"
+        self._quiet_until = 0.0
 
     def run(self) -> dict[str, Any]:
         """Searches to the end of the budget and returns the summary, which is stored with the job.
@@ -100,7 +104,6 @@ class Coordinator:
             KeyboardInterrupt: The user stopped; the job is paused and can be resumed.
         """
         self._fence = self._store.acquire_coordinator(self._job_id, self._me, self._settings.lease_s)
-        ending = JobState.FAILED
         try:
             job = self._store.job(self._job_id)
             if job.state is JobState.SUCCEEDED and job.result is not None:
@@ -124,49 +127,91 @@ class Coordinator:
     # Searching
 
     def _search(self) -> dict[str, Any]:
-        baselines = self._baselines()
-        self._phase = "search"
-        sampler = make_sampler(self._problem, self._plan.spec.sampler, baselines)
-        while (candidate := sampler.ask(self._trials)) is not None and self._budget_left(candidate):
-            sampler.tell(self._evaluate(candidate))
-        self._phase = "confirming"
-        self._confirm(baselines)
-        self._report("reporting")
-        return self._summary(baselines)
-
-    def _baselines(self) -> Baselines:
-        """Evaluates the guests of every search, batch by batch."""
         self._phase = "baselines"
         guests = preamble(self._problem)
         batch = next(guests)
-        while True:
-            values = [self._evaluate(candidate).value(self._quality) for candidate in batch]
-            try:
-                batch = guests.send(values)
-            except StopIteration as end:
-                found: Baselines = end.value
-                return found
+        with suppress(StopIteration):
+            while True:
+                batch = guests.send([self._evaluate(candidate).value(self._quality) for candidate in batch])
+        self._phase = "search"
+        study = Study(self._problem, self._plan.spec.sampler)
+        for trial in self._trials:
+            study.tell(trial)
+        while self._budget_left():
+            asked = study.ask(len(self._trials))
+            study.tell(self._evaluate(asked.candidate, state=asked.state))
+        self._phase = "confirming"
+        self._confirm()
+        self._report("reporting")
+        results = self._results()
+        form = table_form(self._problem.space, self._problem.trials, self._problem.windows)
+        table = DamageTable.measured(self._problem, self._known())
+        return {
+            **results.summary(table, form),
+            "completions": self._completions(results),
+            "seconds": time.monotonic() - self._started,
+            "evaluations": self._used,
+            "notices": self._plan.preparation.notices,
+        }
 
-    def _budget_left(self, candidate: Candidate) -> bool:
-        seconds = self._plan.spec.budget.seconds
-        if seconds is not None and time.monotonic() - self._started > seconds:
-            return False
-        used = sum(trial.cost for trial in self._trials)
-        return used + candidate.windows / self._problem.windows <= self._plan.spec.budget.trials + 1e-9
-
-    def _confirm(self, baselines: Baselines) -> None:
+    def _confirm(self) -> None:
         """Measures the guests, the finalists and the front on the held-out text."""
-        chosen: dict[str, Candidate] = {}
-        for trial in [*self._guests(baselines), *self._finalists(), *self._front_trials(_FRONT_CONFIRMED)]:
-            indices = self._plan.space.indices(trial.configuration.levels)
-            label = f"held-out of trial {trial.number}"
-            chosen.setdefault(trial.configuration.digest, Candidate(indices, self._full["held_out"], trial.origin, label))
-        for candidate in chosen.values():
-            self._evaluate(candidate, "held_out")
+        results = self._results()
+        values = {self._indices(trial): results.quality(trial) for trial in results.full.values()}
+        chosen = [trial.configuration.digest for _, _, trial in results.guests()]
+        chosen += [self._problem.space.at(indices).digest for indices in finalists(self._problem, values)]
+        front = results.front()
+        chosen += [trial.configuration.digest for trial in front[:: -(-len(front) // _FRONT_CONFIRMED) or 1]]
+        for digest in dict.fromkeys(chosen):
+            trial = results.full[digest]
+            self._evaluate(
+                Candidate(self._indices(trial), self._full["held_out"], trial.origin, f"held-out of trial {trial.number}"), "held_out"
+            )
+
+    def _completions(self, results: Results) -> dict[str, str] | None:
+        """The same prompt completed by dense, the best uniform level within the limits, and what was found."""
+        if self._plan.preparation.facts.task != "decoder":
+            return None
+        within = results.within(self._problem.operating_points[0].limits)
+        named = {
+            "dense": results.full.get(self._problem.space.dense_configuration.digest),
+            "uniform": next((t for t in within if t.origin == "uniform"), None),
+            "found": results.found(self._problem.operating_points[0]),
+        }
+        ids = self._plan.preparation.passages["held_out"].ids[0, :_PROMPT_TOKENS]
+        prompt = str(load_tokenizer(self._plan.preparation.facts).decode(ids, skip_special_tokens=True))
+        texts = {"prompt": prompt}
+        for name, trial in named.items():
+            if trial is not None:
+                message = {"kind": "complete", "levels": dict(trial.configuration.levels), "prompt": prompt, "tokens": _COMPLETION_TOKENS}
+                texts[name] = str(self._runner.ask(message)["text"])
+        return texts
+
+    def _budget_left(self) -> bool:
+        seconds = self._plan.spec.budget.seconds
+        return (seconds is None or self._elapsed < seconds) and self._used < self._problem.trials
+
+    @property
+    def _used(self) -> float:
+        return sum(trial.cost for trial in self._trials)
+
+    @property
+    def _elapsed(self) -> float:
+        """Wall time of the search: of this process, and of the evaluations of those before it."""
+        return time.monotonic() - self._started + sum(trial.seconds or 0.0 for trial in self._stored)
+
+    def _results(self) -> Results:
+        return Results(self._problem, self._trials)
+
+    def _indices(self, trial: Trial) -> tuple[int, ...]:
+        return self._problem.space.indices(trial.configuration.levels)
+
+    def _known(self) -> dict[tuple[tuple[int, ...], int], float | None]:
+        return {(self._indices(t), t.windows): t.value(self._quality) for t in self._trials if t.split == "search"}
 
     # Evaluating
 
-    def _evaluate(self, candidate: Candidate, split: Split = "search") -> Trial:
+    def _evaluate(self, candidate: Candidate, split: Split = "search", state: dict[str, Any] | None = None) -> Trial:
         """The finished trial of a candidate: from the tables if it is there, else evaluated now."""
         number = len(self._trials)
         configuration = self._plan.space.at(candidate.indices)
@@ -180,7 +225,7 @@ class Coordinator:
         reference = self._store.propose(
             self._job_id,
             self._fence,
-            self._proposal(number, candidate, split),
+            self._proposal(number, candidate, split, state),
             told=self._told,
             claim_for=self._me,
             ttl_s=self._settings.lease_s,
@@ -189,7 +234,7 @@ class Coordinator:
         trial = self._store.trial(self._job_id, number)
         return self._remember(trial if trial.state.terminal else self._finish(trial, reference.claim))
 
-    def _proposal(self, number: int, candidate: Candidate, split: Split) -> Proposal:
+    def _proposal(self, number: int, candidate: Candidate, split: Split, state: dict[str, Any] | None) -> Proposal:
         configuration = self._plan.space.at(candidate.indices)
         searching = split == "search"
         return Proposal(
@@ -200,10 +245,10 @@ class Coordinator:
             windows=candidate.windows,
             cost=candidate.windows / self._full["search"] if searching else 0.0,
             eval_key=digest_of([self._plan.preparation.digest, configuration.digest, split, candidate.windows]),
-            costs=self._plan.cost_model.values(candidate.indices),
-            feasible=feasible(self._plan.limits, self._plan.cost_model, candidate.indices),
+            costs=self._problem.cost_model.values(candidate.indices),
+            feasible=self._problem.feasible(candidate.indices),
             label=candidate.label,
-            sampler_state=candidate.state,
+            sampler_state=state,
         )
 
     def _finish(self, trial: Trial, claim: Claim | None) -> Trial:
@@ -236,24 +281,26 @@ class Coordinator:
     # Telling the user
 
     def _report(self, phase: str, done: int | None = None, total: int = 0, notice: str | None = None) -> None:
-        self._phase = phase
-        seconds = time.monotonic() - self._started
-        used, budget = sum(t.cost for t in self._trials), float(self._plan.spec.budget.trials)
-        full = search_trials(self._trials, self._quality, self._full["search"])
-        best = min((t.value(self._quality) or 0.0 for t in full if t.feasible and t.origin != "dense"), default=None)
+        now = time.monotonic()
+        if phase == self._reported and notice is None and now < self._quiet_until:
+            return
+        self._reported = phase
+        seconds, used, results = now - self._started, self._used, self._results()
+        within = [t for t in results.within(self._problem.limits) if t.origin != "dense"]
         self._watch(
             Progress(
                 phase=phase,
                 done=len(self._trials) if done is None else done,
                 total=total,
                 used=used,
-                budget=budget,
-                best=best,
+                budget=float(self._problem.trials),
+                best=results.quality(within[0]) if within else None,
                 quality=self._quality,
-                front=len(self._front),
+                front=len(results.front()),
                 failures=sum(t.failure is not None for t in self._trials),
                 seconds=seconds,
-                eta_s=seconds / used * (budget - used) if used else None,
+                eta_s=seconds / used * (self._problem.trials - used) if used else None,
                 notice=notice,
             )
         )
+        self._quiet_until = time.monotonic() + 50 * (time.monotonic() - now)  # however many trials: 2 % of the time

@@ -100,11 +100,11 @@ def export_trial(job: Job, trial: Trial, setup: EvaluationSetup, settings: Setti
         with RunnerProcess(setup, settings, partial.with_suffix(".log")) as fresh:
             measured = next(m.value for m in exporter.remeasure(trial, fresh, partial).measurements if m.name == quality)
         if abs(measured - recorded) > _TOLERANCE[0] + _TOLERANCE[1] * abs(recorded):
-            raise AutoeffError(f"the exported model has {quality} {measured:.6g}, trial {trial.number} had {recorded:.6g}: nothing was exported")
+            raise AutoeffError(
+                f"the exported model has {quality} {measured:.6g}, trial {trial.number} had {recorded:.6g}: nothing was exported"
+            )
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         partial.with_suffix(".log").unlink(missing_ok=True)
-    return Exported(
-        format_name, folder, tuple(sorted(p.name for p in folder.iterdir())), sum(stored.values()), quality, recorded, measured
-    )
+    return Exported(format_name, folder, tuple(sorted(p.name for p in folder.iterdir())), sum(stored.values()), quality, recorded, measured)

@@ -1,12 +1,13 @@
 """What every search evaluates before its sampler is asked: dense, uniform levels, the damage table, the additive optimum, random.
 
-They are the baselines that a found configuration must beat, and what every sampler may start from (design: law 4).
+They are the baselines that a found configuration must beat, and every sampler starts from what they measured (design: law 4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import exp, inf, log
 from typing import Literal
 
@@ -15,17 +16,53 @@ from autoeff.search.samplers.ledger import Ledger
 from autoeff.search.samplers.problem import Candidate, Problem, stream
 from autoeff.spaces.space import Decision, SearchSpace
 
-__all__ = ["DamageTable", "TableForm", "finalists", "minimum_trials", "preamble", "random_candidates", "table_form"]
+__all__ = ["DamageTable", "TableForm", "finalists", "minimum_trials", "preamble", "table_form"]
 
 TableForm = Literal["full", "quarter", "cheap"]
-"""Every level at all windows; every level at a quarter of them; two levels per decision at a quarter of them."""
+"""Every level on all windows; every level on a quarter of them; two levels of each decision on a quarter of them."""
 
-_AFTER_TABLE = 5
-"""Evaluations that a budget must leave after dense, uniform levels and the cheap table."""
-_LEAST_DAMAGE = 1e-12
+_FORMS: tuple[TableForm, ...] = ("full", "quarter", "cheap")
+_AFTER_TABLE = 5  # evaluations that a budget must leave
+_RANDOM = 32
+_LEAST_DAMAGE = 1e-12  # stands for "no damage seen" where a logarithm is taken
 
-Values = Sequence[float | None]
-Batch = list[Candidate]
+Key = tuple[tuple[int, ...], int]
+"""Normalised level indices and windows: what names an evaluation."""
+
+
+def table_form(space: SearchSpace, trials: int, windows: int) -> TableForm:
+    """The richest form of the damage table that takes at most a third of the budget, else the cheap one.
+
+    Args:
+        space: The decisions.
+        trials: Budget in full-token equivalents.
+        windows: Windows of the search text.
+    """
+    return next((form for form in _FORMS if 3 * _table_cost(space, form, windows) <= trials), "cheap")
+
+
+def minimum_trials(space: SearchSpace, windows: int) -> int:
+    """The least budget in full-token equivalents: dense, uniform levels, the cheap table and five more."""
+    return 1 + len(space.uniform()) + -(-_table_cost(space, "cheap", windows) // 1) + _AFTER_TABLE
+
+
+def preamble(problem: Problem) -> Generator[list[Candidate], Sequence[float | None], None]:
+    """Yields the guests in batches, and takes back the quality of each batch, in its order; None stands for a failure.
+
+    The batches are: dense and every uniform level; the damage table; the additive optimum at each operating point; random
+    configurations within the limits of each operating point, `min(32, N/5)` in all and at most half of what is left.
+    """
+    known: dict[Key, float | None] = {}
+    spent = Fraction(0)
+    full = problem.windows
+    zero = tuple([0] * len(problem.space.decisions))
+    uniform = [(problem.space.indices(c.levels), name) for name, c in problem.space.uniform().items()]
+    batch = [Candidate(zero, full, "dense"), *(Candidate(indices, full, "uniform", name) for indices, name in uniform)]
+    for make in (lambda: batch, lambda: table_candidates(problem), lambda: _additive(problem, known), lambda: _random(problem, spent)):
+        candidates = make()
+        values = yield candidates
+        known.update({(c.indices, c.windows): value for c, value in zip(candidates, values, strict=True)})
+        spent = sum((Fraction(windows, full) for _, windows in known), Fraction(0))
 
 
 @dataclass(frozen=True)
@@ -33,22 +70,106 @@ class DamageTable:
     """The quality that each level loses alone.
 
     Attributes:
-        form: How it was measured.
-        damage: For each decision and level, 0 for dense; infinity where the level alone fails.
+        damage: For each decision and level; 0 for dense, infinity where the level alone fails.
     """
 
-    form: TableForm
     damage: tuple[tuple[float, ...], ...]
 
+    @classmethod
+    def measured(cls, problem: Problem, known: Mapping[Key, float | None]) -> DamageTable:
+        """The table in the form that the budget allows, from evaluations that `preamble` asked for."""
+        windows, rows = _plan(problem.space, problem.trials, problem.windows)
+        damage = []
+        for i, (decision, levels) in enumerate(zip(problem.space.decisions, rows, strict=True)):
+            values = {level: known.get((_alone(problem.space, i, level), windows)) for level in levels}
+            damage.append(_completed(decision, {level: inf if value is None else value for level, value in values.items()}))
+        return cls(tuple(damage))
 
-def table_form(space: SearchSpace, trials: int, windows: int) -> TableForm:
-    """The richest form of the damage table that takes at most a third of the budget; the cheap one if none does."""
-    for form in ("full", "quarter"):
-        if 3 * _table_cost(space, form, windows) <= trials:
-            return form
-    return "cheap"
+
+def table_candidates(problem: Problem) -> list[Candidate]:
+    """One candidate for each entry that is measured: that level alone, everything else dense."""
+    windows, rows = _plan(problem.space, problem.trials, problem.windows)
+    return [Candidate(_alone(problem.space, i, level), windows, "table") for i, levels in enumerate(rows) for level in levels]
 
 
-def minimum_trials(space: SearchSpace, windows: int) -> int:
-    """The least budget, in full-token equivalents: dense, uniform levels, the cheap table and five more."""
-    return 1 + len(space.uniform()) + int(-(-_table_cost(space, "cheap", windows) // 1)) + _AFTER_TABLE
+def finalists(problem: Problem, values: Mapping[tuple[int, ...], float], count: int = 8) -> list[tuple[int, ...]]:
+    """The distinct configurations to be judged on held-out text: the best at each operating point, `count` in all.
+
+    Args:
+        problem: Its limits hold, those on quality too.
+        values: Quality at full fidelity, by normalised level indices.
+        count: Shared among the operating points; each gets at least two.
+    """
+    ranked = sorted((value, indices) for indices, value in values.items())
+    ranked = [(v, x) for v, x in ranked if all(limit.met(v) for limit in problem.limits if limit.name == problem.quality)]
+    found: dict[tuple[int, ...], None] = {}
+    for point in problem.operating_points:
+        ledger = Ledger(problem.space, problem.cost_model, point.limits)
+        best = [indices for _, indices in ranked if ledger.feasible(indices)]
+        found.update(dict.fromkeys(best[: max(2, count // len(problem.operating_points))]))
+    return list(found)
+
+
+def _additive(problem: Problem, known: Mapping[Key, float | None]) -> list[Candidate]:
+    damage = DamageTable.measured(problem, known).damage
+    found = []
+    for point in problem.operating_points:
+        indices = Allocator(problem.space, problem.cost_model, point.limits).solve(damage)
+        if indices is not None:
+            found.append(Candidate(indices, problem.windows, "additive", point.name))
+    return found
+
+
+def _random(problem: Problem, spent: Fraction) -> list[Candidate]:
+    count = min(_RANDOM, problem.trials // 5, int((problem.trials - spent) / 2))
+    ledgers = [Ledger(problem.space, problem.cost_model, point.limits) for point in problem.operating_points]
+    found: dict[tuple[int, ...], Candidate] = {}
+    for n in range(count if ledgers else 0):
+        rng = stream(problem.seed, "random", n)
+        ledger, point = ledgers[n % len(ledgers)], problem.operating_points[n % len(ledgers)]
+        indices = ledger.filled(ledger.repaired(problem.space.sample(rng), rng), rng)
+        found.setdefault(indices, Candidate(indices, problem.windows, "random", point.name))
+    return list(found.values())
+
+
+def _plan(space: SearchSpace, trials: int, windows: int) -> tuple[int, list[list[int]]]:
+    """Windows and levels of the table's measurements."""
+    return _measurements(space, table_form(space, trials, windows), windows)
+
+
+def _measurements(space: SearchSpace, form: TableForm, windows: int) -> tuple[int, list[list[int]]]:
+    rows = [list(range(1, len(d.levels))) for d in space.decisions]
+    if form == "cheap":
+        rows = [[len(row) // 2 + 1, row[-1]] if len(row) > 2 else row for row in rows]
+    return windows if form == "full" else max(1, windows // 4), rows
+
+
+def _table_cost(space: SearchSpace, form: TableForm, windows: int) -> Fraction:
+    used, rows = _measurements(space, form, windows)
+    return Fraction(used, windows) * sum(map(len, rows))
+
+
+def _alone(space: SearchSpace, decision: int, level: int) -> tuple[int, ...]:
+    return tuple(level if i == decision else 0 for i in range(len(space.decisions)))
+
+
+def _completed(decision: Decision, values: Mapping[int, float]) -> tuple[float, ...]:
+    """Damage of every level: log-linear in its cost through the two measured ones, which bits follow within a few percent."""
+    missing = [level for level in range(1, len(decision.levels)) if level not in values]
+    if not missing:
+        return (0.0, *(values[level] for level in range(1, len(decision.levels))))
+    (a, at_a), (b, at_b) = values.items()
+    costs = _costs(decision)
+    if inf in (at_a, at_b) or costs[a] == costs[b]:
+        slope = 0.0
+        at_a = min(at_a, at_b)
+    else:
+        slope = (log(max(at_b, _LEAST_DAMAGE)) - log(max(at_a, _LEAST_DAMAGE))) / (costs[b] - costs[a])
+    through = [max(at_a, _LEAST_DAMAGE) * exp(slope * (cost - costs[a])) for cost in costs]
+    return (0.0, *(values.get(level, through[level]) for level in range(1, len(decision.levels))))
+
+
+def _costs(decision: Decision) -> list[int]:
+    """Cost of each level in the first primary quantity that the knob changes."""
+    names = [name for cost in decision.costs for name in cost]
+    return [cost.get(names[0], 0) for cost in decision.costs] if names else [0] * len(decision.levels)

@@ -19,7 +19,10 @@ from autoeff.spaces.space import SpaceSpec
 __all__ = ["Budget", "Data", "JobSpec", "Space"]
 
 _FILE_CHARACTERS = 256 * 1024
+_FILE_DEPTH = 32
 _SHOWN_CHARACTERS = 80
+_OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 class _Strict(BaseModel):
@@ -151,8 +154,13 @@ _PARTS: Mapping[str, type[_Strict]] = {"data": Data, "eval_data": Data, "space":
 
 
 def _yaml(text: str) -> Any:
-    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-        raise ValueError("aliases are not allowed")
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):  # a few of them can stand for more than any memory holds
+            raise ValueError("aliases are not allowed")
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > _FILE_DEPTH:  # the scanner takes quadratic time
+            raise ValueError(f"it is nested deeper than {_FILE_DEPTH}")
     return yaml.safe_load(text)
 
 

@@ -110,8 +110,9 @@ def _draw_quality(axes: Axes, picture: Picture) -> None:
         if drawn := _positive(points):
             colour = _ORIGINS.get(origin, _ORIGINS["searched"])
             axes.scatter(
-                [x for x, _ in drawn], [y for _, y in drawn], s=11, color=colour, alpha=0.45, linewidths=0, label=f"{origin} trials", rasterized=True, zorder=2
-            )
+                [x for x, _ in drawn], [y for _, y in drawn], s=11, color=colour, alpha=0.45, linewidths=0, label=f"{origin} trials",
+                rasterized=True, zorder=2,
+            )  # fmt: skip
     if front := sorted(_positive(picture.front)):
         xs, ys = zip(*front, strict=True)
         axes.plot(xs, ys, color=_INK["found"], linewidth=1.4, drawstyle="steps-post", label="Pareto front", zorder=3)

@@ -12,12 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import autoeff
 from autoeff.search.job import JobSpec
-from autoeff.search.limits import parse_limit
 from autoeff.search.picture import Guest, Picture, draw_png, draw_svg
 from autoeff.search.runs import write_file
-from autoeff.search.standing import cost_columns, main_cost
+from autoeff.search.standing import cost_columns, problem_of
 from autoeff.search.storage.records import Job
-from autoeff.spaces.costs import CostModel
 from autoeff.spaces.measurements import measure
 from autoeff.spaces.space import Decision, SearchSpace
 
@@ -38,7 +36,7 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
         OSError: `folder` cannot be written.
     """
     spec, space = JobSpec.parse(job.spec), SearchSpace.from_json(job.space)
-    picture = _picture(job, spec, space, rows, summary)
+    picture = _picture(job, rows, summary)
     page = _PAGES.get_template("report.html.j2").render(
         job=job,
         spec=spec,
@@ -49,7 +47,7 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
         columns=cost_columns(job),
         quality=summary["quality"],
         front_svg=draw_svg(picture),
-        chosen="best" if spec.limits else summary["found"],
+        chosen="best" if spec.limits else summary["found"] or "TRIAL",
         maps=_level_maps(space, rows, summary),
         damage=_damage_map(space, summary),
         failures=_failures(rows),
@@ -63,25 +61,24 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
 def verdict(found: Row, summary: Row, cost: str) -> str:
     """One sentence on a found row: its quality and cost, against the cheapest uniform level that costs no less."""
     quality = summary["quality"]
-    if found["search"] is None:
-        return f"trial {found['trial']} has no {quality}"
     text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])} at {_text(cost, found['costs'][cost])}"
-    if not found["feasible"]:
-        return f"{text}, which breaks a limit; no feasible configuration was found and this is the closest"
-    rivals = [r for r in summary["rows"] if r["role"] == "uniform" and r["search"] and r["costs"][cost] >= found["costs"][cost]]
+    rivals = [row for row in summary["rows"] if row["role"] == "uniform" and row["search"] and row["costs"][cost] >= found["costs"][cost]]
     if not rivals:
         return text
     rival = min(rivals, key=lambda row: row["costs"][cost])
     change = 1 - found["search"] / rival["search"]
     cheaper = 1 - found["costs"][cost] / rival["costs"][cost]
     at = f"{cheaper:.1%} less {cost}" if cheaper >= 0.0005 else f"the same {cost}"
-    words = f"{abs(change):.0%} {'less' if change > 0 else 'more'} {quality} than uniform {rival['label']} at {at}"
-    return f"{text}; {words}" + ("" if change > 0 else ", so it is not called best")
+    if found["trial"] == rival["trial"]:
+        return f"{text}; nothing was found that beats uniform {rival['label']}"
+    return f"{text}; {abs(change):.0%} {'less' if change > 0 else 'more'} {quality} than uniform {rival['label']} at {at}"
 
 
-def _picture(job: Job, spec: JobSpec, space: SearchSpace, rows: Sequence[Row], summary: Row) -> Picture:
+def _picture(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
     quality = summary["quality"]
-    cost = main_cost(job)
+    problem = problem_of(job)
+    cost = problem.cost_measure
+    bounds = [limit.bound for limit in problem.limits if limit.name == cost]
     full = max((tokens for row in rows if (tokens := _tokens(row, quality))), default=None)
     points: dict[str, list[tuple[float, float]]] = {}
     by_number: dict[int, tuple[float, float]] = {}
@@ -90,12 +87,15 @@ def _picture(job: Job, spec: JobSpec, space: SearchSpace, rows: Sequence[Row], s
             point = row["measurements"][cost]["value"], row["measurements"][quality]["value"]
             points.setdefault(row["origin"], []).append(point)
             by_number[row["trial"]] = point
-    context = spec.context or job.preflight["model"]["context"]
-    model = CostModel(space, batch=spec.batch, context=context)
-    bounds = [limit.bound for text in spec.limits if (limit := parse_limit(text, model, quality)).name == cost]
     front = set(summary["front"])
     guests = [
-        Guest(row["role"], row["label"], row["costs"][cost], 0.0 if row["role"] == "dense" else row["search"], row["spearman_held_out"])
+        Guest(
+            row["role"],
+            row["label"] or row["role"],
+            row["costs"][cost],
+            0.0 if row["role"] == "dense" else row["search"],
+            row["spearman_held_out"],
+        )
         for row in summary["rows"]
     ]
     return Picture(
@@ -114,8 +114,8 @@ def _picture(job: Job, spec: JobSpec, space: SearchSpace, rows: Sequence[Row], s
 
 
 def _level_maps(space: SearchSpace, rows: Sequence[Row], summary: Row) -> list[dict[str, Any]]:
-    """For every found configuration a grid of blocks by places, each cell its level."""
-    wanted = {row["trial"]: row for row in summary["rows"] if row["role"] == "found"}
+    """For every found configuration (else the closest) a grid of blocks by places, each cell its level."""
+    wanted = {row["trial"]: row["point"] for row in summary["rows"] if row["role"] == "found"} or {summary["closest"]: "the closest"}
     maps = []
     for row in rows:
         if row["trial"] not in wanted:
@@ -127,8 +127,7 @@ def _level_maps(space: SearchSpace, rows: Sequence[Row], summary: Row) -> list[d
             cells[decision.block, _place(decision)] = {
                 "text": str(decision.levels[i]) if on else _NOTHING, "share": share if on else 0.0, "title": decision.key,
             }  # fmt: skip
-        found = wanted[row["trial"]]
-        maps.append({"title": found["point"] or found["label"], "trial": row["trial"], "digest": row["digest"], **_grid(space, cells)})
+        maps.append({"title": wanted[row["trial"]], "trial": row["trial"], "digest": row["digest"], **_grid(space, cells)})
     return maps
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any
 
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
-from autoeff.search.guests import Baselines
+from autoeff.search.guests import DamageTable, TableForm
 from autoeff.search.limits import Limit, feasible
 from autoeff.search.pareto import non_dominated
 from autoeff.search.samplers.problem import OperatingPoint, Problem
@@ -95,9 +95,7 @@ class Results:
 
     def guests(self) -> list[tuple[str, str | None, Trial]]:
         """The baselines to compare with: (role, operating point, trial)."""
-        found: list[tuple[str, str | None, Trial]] = [
-            (t.origin, None, t) for t in self.full.values() if t.origin in ("dense", "uniform")
-        ]
+        found: list[tuple[str, str | None, Trial]] = [(t.origin, None, t) for t in self.full.values() if t.origin in ("dense", "uniform")]
         for point in self.problem.operating_points:
             within = self.within(point.limits)
             for origin in ("additive", "random"):
@@ -106,7 +104,7 @@ class Results:
                     found.append((origin, point.name, best))
         return found
 
-    def additivity(self, baselines: Baselines) -> dict[str, float] | None:
+    def additivity(self, table: DamageTable) -> dict[str, float] | None:
         """Spearman of predicted and true damage among candidates within 1.5 times the best at the first operating point."""
         trials = self.within(self.problem.operating_points[0].limits)
         good = [t for t in trials if self.quality(t) <= 1.5 * self.quality(trials[0])]
@@ -116,11 +114,11 @@ class Results:
         predicted = []
         for trial in good:
             indices = space.indices(trial.configuration.levels)
-            rows = zip(baselines.table.damage, indices, space.active(indices), strict=True)
+            rows = zip(table.damage, indices, space.active(indices), strict=True)
             predicted.append(sum(row[i] for row, i, on in rows if on))
         return {"spearman": float(spearmanr(predicted, [self.quality(t) for t in good]).statistic), "n": len(good)}
 
-    def summary(self, baselines: Baselines) -> dict[str, Any]:
+    def summary(self, table: DamageTable, form: TableForm) -> dict[str, Any]:
         """The end table and what the report draws, as plain data."""
         points = self.problem.operating_points
         winners = [(point, self.found(point)) for point in points]
@@ -136,8 +134,8 @@ class Results:
             "front": [trial.number for trial in self.front()],
             "found": None if first is None else first.number,
             "closest": None if first is not None else self._closest(),
-            "table": {"form": baselines.table.form, "damage": self._damage(baselines)},
-            "additivity": self.additivity(baselines),
+            "table": {"form": form, "damage": self._damage(table)},
+            "additivity": self.additivity(table),
         }
 
     def _row(self, role: str, point: str | None, trial: Trial) -> dict[str, Any]:
@@ -157,9 +155,8 @@ class Results:
         kept = [t for t in self.full.values() if t.feasible]
         return min(kept, key=self.quality).number if kept else None
 
-    def _damage(self, baselines: Baselines) -> dict[str, dict[str, float | None]]:
-        table: Mapping[str, dict[str, float | None]] = {
+    def _damage(self, table: DamageTable) -> dict[str, dict[str, float | None]]:
+        return {
             decision.key: {str(level): value if value < inf else None for level, value in zip(decision.levels, row, strict=True)}
-            for decision, row in zip(self.problem.space.decisions, baselines.table.damage, strict=True)
+            for decision, row in zip(self.problem.space.decisions, table.damage, strict=True)
         }
-        return dict(table)

@@ -19,9 +19,9 @@ from autoeff.search.limits import Limit, check_reachable, least_reachable, parse
 from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
 from autoeff.search.runs import create_run, open_run
-from autoeff.search.samplers import known_samplers
+from autoeff.search.sampler import check_sampler
+from autoeff.search.samplers.problem import Problem
 from autoeff.search.settings import Settings
-from autoeff.search.storage.records import JobState
 from autoeff.search.storage.store import Store
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.measurements import measure
@@ -38,23 +38,20 @@ class Plan:
 
     Attributes:
         preflight: Model, text, memory, hardware, notices.
-        limits: Parsed and reachable.
         minimum_trials: The least budget that holds dense, uniform levels, the cheap table and five more.
         least: Least reachable value of each cost measure.
         dense: The dense model's value of each.
         table: Form that the damage table takes under this budget.
-        objectives: Measurement names; `quality` replaced by the one that the job has.
+        problem: What the samplers are told: space, costs, reachable limits, objectives, budget, seed.
     """
 
     spec: JobSpec
     preparation: Preparation
-    limits: tuple[Limit, ...]
     minimum_trials: int
     least: Mapping[str, float]
     dense: Mapping[str, float]
     table: str
-    objectives: tuple[str, ...]
-    cost_model: CostModel
+    problem: Problem
 
     @property
     def preflight(self) -> dict[str, Any]:
@@ -63,6 +60,10 @@ class Plan:
     @property
     def space(self) -> SearchSpace:
         return self.preparation.space
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        return self.problem.limits
 
 
 @dataclass(frozen=True)
@@ -100,26 +101,29 @@ def plan(spec: JobSpec, settings: Settings) -> Plan:
         InputError: Bad model, text, knobs, objectives or limits, or too small a budget.
         UnreachableLimit: No configuration keeps the limits.
     """
-    known_samplers(spec.sampler)
+    check_sampler(spec.sampler)
     preparation = prepare(spec.setup(settings.bank))
     context = spec.context or preparation.facts.context
+    if context is None:
+        raise InputError(f"model_type {preparation.facts.model_type!r} states no context length, which cache costs need; give --context")
     cost_model = CostModel(preparation.space, batch=spec.batch, context=context)
     objectives = _objectives(spec, preparation.quality, cost_model)
     limits = tuple(parse_limit(text, cost_model, preparation.quality) for text in spec.limits)
     check_reachable(limits, cost_model)
-    least = minimum_trials(preparation.space)
+    windows = len(preparation.passages["search"].ids)
+    least = minimum_trials(preparation.space, windows)
     if spec.budget.trials < least:
-        raise InputError(f"budget.trials is {spec.budget.trials}; this space needs at least {least} (dense, uniform levels, cheap table and 5)")
+        raise InputError(
+            f"budget.trials is {spec.budget.trials}; this space needs at least {least} (dense, uniform levels, cheap table and 5)"
+        )
     return Plan(
         spec=spec,
         preparation=preparation,
-        limits=limits,
         minimum_trials=least,
         least={name: float(least_reachable(cost_model, name)) for name in cost_model.measures},
         dense={name: float(cost_model.dense(name)) for name in cost_model.measures},
-        table=table_form(preparation.space, spec.budget.trials),
-        objectives=objectives,
-        cost_model=cost_model,
+        table=table_form(preparation.space, spec.budget.trials, windows),
+        problem=Problem(preparation.space, cost_model, limits, objectives, spec.budget.trials, windows, spec.seed),
     )
 
 

@@ -161,7 +161,8 @@ class RunnerProcess:
 
     def _exchange(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
         process = self._process
-        assert process is not None and process.stdin is not None
+        assert process is not None
+        assert process.stdin is not None
         with _ignoring_broken_pipe():  # a dead process is seen below, with its exit status
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()

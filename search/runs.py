@@ -18,7 +18,7 @@ from autoeff.errors import InputError
 from autoeff.search.settings import Settings
 from autoeff.search.storage.store import Store
 
-__all__ = ["FILE", "FORMAT", "Run", "check_new", "create_run", "open_run", "write_file"]
+__all__ = ["FILE", "FORMAT", "Run", "check_new", "create_run", "open_run", "sqlite_file", "write_file"]
 
 FORMAT = 1
 FILE = "run.json"
@@ -53,14 +53,13 @@ def create_run(out: Path, job_id: str, database: str) -> Path:
     A relative SQLite path in the URL is made absolute.
 
     Raises:
-        InputError: `out` exists or cannot be made; nothing is left behind.
+        InputError: `out` exists or cannot be made; no half-made one is left behind.
     """
     check_new(out)
     out = out.absolute()
     text = json.dumps({"format": FORMAT, "job": job_id, "database": _absolute(database)}, indent=1) + "\n"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.mkdir()
+        out.mkdir(parents=True)
         try:
             write_file(out / FILE, text.encode())
         except OSError:
@@ -81,13 +80,13 @@ def open_run(ref: str | Path, settings: Settings) -> Run:
     if path.is_dir():
         job_id, database = _read(path / FILE)
         folder = path.absolute()
-        if (file := _sqlite_file(database)) is not None and not file.exists():
+        if (file := sqlite_file(database)) is not None and not file.exists():
             raise InputError(f"{path}: its results are in the database {file}, which does not exist (any more); put it back")
     elif path.exists() or os.sep in str(ref):
         raise InputError(f"{str(ref)!r} is no run directory; name one, or a job id that `autoeff ls` shows")
     else:
         job_id, database, folder = str(ref), settings.database, None
-        if (file := _sqlite_file(database)) is not None and not file.exists():
+        if (file := sqlite_file(database)) is not None and not file.exists():
             raise InputError(f"{job_id!r} is neither a run directory nor a job: the database {file} does not exist yet")
     store = Store.open(database)
     try:
@@ -142,7 +141,7 @@ def _read(path: Path) -> tuple[str, str]:
     raise InputError(f"{path} is damaged; use the job id instead, which `autoeff ls` shows")
 
 
-def _sqlite_file(url: str) -> Path | None:
+def sqlite_file(url: str) -> Path | None:
     """The file behind a SQLite URL; None for any other, also for one that is none: opening it says what is wrong."""
     try:
         location = make_url(url)
@@ -152,7 +151,7 @@ def _sqlite_file(url: str) -> Path | None:
 
 
 def _absolute(url: str) -> str:
-    file = _sqlite_file(url)
+    file = sqlite_file(url)
     if file is None:
         return url
     return make_url(url).set(database=str(file.absolute())).render_as_string(hide_password=False)

@@ -32,7 +32,8 @@ class Worker:
             InputError: The runner cannot be opened with this setup; the claim is given back.
         """
         try:
-            measured = self._runner.evaluate(EvaluationRequest(claim.configuration.levels, claim.split, claim.windows), self._renewal(claim))
+            request = EvaluationRequest(claim.configuration.levels, claim.split, claim.windows)
+            measured = self._runner.evaluate(request, _Renewal(self._store, claim, self._lease_s))
         except CandidateError as error:
             self._store.fail(claim, error.failure, str(error), self._runner.log_tail())
         except RunnerLost as error:
@@ -42,9 +43,6 @@ class Worker:
             raise
         else:
             self._store.complete(claim, measured.measurements, measured.seconds)
-
-    def _renewal(self, claim: Claim) -> _Renewal:
-        return _Renewal(self._store, claim, self._lease_s)
 
 
 class _Renewal:

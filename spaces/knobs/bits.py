@@ -50,12 +50,8 @@ class Bits(Knob):
 
     def levels(self, site: Site) -> tuple[Level, ...]:
         """16 and every lower width that saves bytes; with few inputs the scales can weigh more than the bits saved."""
-        levels, least = [_DENSE], BYTES_DENSE * site.parameters
-        for bits in _WIDTHS:
-            if (size := self._packed_bytes(site, bits)) < least:
-                levels.append(bits)
-                least = size
-        return tuple(levels)
+        dense = BYTES_DENSE * site.parameters
+        return (_DENSE, *(bits for bits in _WIDTHS if self._packed_bytes(site, bits) < dense))
 
     def cost(self, site: Site, level: Level) -> Cost:
         if level == _DENSE:

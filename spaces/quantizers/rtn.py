@@ -20,9 +20,9 @@ class RoundToNearest(Quantizer):
     """Every weight at the nearest of evenly spaced values that span its group.
 
     Asymmetric: 2^b values from the group's least to its greatest weight. Symmetric: 2^b - 1 values around zero (code 0 stays
-    unused), out to the weight of greatest magnitude. Scale and minimum are rounded to fp16 first, away from the group, and the codes
-    are taken against the rounded ones; so every weight lies inside the stored range and is at most scale / 2 from its value
-    (before that value is itself rounded to 16 bits). A group of equal weights has scale 0 and keeps its value.
+    unused), out to the weight of greatest magnitude. Minimum and scale are rounded to fp16 first, the scale up, and the codes are
+    taken against the rounded ones; so every weight is at most scale / 2 from its value, before that value is itself rounded to 16
+    bits. A group of equal weights has scale 0 and keeps its value.
 
     Source: the baseline of GPTQ, arXiv:2210.17323.
     """
@@ -41,8 +41,8 @@ class RoundToNearest(Quantizer):
             scale = _scale(torch.maximum(-least, greatest), zero - 1, torch.zeros_like(least))
             codes = groups.div(_divisor(scale)).round_().add_(zero)
         else:
-            minimum = _rounded_down(least)
-            scale = _scale(greatest - minimum.float(), (1 << bits) - 1, minimum.float())
+            minimum = least.half()  # exact, but for bf16 weights in the range of fp16's subnormals
+            scale = _scale((greatest - minimum.float()).clamp_(min=0), (1 << bits) - 1, minimum.float())
             codes = groups.sub(minimum.float()[:, :, None]).div_(_divisor(scale)).round_()
         return Codes(codes.to(torch.uint8).reshape(n, -1)[:, :k], scale, None if self.symmetric else minimum)
 
@@ -58,17 +58,11 @@ def _scale(span: Tensor, steps: int, start: Tensor) -> Tensor:
     return torch.where(start + steps * scale.float() > _LARGEST, _next(scale, -1), scale)
 
 
-def _rounded_down(values: Tensor) -> Tensor:
-    """The greatest fp16 numbers that are at most `values`."""
-    near = values.half()
-    return torch.where(near.float() > values, _next(near, torch.where(near > 0, -1, 1)), near)
-
-
-def _next(values: Tensor, step: int | Tensor) -> Tensor:
-    """The fp16 numbers that are `step` (1 or -1) representations further from zero."""
-    return (values.view(torch.int16) + step).to(torch.int16).view(torch.float16)
+def _next(scale: Tensor, step: int) -> Tensor:
+    """The fp16 numbers that are `step` representations away from `scale`, which is not negative."""
+    return (scale.view(torch.int16) + step).view(torch.float16)
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """`scale` over a group; where it is 0, all differences are 0 too."""
+    """`scale` to divide a group by; 1 where it is 0, as every weight then takes the middle or least code."""
     return torch.where(scale == 0, 1.0, scale.float())[:, :, None]

@@ -249,7 +249,9 @@ def test_digest_follows_weights_config_and_tokenizer_alone(altered: Callable[...
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    assert len({digest, with_tokenizer, inspect_model(folder).digest}) == 3
+    with_weights = inspect_model(folder).digest
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert len({digest, with_tokenizer, with_weights, inspect_model(folder).digest}) == 4
 
 
 def test_files_changed_after_inspection_are_reported(altered: Callable[..., Path]) -> None:

@@ -122,6 +122,12 @@ def test_random_stretches_never_overlap(total: int, step: int, data: st.DataObje
     assert all(0 <= start <= total - step for start in starts)
 
 
+def test_random_stretches_come_in_random_order() -> None:
+    orders = [text_module._apart(100, 4, 10, random.Random(seed)) for seed in range(20)]
+    assert sum(starts == sorted(starts) for starts in orders) < 5
+    assert {starts.index(min(starts)) for starts in orders} == {0, 1, 2, 3}
+
+
 def test_random_stretches_are_uniform() -> None:
     """Two stretches of 2 in 5 places: {0,2}, {0,3}, {1,3}, each a third of the time."""
     rng = random.Random(0)
@@ -221,7 +227,7 @@ def test_short_text_says_how_much_is_found_and_needed(decoder: tuple[Any, ModelF
     message = error_of(lambda: windows(decoder, TextSpec(str(tmp_path / "short.txt"), 1, 64)))
     assert f"{found} ids found, 63 needed" in message
     fit = len(plain_ids(decoder[0], story)) // 63
-    assert f"ask for {fit} or fewer" in error_of(lambda: windows(decoder, TextSpec(story, 1000, 64)))
+    assert f"ask for {fit} or fewer" in error_of(lambda: windows(decoder, TextSpec(story, fit + 1, 64)))
     assert len(windows(decoder, TextSpec(story, fit, 64)).ids) == fit
 
 
@@ -326,10 +332,15 @@ def test_number_of_sentences_is_as_asked_or_refused(encoder: tuple[Any, ModelFac
     assert len(sentences(encoder, TextSpec(source, None)).ids) == 256
     assert len(sentences(encoder, TextSpec(source, 7)).ids) == 7
     assert len(sentences(encoder, TextSpec(source, None, draw=(299, 0))).ids) == 2
-    assert len(sentences(encoder, TextSpec(pairs, None), split="held_out").ids) == 20
     assert "has 300" in error_of(lambda: sentences(encoder, TextSpec(source, 301)))
     assert "number 300 was asked for" in error_of(lambda: sentences(encoder, TextSpec(source, None, draw=(300,))))
     assert "11 pairs were asked for" in error_of(lambda: sentences(encoder, TextSpec(pairs, 22)))
+
+
+def test_held_out_pairs_are_taken_whole_by_default(encoder: tuple[Any, ModelFacts], pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_SENTENCES", 8)
+    assert len(sentences(encoder, TextSpec(pairs), split="search").ids) == 8
+    assert len(sentences(encoder, TextSpec(pairs), split="held_out").ids) == 20
 
 
 @pytest.mark.parametrize(("name", "first_8192_ids"), [("stories260K", 4.3999), ("babyllama-105", 2.3353)])

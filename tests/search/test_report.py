@@ -71,6 +71,7 @@ class Sample:
             "rows": self.end,
             "front": [row["trial"] for row in self.rows[1:5]] + [self.found],
             "found": self.found,
+            "closest": None,
             "completions": {"prompt": "def f(x):", "dense": " return x", "uniform": " x x x", "found": " return <x>"},
             "table": {
                 "form": "2 levels",
@@ -236,11 +237,10 @@ def test_encoder_report_ranks_pairs(tmp_path: Path) -> None:
 
 def test_an_infeasible_search_says_so(tmp_path: Path) -> None:
     sample = Sample()
-    sample.summary["state"] = "infeasible"
-    sample.end[-1]["feasible"] = False
+    sample.summary |= {"state": "infeasible", "found": None, "closest": 2, "rows": sample.end[:-1]}
     text = page_text(sample.write(tmp_path))
-    assert "No feasible configuration was found" in text
-    assert "breaks a limit" in text
+    assert "No feasible configuration was found; the closest is trial 2." in text
+    assert "Where the levels went: trial 2" in text
 
 
 def test_a_search_without_text_or_table_still_reports(tmp_path: Path) -> None:
@@ -273,17 +273,21 @@ def test_equal_results_give_equal_reports(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
-@pytest.mark.parametrize(
-    ("search", "words"),
-    [(0.108, "50% less kl"), (0.216, "0% more kl"), (0.432, "100% more kl"), (None, "has no kl")],
-)
-def test_verdict_compares_with_the_cheapest_uniform_that_costs_no_less(search: float | None, words: str) -> None:
-    def row(label: str, cost: int, value: float | None) -> dict[str, Any]:
-        return {"role": "uniform", "label": label, "trial": 7, "feasible": True, "costs": {COST: cost}, "search": value}
+@pytest.mark.parametrize(("value", "words"), [(0.108, "50% less kl"), (0.432, "100% more kl")])
+def test_verdict_compares_with_the_cheapest_uniform_that_costs_no_less(value: float, words: str) -> None:
+    assert f"{words} than uniform bits=3 at the same linear_bytes" in verdict(end_row("", 9, 300, value), UNIFORM, COST)
 
-    summary = {"quality": "kl", "rows": [row("bits=8", 800, 0.01), row("bits=3", 300, 0.216), row("bits=2", 200, 5.0)]}
-    sentence = verdict(row("", 300, search), summary, COST)
-    assert words in sentence
-    if search is not None:
-        assert "uniform bits=3 at the same linear_bytes" in sentence
-        assert ("not called best" in sentence) == (search >= 0.216)
+
+def test_verdict_says_when_a_uniform_level_is_the_best() -> None:
+    assert "nothing was found that beats uniform bits=3" in verdict(end_row("bits=3", 3, 300, 0.216), UNIFORM, COST)
+
+
+def test_verdict_stands_alone_beyond_the_largest_uniform() -> None:
+    assert verdict(end_row("", 9, 900, 0.001), UNIFORM, COST) == "trial 9: kl 0.001000 at 900 B"
+
+
+def end_row(label: str, trial: int, cost: int, value: float) -> dict[str, Any]:
+    return {"role": "uniform", "label": label, "trial": trial, "feasible": True, "costs": {COST: cost}, "search": value}
+
+
+UNIFORM = {"quality": "kl", "rows": [end_row("bits=8", 1, 800, 0.01), end_row("bits=3", 3, 300, 0.216), end_row("bits=2", 4, 200, 5.0)]}

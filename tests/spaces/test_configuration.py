@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import deepcopy
 
 import pytest
 from hypothesis import given
@@ -50,3 +51,8 @@ def test_levels_cannot_be_changed_from_outside() -> None:
     assert configuration.levels["a"] == 1
     with pytest.raises(TypeError):
         configuration.levels["a"] = 2  # type: ignore[index]
+
+
+def test_copy_is_the_same_configuration() -> None:
+    configuration = Configuration({"a:bits": 4})
+    assert deepcopy(configuration) == configuration

@@ -156,6 +156,8 @@ class _Block(nn.Module):
         super().__init__()
         self.change = change
         self.attn = nn.ModuleDict({"left": nn.Linear(8, 8)}) if change == "listed" else nn.Linear(8, 8)
+        if change == "experts":  # more of them than blocks
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
         self.up: nn.Module = nn.Linear(8, 4 if change == "narrow" else 8)
         if change == "deep":
             self.up, self.down = (nn.Sequential(nn.Sequential(nn.Linear(8, 8))) for _ in range(2))
@@ -209,6 +211,7 @@ def test_sublayer_is_named_by_the_path_that_its_linears_begin_with() -> None:
         ("shared", r"layers\.0\.up: its weight is shared"),
         ("narrow", r"layers\.0\.up: 4 outputs do not fit a stream of 8"),
         ("listed", r"layers\.0\.attn: a list of linears inside a block"),
+        ("experts", r"layers\.0\.experts: a list of linears inside a block"),
         ("empty", r"_Model: no list of like blocks"),
     ],
 )

@@ -245,4 +245,5 @@ class TestFailing:
 
 
 def test_every_dialect_has_a_clock_in_utc_seconds() -> None:
-    assert str(now().compile(dialect=postgresql.dialect())) == "extract(epoch FROM clock_timestamp())"
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    assert str(now().compile(dialect=dialect)) == "extract(epoch FROM clock_timestamp())"

@@ -49,11 +49,13 @@ def test_only_queued_work_can_be_claimed(store: Store, evaluation: int, me: str)
 def test_result_is_accepted_once(store: Store, evaluation: int, me: str) -> None:
     claim = claimed(store, evaluation, me)
     assert store.complete(claim, [KL], 0.5, {"rss": 1})
+    events = store.events("job")
     assert not store.complete(claim, [Measurement("kl", 9.0, "search", 2048)], 0.5)
     assert not store.fail(claim, FailureClass.CRASH, "late")
     assert not store.renew(claim, 60)
     assert not store.release(claim)
     assert store.lost(claim, "late") is State.SUCCEEDED
+    assert store.events("job") == events
     assert (state(store), store.trial("job", 0).value("kl")) == (State.SUCCEEDED, 0.25)
     assert store.counts("job").succeeded == 1
 
@@ -218,7 +220,8 @@ class Life(RuleBasedStateMachine):
         fence = self.store.acquire_coordinator(self.job, ME, 3600)
         made = Proposal(0, Configuration({}), "given", "search", 1, 1.0, digest_of(self.job), {}, True)
         self.evaluation = self.store.propose(self.job, fence, made).evaluation_id
-        self.state, self.losses, self.fences = State.QUEUED, 0, [0]
+        self.state, self.losses, self.fence = State.QUEUED, 0, 0
+        self.fences: list[int] = []
         self.live: Claim | None = None
         self.expired = False
         self.verdict: tuple[Trial, Any] | None = None
@@ -229,9 +232,10 @@ class Life(RuleBasedStateMachine):
         assert (claim is not None) == (self.state is State.QUEUED)
         if claim is None:
             return multiple()
-        assert claim.fence > self.fences[-1]
+        self.fence += 1
+        assert claim.fence == self.fence
         self.fences.append(claim.fence)
-        assert claim.attempt == len(self.fences) - 1
+        assert claim.attempt == len(self.fences)
         self.state, self.live, self.expired = State.RUNNING, claim, ttl_s == 0.0
         return claim
 
@@ -271,18 +275,19 @@ class Life(RuleBasedStateMachine):
 
     def gone(self) -> None:
         self.losses += 1
-        self.state, self.live = State.QUARANTINED if self.losses == 3 else State.QUEUED, None
+        self.ended(self.live, State.QUARANTINED if self.losses == 3 else State.QUEUED)
 
-    def ended(self, claim: Claim, state: State) -> None:
+    def ended(self, claim: Claim | None, state: State) -> None:
         if claim == self.live:
             self.state, self.live = state, None
+            self.fence += int(state is State.QUEUED)
 
     @invariant()
     def store_agrees_with_the_model(self) -> None:
         trial = self.store.trial(self.job, 0)
         attempts = self.store.attempts(self.evaluation)
         assert trial.state is self.state
-        assert [attempt.fence for attempt in attempts] == self.fences[1:]
+        assert [attempt.fence for attempt in attempts] == self.fences
         assert sum(attempt.accepted for attempt in attempts) == int(self.state.terminal)
         assert (trial.value("kl") == 0.25) == (self.state is State.SUCCEEDED)
         assert self.store.counts(self.job).open == int(not self.state.terminal)

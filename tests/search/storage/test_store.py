@@ -251,6 +251,13 @@ class TestTelling:
         assert store.untold("job") == []
         assert [trial.told for trial in store.trials("job")] == [True, True, True, False]
 
+    def test_each_job_is_told_by_itself(self, store: Store, job: JobAndFence, proposal: Make, me: str) -> None:
+        other = second_job(store, me)
+        for one in (job, other):
+            run(store, one, proposal(0, one), me)
+        store.mark_told(*other, [0])
+        assert [trial.told for name in ("job", "second") for trial in store.trials(name)] == [False, True]
+
 
 class TestReading:
     def test_trial_comes_back_whole(self, store: Store, job: JobAndFence, proposal: Make, me: str) -> None:

@@ -90,26 +90,19 @@ def test_linears_whose_names_begin_alike_are_kept_apart() -> None:
 
 def test_applied_model_computes_with_the_decoded_weights(family: str, make_model: MakeModel) -> None:
     model, twin = make_model(family), make_model(family)
-    knob = Bits(group_size=8)
+    knob, quantizer = Bits(group_size=8), make_quantizer("rtn", group_size=8, symmetric=False)
     for site in knob.sites(find_structure(model)):
         weights = {}
         for linear in site.linears:
-            stored = twin.get_submodule(linear.name).weight
-            weight = stored.detach().T if linear.transposed else stored.detach()
-            weights[linear.name] = weight.half()
-            # by hand, in float64
-            groups = weight.double().reshape(linear.out_features, -1, 8)
-            least = groups.amin(2, keepdim=True)
-            step = ((groups.amax(2, keepdim=True) - least) / 15).half().double()
-            by_hand = (least + step * ((groups - least) / step).round().clamp(0, 15)).reshape(weight.shape).float()
-            stored.data = (by_hand.T if linear.transposed else by_hand).contiguous()
+            stored = twin.get_submodule(linear.name).weight.detach()
+            weights[linear.name] = (stored.T if linear.transposed else stored).half()
+            values = quantizer.dequantize(quantizer.quantize(weights[linear.name], 4), 4, linear.in_features)
+            stored.copy_(values.T if linear.transposed else values)
         knob.apply(model, site, 4, knob.decode(site, 4, knob.build(site, 4, weights, {})))
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        found, expected = (m(tokens)[0] for m in (model, twin))
-        dense = make_model(family)(tokens)[0]
-    # the twin's steps are rounded to nearest instead of up and its values are not rounded to 16 bits: both 2^-11 relative
-    assert (found - expected).norm() < 0.05 * (dense - expected).norm()
+        assert torch.equal(model(tokens)[0], twin(tokens)[0])
+        assert not torch.equal(model(tokens)[0], make_model(family)(tokens)[0])
 
 
 def test_apply_copies_nothing_where_the_dtype_agrees() -> None:

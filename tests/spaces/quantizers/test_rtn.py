@@ -34,9 +34,8 @@ def _values(packed: dict[str, Tensor], bits: int, group_size: int, k: int) -> Te
 
 
 def _half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding `values` to `dtype` can change."""
-    tiny = {torch.float16: SMALLEST / 2, torch.bfloat16: 0.0}[dtype]
-    return torch.clamp(values.abs() * torch.finfo(dtype).eps / 2, min=tiny)
+    """What rounding `values` to `dtype`, or a bf16 minimum to fp16, can change."""
+    return torch.clamp(values.abs() * torch.finfo(dtype).eps / 2, min=SMALLEST / 2)
 
 
 @st.composite
@@ -119,6 +118,12 @@ def test_constant_groups_keep_their_value(value: float, bits: int, symmetric: bo
         assert torch.equal(back, weight)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_group_without_a_range_has_the_codes_of_its_zero(bits: int) -> None:
+    for symmetric, zero in ((False, 0), (True, 1 << bits - 1)):
+        assert (_rtn(8, symmetric).codes(torch.zeros(2, 20), bits).codes == zero).all()
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("low", [-LARGEST, -1.0, 0.0, LARGEST - 32])
@@ -145,8 +150,10 @@ def test_bfloat16_beyond_fp16_is_clamped_and_tiny_ones_stay_small() -> None:
     assert back.isfinite().all()
     assert back[0, 0] > 60000
     assert back[0, 1] < -60000
-    tiny = torch.full((1, 8), 1e-30, dtype=torch.bfloat16)
-    assert (_rtn(8).dequantize(_rtn(8).quantize(tiny, 2), 2, 8).abs() <= SMALLEST).all()
+    for tiny in (1e-30, -1e-30, 0.6 * SMALLEST, -0.6 * SMALLEST):  # the nearest fp16 number lies above or below
+        constant = torch.full((1, 8), tiny, dtype=torch.bfloat16)
+        back = _rtn(8).dequantize(_rtn(8).quantize(constant, 2), 2, 8)
+        assert torch.equal(back, constant.half())
 
 
 def test_last_group_of_a_row_may_be_shorter() -> None:

@@ -1,0 +1,120 @@
+"""What a sampler is: an Optuna sampler made for one ask, and the wrapper that keeps every proposal within the limits."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from autoeff.search.samplers.ledger import Ledger
+from autoeff.search.samplers.problem import Problem, stream
+from autoeff.spaces.plugins import plugin, plugins
+
+__all__ = ["Feasible", "Sampler", "check_sampler", "distributions", "known_samplers", "make_sampler"]
+
+_TRIES = 100  # to turn a repeated proposal into a new one, before it is let through
+
+
+class Sampler(ABC):
+    """Proposes configurations of one problem.
+
+    Attributes:
+        name: As in `--sampler`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def tell(self, indices: tuple[int, ...], windows: int, value: float | None) -> None:  # noqa: B027  (optional to override)
+        """Hears of every evaluation on the search text, cheap fidelities and guests included; None is a failure."""
+
+    @abstractmethod
+    def for_ask(self, number: int) -> BaseSampler:
+        """The Optuna sampler of ask `number`, seeded with H(job seed, number) alone, so that a resumed search asks the same."""
+
+
+_WHERE = ("autoeff.search.samplers", Sampler, "autoeff.samplers")
+
+
+def known_samplers() -> Mapping[str, type[Sampler]]:
+    """Every sampler on this machine by name."""
+    return plugins(*_WHERE)
+
+
+def make_sampler(name: str, problem: Problem) -> Sampler:
+    """The sampler `name`.
+
+    Raises:
+        InputError: There is none.
+    """
+    sampler: Sampler = plugin(*_WHERE, name)(problem)
+    return sampler
+
+
+def check_sampler(name: str) -> None:
+    """Raises InputError if there is no sampler `name`; the message lists those that exist."""
+    plugin(*_WHERE, name)
+
+
+def distributions(problem: Problem) -> dict[str, BaseDistribution]:
+    """One level index for each decision key; 0 is dense."""
+    return {decision.key: IntDistribution(0, len(decision.levels) - 1) for decision in problem.space.decisions}
+
+
+class Feasible(BaseSampler):
+    """Repairs what another sampler proposes before Optuna records it: within the limits, and not proposed before.
+
+    With one objective the repair also fills what the limits leave, since unused budget is lost quality.
+
+    Args:
+        inner: Proposes.
+        problem: Its limits hold.
+        number: Of the ask.
+    """
+
+    def __init__(self, inner: BaseSampler, problem: Problem, number: int) -> None:
+        self._inner, self._problem = inner, problem
+        self._ledger = Ledger(problem.space, problem.cost_model, problem.cost_limits)
+        self._rng = stream(problem.seed, "repair", number)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return distributions(self._problem)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        relative = self._inner.infer_relative_search_space(study, trial)
+        params = self._inner.sample_relative(study, trial, relative)
+        for name, distribution in search_space.items():
+            if name not in params:
+                params[name] = self._inner.sample_independent(study, trial, name, distribution)
+        seen = {tuple(t.params[name] for name in search_space) for t in study.get_trials(deepcopy=False) if t.state != TrialState.RUNNING}
+        indices = [int(params[name]) for name in search_space]
+        for _ in range(_TRIES):
+            repaired = self._repaired(indices)
+            if repaired not in seen:
+                break
+            indices = list(repaired)
+            place = self._rng.randrange(len(indices))
+            indices[place] = self._rng.randrange(len(self._problem.space.decisions[place].levels))
+        return dict(zip(search_space, repaired, strict=True))
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._inner.after_trial(study, trial, state, values)
+
+    def _repaired(self, indices: Sequence[int]) -> tuple[int, ...]:
+        rng: random.Random = self._rng
+        repaired = self._ledger.repaired(indices, rng)
+        return self._ledger.filled(repaired, rng) if len(self._problem.objectives) == 1 else repaired

@@ -1,0 +1,82 @@
+"""An Optuna study in memory, rebuilt from our tables: it knows what the sampler must know and stores nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from autoeff.search.sampler import distributions, make_sampler
+from autoeff.search.samplers.problem import Candidate, Problem
+from autoeff.search.storage.records import State, Trial
+
+__all__ = ["Asked", "Study"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A proposal.
+
+    Attributes:
+        candidate: To be evaluated.
+        state: What the sampler noted, to be stored with the trial: system attributes of the Optuna trial and study.
+    """
+
+    candidate: Candidate
+    state: dict[str, Any]
+
+
+class Study:
+    """Asks one sampler and tells it outcomes, in the order of trial numbers.
+
+    Optuna's trials are the full-fidelity trials on the search text; a failed one is told as failed.
+
+    Args:
+        problem: What is searched.
+        sampler: Name of the sampler.
+    """
+
+    def __init__(self, problem: Problem, sampler: str) -> None:
+        self._problem = problem
+        self._sampler = make_sampler(sampler, problem)
+        self._distributions = distributions(problem)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(directions=["minimize"] * len(problem.objectives))
+        self._asked: optuna.Trial | None = None
+
+    def ask(self, number: int) -> Asked:
+        """The sampler's proposal for trial `number`."""
+        self._study.sampler = self._sampler.for_ask(number)
+        trial = self._study.ask(self._distributions)
+        self._asked = trial
+        storage, study_id = self._study._storage, self._study._study_id
+        indices = tuple(int(trial.params[key]) for key in self._distributions)
+        state = {"trial": dict(storage.get_trial(trial._trial_id).system_attrs), "study": dict(storage.get_study_system_attrs(study_id))}
+        return Asked(Candidate(self._problem.space.normalised(indices), self._problem.windows, "searched"), state)
+
+    def tell(self, trial: Trial) -> None:
+        """Adds the outcome of a trial, whether this study asked for it or an earlier one did."""
+        if trial.split != "search":
+            return
+        indices = self._problem.space.indices(trial.configuration.levels)
+        value = trial.value(self._problem.quality)
+        self._sampler.tell(indices, trial.windows, value)
+        if trial.windows != self._problem.windows:
+            return
+        good = trial.state is State.SUCCEEDED and value is not None
+        values = self._problem.values(indices, value) if good and value is not None else None
+        state = TrialState.COMPLETE if good else TrialState.FAIL
+        if self._asked is not None:
+            self._study.tell(self._asked, values, state=state)
+            self._asked = None
+            return
+        noted: Mapping[str, Any] = trial.sampler_state or {"trial": {}, "study": {}}
+        params = dict(zip(self._distributions, indices, strict=True))
+        self._study.add_trial(
+            create_trial(state=state, values=values, params=params, distributions=self._distributions, system_attrs=dict(noted["trial"]))
+        )
+        for key, item in noted["study"].items():
+            self._study._storage.set_study_system_attr(self._study._study_id, key, item)

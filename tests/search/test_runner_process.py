@@ -1,0 +1,129 @@
+"""A real runner process: warm, killed, over its caps, and what each ending is called."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from autoeff.errors import CandidateError, FailureClass, InputError, RunnerLost
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
+from autoeff.evaluators.text import TextSpec
+from autoeff.search.runner_process import RunnerProcess
+from autoeff.search.settings import Settings
+from autoeff.spaces.space import SpaceSpec
+
+FFN = "model.layers.{}.mlp:faulty"
+LEVELS = {FFN.format(i): "none" for i in range(3)}
+
+
+@pytest.fixture
+def runner_of(tiny_models: dict[str, Path], tmp_path: Path, third_party_knobs: Path) -> Iterator[Callable[..., RunnerProcess]]:
+    made: list[RunnerProcess] = []
+
+    def make(model: Path | None = None, **settings: float) -> RunnerProcess:
+        text = tmp_path / "text.txt"
+        text.write_text("the cat sat on the mat and the dog ate the other hat\n" * 60)
+        data = TextSpec(str(text), windows=4, length=16)
+        setup = EvaluationSetup(
+            str(model or tiny_models["llama"]), data, None, SpaceSpec({"faulty": {}}), 0, "cpu", str(tmp_path / "bank")
+        )
+        made.append(RunnerProcess(setup, Settings(home=tmp_path, **settings), tmp_path / "runner.log"))
+        return made[-1]
+
+    yield make
+    for runner in made:
+        runner.close()
+
+
+def ask(runner: RunnerProcess, level: str = "none") -> float:
+    found = runner.evaluate(EvaluationRequest({**LEVELS, FFN.format(1): level}, "search", 4))
+    return found.measurements[0].value
+
+
+def test_one_process_serves_many_evaluations(runner_of: Callable[..., RunnerProcess]) -> None:
+    runner = runner_of()
+    assert [ask(runner) for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert runner.starts == 1
+
+
+@pytest.mark.parametrize(
+    ("level", "failure", "message"),
+    [
+        ("segfault", FailureClass.CRASH, "SIGSEGV"),
+        ("nan", FailureClass.NAN, "not finite"),
+        ("raise", FailureClass.INVALID, "RuntimeError"),
+        ("loop", FailureClass.TIMEOUT, "no answer within 2 s"),
+        ("hog", FailureClass.OOM_HOST, "the cap is"),
+    ],
+)
+def test_a_harmful_candidate_fails_and_the_next_one_is_served(
+    runner_of: Callable[..., RunnerProcess], level: str, failure: FailureClass, message: str
+) -> None:
+    runner = runner_of(evaluation_timeout_s=2.0 if level == "loop" else 60.0, memory_cap_bytes=3 << 30)
+    with pytest.raises(CandidateError, match=message) as caught:
+        ask(runner, level)
+    assert caught.value.failure is failure
+    assert ask(runner) == 0.0
+    assert runner.starts == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_runner_killed_from_outside_is_lost_not_failed(runner_of: Callable[..., RunnerProcess], how: signal.Signals) -> None:
+    runner = runner_of()
+    ask(runner)
+    assert runner.pid is not None
+    os.kill(runner.pid, how)
+    with pytest.raises(RunnerLost, match=how.name):
+        ask(runner)
+    assert ask(runner) == 0.0
+
+
+def test_a_setup_that_cannot_be_opened_is_bad_input(runner_of: Callable[..., RunnerProcess], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        ask(runner_of(tmp_path / "nowhere"))
+
+
+def test_what_failed_is_in_the_log(runner_of: Callable[..., RunnerProcess]) -> None:
+    runner = runner_of()
+    with pytest.raises(CandidateError):
+        ask(runner, "segfault")
+    assert "Segmentation fault" in runner.log_tail()
+
+
+def test_the_lease_is_looked_after_while_a_candidate_runs(runner_of: Callable[..., RunnerProcess]) -> None:
+    runner, ticks = runner_of(evaluation_timeout_s=1.0), []
+    with pytest.raises(CandidateError):
+        runner.evaluate(EvaluationRequest({**LEVELS, FFN.format(0): "loop"}, "search", 4), lambda: ticks.append(time.monotonic()))
+    assert len(ticks) > 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
+def test_a_runner_dies_with_its_parent_even_while_it_loops(tiny_models: dict[str, Path], tmp_path: Path, third_party_knobs: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path; import test_runner_process as t\n"
+        f"tmp, model = Path({str(tmp_path)!r}), Path({str(tiny_models['llama'])!r})\n"
+        "(tmp / 'text.txt').write_text('the cat sat on the mat ' * 200)\n"
+        "data = t.TextSpec(str(tmp / 'text.txt'), windows=4, length=16)\n"
+        "setup = t.EvaluationSetup(str(model), data, None, t.SpaceSpec({'faulty': {}}), 0, 'cpu', str(tmp / 'bank'))\n"
+        "runner = t.RunnerProcess(setup, t.Settings(home=tmp), tmp / 'log')\n"
+        "runner.open(); print(runner.pid, flush=True); t.ask(runner, 'loop')\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
