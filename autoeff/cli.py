@@ -552,6 +552,8 @@ _HELD_OUT = [name for name in MEASURES if name.endswith("_held_out")]
 
 
 def _print_plan(plan: Plan, form: Form) -> None:
+    from autoeff.search.standing import TABLE_WORDS
+
     preflight = plan.preflight
     if form is Form.JSON:
         print_json(
@@ -582,7 +584,7 @@ def _print_plan(plan: Plan, form: Form) -> None:
             "configurations": _magnitude(preflight["configurations"]),
             "memory needed": MEASURES["weight_bytes"].text(preflight["memory_bytes"]),
             "hardware": preflight["hardware"],
-            "damage table": plan.table,
+            "damage table": TABLE_WORDS[plan.table],
             "least --trials": plan.minimum_trials,
         }
     )
@@ -617,7 +619,7 @@ def _print_result(result: Result, form: Form) -> None:
         print_json({"job": result.job_id, "folder": str(result.folder), "exit_code": result.exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.search.standing import cost_columns, problem_of
+    from autoeff.search.standing import cost_columns, judged_cost
 
     with _opened(str(result.folder)) as opened:
         job = opened.store.job(opened.job_id)
@@ -638,7 +640,7 @@ def _print_result(result: Result, form: Form) -> None:
     sys.stdout.write("\n")
     for row in rows:
         if row["role"] == "found":
-            sys.stdout.write(f"{verdict(row, summary, problem_of(job).cost_measure)}\n")
+            sys.stdout.write(f"{verdict(row, summary, judged_cost(job))}\n")
     print_pairs(paths)
 
 

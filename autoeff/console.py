@@ -118,7 +118,7 @@ def describe(progress: Progress) -> str:
     if progress.total:
         parts.append(f"{progress.done}/{progress.total}")
     elif progress.done:
-        parts.append(f"{progress.done} trials")
+        parts.append(f"{progress.done} trial{'s' if progress.done > 1 else ''}")
     if progress.used:
         parts.append(f"{progress.used:.4g} of {progress.budget:.4g} evaluations")
     if progress.best is not None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -46,6 +47,7 @@ class Bank:
     Args:
         folder: Shared by every model; created on first use.
         model_digest: Names the model's content.
+        dtype: The 16-bit dtype of the store: of dense weights, and of values when they are decoded.
         weights: Gives the dense 16-bit weight [N, K] of a linear.
         place: Moves a decoded tensor to the compute dtype and device.
         keep_bytes: Memory for decoded tensors.
@@ -55,6 +57,7 @@ class Bank:
         self,
         folder: Path,
         model_digest: str,
+        dtype: torch.dtype,
         weights: Callable[[str], Tensor],
         place: Callable[[Tensor], Tensor],
         keep_bytes: int,
@@ -62,7 +65,7 @@ class Bank:
         self.folder = folder / f"v{FORMAT}"
         self.model_digest = model_digest
         self.statistics = Statistics("", {})
-        self._weights, self._place, self._keep_bytes = weights, place, keep_bytes
+        self._dtype, self._weights, self._place, self._keep_bytes = dtype, weights, place, keep_bytes
         self._decoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._decoded_bytes = 0
         self.built = 0
@@ -99,7 +102,8 @@ class Bank:
         if key in self._decoded:
             self._decoded.move_to_end(key)
             return self._decoded[key]
-        entry = {name: self._place(tensor) for name, tensor in knob.decode(site, level, self.packed(knob, site, level)).items()}
+        decoded = knob.decode(site, level, self.packed(knob, site, level), self._dtype)
+        entry = {name: self._place(tensor) for name, tensor in decoded.items()}
         self._decoded[key] = entry
         self._decoded_bytes += _bytes(entry)
         while self._decoded_bytes > self._keep_bytes and len(self._decoded) > 1:
@@ -138,7 +142,7 @@ def _write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

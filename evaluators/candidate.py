@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from autoeff.evaluators.bank import Bank
-from autoeff.spaces.knob import Knob, Undo
+from autoeff.spaces.knob import KINDS, Knob, Undo
 from autoeff.spaces.sites import Structure
 from autoeff.spaces.space import SearchSpace
 
 __all__ = ["Candidate"]
-
-_ORDER = ("structure", "weight", "cache", "runtime", "trained")
 
 
 class Candidate:
@@ -42,7 +40,7 @@ class Candidate:
             for undo in reversed(self._undo.pop(root, [])):
                 undo()
         for root in changed:
-            for i in sorted(self._trees[root], key=lambda i: _ORDER.index(self._knobs[self.space.decisions[i].knob].kind)):
+            for i in sorted(self._trees[root], key=lambda i: KINDS.index(self._knobs[self.space.decisions[i].knob].kind)):
                 if wanted[i]:
                     self._apply(root, i, wanted[i])
         self.indices = wanted

@@ -70,8 +70,9 @@ class Evaluator:
         self.bank = Bank(
             Path(setup.bank),
             facts.digest,
+            facts.store_dtype,  # candidates have the values that a 16-bit runtime computes with
             weights=lambda name: dense[name].to(facts.store_dtype),
-            place=lambda tensor: tensor.to(facts.store_dtype).to(device, dtype),  # the values that a 16-bit runtime computes with
+            place=lambda tensor: tensor.to(device, dtype),
             keep_bytes=_KEEP_DECODED_BYTES,
         )
         self.candidate = Candidate(self.model, self.structure, self.space, self.preparation.knobs, self.bank)

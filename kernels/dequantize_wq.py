@@ -7,13 +7,12 @@ row and group of `group` inputs [N, ceil(K / group)] and, if asymmetric, one fp1
     symmetric    value = (code - 2^(b-1)) * scale         code in 0 .. 2^b - 1, so -2^(b-1) .. 2^(b-1) - 1 times the scale
 
 Planes: 2, 4 and 8 bits are one plane of that width; 3 = 2 + 1 and 6 = 4 + 2, low bits in the wider plane, so that no field
-straddles a word and a weight takes exactly b bits. Each row is padded to a multiple of 8 values (with code 0): a *unit* of 8
-values is p bytes of a plane of width p, and a plane is [N, ceil(K / 8) * p].
+straddles a byte. In a plane of width p, value j of a row is bits p * j .. p * j + p - 1 of the row's little-endian bit stream. A row
+takes whole bytes: a plane is [N, ceil(K * p / 8)], and unused bits of the last byte are 0.
 
-Order inside a unit, for p in 1, 2, 4: the unit is a little-endian integer of 8p bits, whose half h in {0, 1} holds at bit
-4p * h + p * s the value 2s + h. For p = 8 byte j is value j. Hence, with the halves of a unit moved 16 bits apart (for p = 4 they
-are), `(unit >> p * s) & (mask * 0x00010001) | 0x64006400` is the fp16 pair (1024 + value 2s, 1024 + value 2s + 1): neighbours in
-one register, without an integer conversion.
+Eight values, a *unit*, are p bytes. Rows of whole units (K a multiple of 8) are read a unit at a time; other rows begin anywhere
+and are read byte by byte. In a 32-bit word `(word >> p * j) & (mask * 0x00010001) | 0x64006400` is the fp16 pair (1024 + value j,
+1024 + value j + 16 / p): two values in one register, without an integer conversion.
 
 Every path computes in float32 and rounds once to the 16-bit result. A code has at most 8 significant bits and an fp16 number 11, so
 the product is exact in float32 (24), a fused and an unfused multiply-add agree, and all paths give the same bits. They equal the
@@ -47,15 +46,15 @@ __all__ = [
 PLANES: Mapping[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 """Plane widths by bits, low bits first."""
 UNIT = 8
-"""Values that share whole bytes in every plane; a group is a multiple of it."""
+"""Values that fill whole bytes in every plane; a group is a multiple of it."""
 
 _UNIT_DTYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # one unit of a plane as one number
 _BLOCK_N, _BLOCK_U, _WARPS = 8, 32, 4  # 2,048 values a program, 16 a thread: whole units, 32-byte stores
 
 
 def packed_bytes(n: int, k: int, bits: int, group: int, symmetric: bool) -> int:
-    """Bytes of the packed tensors of a weight [n, k]: planes with row padding, scales and minima."""
-    return n * (-(-k // UNIT) * bits + -(-k // group) * (2 if symmetric else 4))
+    """Bytes of the packed tensors of a weight [n, k]: planes, scales and minima."""
+    return n * (sum(_row_bytes(k, p) for p in _widths(bits)) + -(-k // group) * (2 if symmetric else 4))
 
 
 def moved_bytes(n: int, k: int, bits: int, group: int, symmetric: bool) -> int:
@@ -83,15 +82,15 @@ def pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
         raise ValueError(f"codes must be uint8 [N, K]: got {codes.dtype} {tuple(codes.shape)}")
     if codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"codes must be below 2^{bits} = {1 << bits}: got {int(codes.max())}")
-    padded = pad(codes, (0, -codes.shape[1] % UNIT)).contiguous()
+    k = codes.shape[1]
     if widths == (8,):
-        return {"plane8": padded}
-    units = padded.view(torch.int64)
+        return {"plane8": codes.contiguous()}
+    units = _whole_units(codes, k, 8).contiguous().view(torch.int64)
     planes: dict[str, Tensor] = {}
     base = 0
     for p in widths:
-        even, odd = (_gathered(units >> (base + 8 * h), p) for h in (0, 1))
-        planes[f"plane{p}"] = (even | odd << 4 * p).to(_UNIT_DTYPE[p]).view(torch.uint8)
+        words = _gathered(units >> base, p).to(_UNIT_DTYPE[p])
+        planes[f"plane{p}"] = words.view(torch.uint8)[:, : _row_bytes(k, p)].contiguous()
         base += p
     return planes
 
@@ -100,12 +99,12 @@ def unpack(planes: Mapping[str, Tensor], bits: int, k: int) -> Tensor:
     """The codes in `planes` as uint8 [N, k]; inverse of `pack`."""
     widths = _widths(bits)
     if widths == (8,):
-        return planes["plane8"][:, :k]
+        return planes["plane8"]
     parts: list[Tensor] = []
     base = 0
     for p in widths:
-        units = planes[f"plane{p}"].view(_UNIT_DTYPE[p]).to(torch.int64)
-        parts.append((_spread(units, p) | _spread(units >> 4 * p, p) << 8) << base)
+        words = _whole_units(planes[f"plane{p}"], k, p).view(_UNIT_DTYPE[p])
+        parts.append(_spread(words, p) << base)
         base += p
     return reduce(torch.bitwise_or, parts).view(torch.uint8)[:, :k]
 
@@ -116,8 +115,7 @@ def reference(planes: Mapping[str, Tensor], scale: Tensor, minimum: Tensor | Non
     codes = torch.zeros(scale.shape[0], k, dtype=torch.int64)
     base = 0
     for p in _widths(bits):
-        bit = p * (j % 8) if p == 8 else 4 * p * (j % 2) + p * (j % 8 // 2)
-        fields = planes[f"plane{p}"].cpu()[:, j // 8 * p + bit // 8].to(torch.int64) >> bit % 8
+        fields = planes[f"plane{p}"].cpu()[:, p * j // 8].to(torch.int64) >> p * j % 8
         codes |= (fields & (1 << p) - 1) << base
         base += p
     steps = scale.cpu().double()[:, j // group]
@@ -164,9 +162,7 @@ def dequantize(
     return values.to(out_dtype).view(n, groups * group)[:, :k].contiguous()
 
 
-def launch(
-    planes: Mapping[str, Tensor], scale: Tensor, minimum: Tensor | None, bits: int, k: int, group: int, out: Tensor
-) -> None:
+def launch(planes: Mapping[str, Tensor], scale: Tensor, minimum: Tensor | None, bits: int, k: int, group: int, out: Tensor) -> None:
     """Runs the Triton kernel into `out` [N, k]; arguments as in `dequantize`.
 
     Raises:
@@ -187,9 +183,9 @@ def hopper_cases() -> Iterator[tuple[str, Any, tuple[int, int], tuple[Any, ...],
     """Every variant of the kernel for `autoeff.kernels.compile`: label, kernel, grid, arguments on the meta device, options."""
     n, group = 1024, 64
     for bits, widths in PLANES.items():
-        # the last one has a ragged group and rows that are not 16-byte aligned
+        # the last one has a ragged group and rows that are not whole units
         for k, dtype, symmetric in (*product((4096,), (torch.float16, torch.bfloat16), (False, True)), (4100, torch.float16, False)):
-            planes = {f"plane{p}": torch.empty(n, -(-k // UNIT) * p, dtype=torch.uint8, device="meta") for p in widths}
+            planes = {f"plane{p}": torch.empty(n, _row_bytes(k, p), dtype=torch.uint8, device="meta") for p in widths}
             scale = torch.empty(n, -(-k // group), dtype=torch.float16, device="meta")
             out = torch.empty(n, k, dtype=dtype, device="meta")
             label = f"dequantize_wq {bits} bit, {'symmetric' if symmetric else 'asymmetric'}, {dtype}, K = {k}"
@@ -202,18 +198,30 @@ def _widths(bits: int) -> tuple[int, ...]:
     return PLANES[bits]
 
 
+def _row_bytes(k: int, p: int) -> int:
+    return -(-k * p // 8)
+
+
+def _whole_units(rows: Tensor, k: int, p: int) -> Tensor:
+    """Zeros after each row of `k` values of `p` bits, up to whole units."""
+    missing = -(-k // UNIT) * p - rows.shape[1]
+    return pad(rows, (0, missing)) if missing else rows
+
+
 def _gathered(units: Tensor, p: int) -> Tensor:
-    """Moves the low p bits of bytes 0, 2, 4, 6 of each int64 next to each other."""
-    units = units & ((1 << p) - 1) * 0x0001000100010001
-    units = (units | units >> 16 - p) & ((1 << 2 * p) - 1) * 0x0000000100000001
-    return (units | units >> 32 - 2 * p) & (1 << 4 * p) - 1
+    """Moves the low p bits of the bytes of each int64 next to each other; the other bits are dropped."""
+    units = units & ((1 << p) - 1) * 0x0101010101010101
+    units = (units | units >> 8 - p) & ((1 << 2 * p) - 1) * 0x0001000100010001
+    units = (units | units >> 16 - 2 * p) & ((1 << 4 * p) - 1) * 0x0000000100000001
+    return (units | units >> 32 - 4 * p) & (1 << 8 * p) - 1
 
 
-def _spread(units: Tensor, p: int) -> Tensor:
-    """Inverse of `_gathered`; bits above the low 4p are dropped."""
-    units = units & (1 << 4 * p) - 1
-    units = (units | units << 32 - 2 * p) & ((1 << 2 * p) - 1) * 0x0000000100000001
-    return (units | units << 16 - p) & ((1 << p) - 1) * 0x0001000100010001
+def _spread(words: Tensor, p: int) -> Tensor:
+    """Inverse of `_gathered`."""
+    units = words.to(torch.int64) & (1 << 8 * p) - 1  # without the copies of the sign
+    units = (units | units << 32 - 4 * p) & ((1 << 4 * p) - 1) * 0x0000000100000001
+    units = (units | units << 16 - 2 * p) & ((1 << 2 * p) - 1) * 0x0001000100010001
+    return (units | units << 8 - p) & ((1 << p) - 1) * 0x0101010101010101
 
 
 def _check(
@@ -230,7 +238,7 @@ def _check(
     for p in _widths(bits):
         if f"plane{p}" not in planes:
             raise ValueError(f"{bits} bits need plane{p}; got {', '.join(planes) or 'nothing'}")
-        expected[f"plane{p}"] = ((n, -(-k // UNIT) * p), torch.uint8, planes[f"plane{p}"])
+        expected[f"plane{p}"] = ((n, _row_bytes(k, p)), torch.uint8, planes[f"plane{p}"])
     for name, (shape, dtype, tensor) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != scale.device or not tensor.is_contiguous():
             found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{'' if tensor.is_contiguous() else ', strided'}"
@@ -242,12 +250,13 @@ def _arguments(
 ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, positional arguments and constants of a launch."""
     n, units = out.shape[0], -(-k // UNIT)
-    words = [planes[f"plane{p}"] if p == 8 else planes[f"plane{p}"].view(_UNIT_DTYPE[p]) for p in PLANES[bits]]
+    whole = k % UNIT == 0
+    words = [planes[f"plane{p}"].view(_UNIT_DTYPE.get(p, torch.uint8) if whole else torch.uint8) for p in PLANES[bits]]
     high_p = PLANES[bits][1] if len(words) == 2 else 0
     arguments = (words[0], words[-1], scale, scale if minimum is None else minimum, out, n, k, units, scale.shape[1])
     constants = {
         "LOW_P": PLANES[bits][0], "HIGH_P": high_p, "GROUP_U": group // UNIT, "ZERO": 1 << bits - 1 if minimum is None else 0,
-        "BLOCK_N": _BLOCK_N, "BLOCK_U": _BLOCK_U, "num_warps": _WARPS,
+        "WHOLE": whole, "BLOCK_N": _BLOCK_N, "BLOCK_U": _BLOCK_U, "num_warps": _WARPS,
     }  # fmt: skip
     return (triton.cdiv(n, _BLOCK_N), triton.cdiv(units, _BLOCK_U)), arguments, constants
 
@@ -255,32 +264,43 @@ def _arguments(
 if triton is not None:
 
     @triton.jit
-    def _load_fields(plane, row, unit, mask, units, P: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The fields of width P of a tile of units, int32 [BLOCK_N, BLOCK_U, 8] in the order of values."""
+    def _load_fields(plane, row, unit, mask, inside, k, units, P: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The fields of width P of a tile of units, int32 [BLOCK_N, BLOCK_U, 8]; `mask` is true for units, `inside` for values."""
         j = tl.arange(0, 8)[None, None, :]
-        at = row * units + unit
         if P == 8:
-            return tl.load(plane + (at[:, :, None] * 8 + j), mask=mask[:, :, None], other=0).to(tl.int32)
-        # each word is read once and shifted eight ways: repeating the address instead would repeat the load
-        word = tl.load(plane + at, mask=mask, other=0).to(tl.int32)
-        return (word[:, :, None] >> (j % 2 * (4 * P) + j // 2 * P)) & ((1 << P) - 1)
+            fields = tl.load(plane + ((row * k + unit * 8)[:, :, None] + j), mask=inside, other=0).to(tl.int32)
+        else:
+            if WHOLE:
+                word = tl.load(plane + (row * units + unit), mask=mask, other=0).to(tl.int32)
+            else:
+                row_bytes = (k * P + 7) // 8
+                word = tl.zeros(mask.shape, tl.int32)
+                for i in tl.static_range(P):
+                    at = unit * P + i
+                    byte = tl.load(plane + (row * row_bytes + at), mask=mask & (at < row_bytes), other=0)
+                    word |= byte.to(tl.int32) << 8 * i
+            # each word is read once and shifted eight ways: repeating the address instead would repeat the load
+            fields = (word[:, :, None] >> P * j) & ((1 << P) - 1)
+        return fields
 
     @triton.jit
     def _dequantize_kernel(  # type: ignore[no-untyped-def]
         low, high, scale, minimum, out, n, k, units, groups,
-        LOW_P: tl.constexpr, HIGH_P: tl.constexpr, GROUP_U: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
+        LOW_P: tl.constexpr, HIGH_P: tl.constexpr, GROUP_U: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
     ):  # fmt: skip
         row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None].to(tl.int64)  # row * k may pass 2^31
         unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U))[None, :]
         mask = (row < n) & (unit < units)
-        code = _load_fields(low, row, unit, mask, units, LOW_P)
+        column = (unit * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
+        inside = mask[:, :, None] & (column < k)
+        code = _load_fields(low, row, unit, mask, inside, k, units, LOW_P, WHOLE)
         if HIGH_P:
-            code = code | (_load_fields(high, row, unit, mask, units, HIGH_P) << LOW_P)
+            code = code | (_load_fields(high, row, unit, mask, inside, k, units, HIGH_P, WHOLE) << LOW_P)
         at = row * groups + unit // GROUP_U
         step = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32)[:, :, None]
         if ZERO:
             value = (code - ZERO).to(tl.float32) * step
         else:
             value = code.to(tl.float32) * step + tl.load(minimum + at, mask=mask, other=0.0).to(tl.float32)[:, :, None]
-        column = (unit * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
-        tl.store(out + (row[:, :, None] * k + column), value.to(out.dtype.element_ty), mask=mask[:, :, None] & (column < k))
+        tl.store(out + (row[:, :, None] * k + column), value.to(out.dtype.element_ty), mask=inside)

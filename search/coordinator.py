@@ -189,7 +189,7 @@ class Coordinator:
 
     def _budget_left(self) -> bool:
         seconds = self._plan.spec.budget.seconds
-        return (seconds is None or self._elapsed < seconds) and self._used < self._problem.trials
+        return (seconds is None or self._elapsed < seconds) and self._used + 1 <= self._problem.trials
 
     @property
     def _used(self) -> float:

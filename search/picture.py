@@ -19,7 +19,10 @@ __all__ = ["Guest", "Picture", "draw_png", "draw_svg"]
 _INK = {"ink": "#1c2330", "muted": "#6b7382", "line": "#d9dee7", "found": "#1d63d8", "guest": "#b4531a"}
 """Colours on white. In the SVG each stands for a CSS variable of the same name, so that the page can turn dark."""
 _ORIGINS = {"table": "#9aa3b2", "random": "#c9b458", "additive": "#57a773", "searched": "#6f9ceb", "given": "#b08cc9"}
+_LABELS = {"dense": ((-7, 6), "right"), "uniform": ((7, 6), "left"), "additive": ((-8, 4), "right"), "found": ((8, -13), "left")}
 _MARKS = {"dense": "P", "uniform": "s", "additive": "D", "random": "^", "found": "*"}
+_MARGIN = 1.7
+"""Factor below the least quality at which the axis ends."""
 _SIZES = {"found": 190, "dense": 70}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -107,10 +110,10 @@ def _draw_quality(axes: Axes, picture: Picture) -> None:
     _clean(axes)
     axes.set_yscale("log")
     for origin, points in picture.points.items():
-        if drawn := _positive(points):
+        if shown := _positive(points):
             colour = _ORIGINS.get(origin, _ORIGINS["searched"])
             axes.scatter(
-                [x for x, _ in drawn], [y for _, y in drawn], s=11, color=colour, alpha=0.45, linewidths=0, label=f"{origin} trials",
+                [x for x, _ in shown], [y for _, y in shown], s=11, color=colour, alpha=0.45, linewidths=0, label=f"{origin} trials",
                 rasterized=True, zorder=2,
             )  # fmt: skip
     if front := sorted(_positive(picture.front)):
@@ -120,7 +123,9 @@ def _draw_quality(axes: Axes, picture: Picture) -> None:
     if picture.limit is not None:
         axes.axvline(picture.limit, color=_INK["guest"], linewidth=1.1, linestyle=(0, (5, 3)), label="limit", zorder=1)
     seen: set[str] = set()
-    floor = axes.get_ylim()[0]
+    drawn = [point for points in picture.points.values() for point in points]
+    lowest = min((y for _, y in _positive([*drawn, *picture.front, *((g.cost, g.quality or 0.0) for g in picture.guests)])), default=1.0)
+    floor = lowest / _MARGIN
     for guest in picture.guests:
         if guest.quality is None:
             continue
@@ -131,10 +136,10 @@ def _draw_quality(axes: Axes, picture: Picture) -> None:
             clip_on=not on_floor, label=None if guest.role in seen else _ROLE_WORDS[guest.role],
         )  # fmt: skip
         seen.add(guest.role)
-        if guest.role != "random":
+        if guest.role in _LABELS:
+            offset, side = _LABELS[guest.role]
             axes.annotate(
-                guest.label, (guest.cost, floor if on_floor else guest.quality), textcoords="offset points",
-                xytext=(8, -13) if guest.role == "found" else (7, 6),
+                guest.label, (guest.cost, floor if on_floor else guest.quality), xytext=offset, textcoords="offset points", ha=side,
                 fontsize=8.5, color=_INK["found" if guest.role == "found" else "ink"], zorder=7,
             )  # fmt: skip
     axes.set_ylim(bottom=floor)

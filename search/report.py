@@ -14,7 +14,8 @@ import autoeff
 from autoeff.search.job import JobSpec
 from autoeff.search.picture import Guest, Picture, draw_png, draw_svg
 from autoeff.search.runs import write_file
-from autoeff.search.standing import cost_columns, problem_of
+from autoeff.search.samplers.problem import Problem
+from autoeff.search.standing import TABLE_WORDS, cost_columns, judged_cost, problem_of
 from autoeff.search.storage.records import Job
 from autoeff.spaces.measurements import measure
 from autoeff.spaces.space import Decision, SearchSpace
@@ -43,7 +44,7 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
         summary=summary,
         version=autoeff.__version__,
         folder=folder,
-        verdicts=[verdict(row, summary, picture.cost) for row in summary["rows"] if row["role"] == "found"],
+        verdicts=[verdict(row, summary, judged_cost(job)) for row in summary["rows"] if row["role"] == "found"],
         columns=cost_columns(job),
         quality=summary["quality"],
         front_svg=draw_svg(picture),
@@ -59,26 +60,32 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
 
 
 def verdict(found: Row, summary: Row, cost: str) -> str:
-    """One sentence on a found row: its quality and cost, against the cheapest uniform level that costs no less."""
+    """One sentence on a found row: its quality and cost, against the uniform level that tells most about it.
+
+    That is the cheapest one that costs no less, if it is beaten; else the best one that costs no more.
+    """
     quality = summary["quality"]
-    text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])} at {_text(cost, found['costs'][cost])}"
-    rivals = [row for row in summary["rows"] if row["role"] == "uniform" and row["search"] and row["costs"][cost] >= found["costs"][cost]]
-    if not rivals:
-        return text
-    rival = min(rivals, key=lambda row: row["costs"][cost])
-    change = 1 - found["search"] / rival["search"]
-    cheaper = 1 - found["costs"][cost] / rival["costs"][cost]
-    at = f"{cheaper:.1%} less {cost}" if cheaper >= 0.0005 else f"the same {cost}"
-    if found["trial"] == rival["trial"]:
-        return f"{text}; nothing was found that beats uniform {rival['label']}"
-    return f"{text}; {abs(change):.0%} {'less' if change > 0 else 'more'} {quality} than uniform {rival['label']} at {at}"
+    text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])} at {cost} {_text(cost, found['costs'][cost])}"
+    uniform = [row for row in summary["rows"] if row["role"] == "uniform" and row["search"]]
+    above = min((r for r in uniform if r["costs"][cost] >= found["costs"][cost]), key=lambda row: row["costs"][cost], default=None)
+    below = min((r for r in uniform if r["costs"][cost] <= found["costs"][cost]), key=lambda row: row["search"], default=None)
+    if above is not None and found["search"] < above["search"]:
+        cheaper = 1 - found["costs"][cost] / above["costs"][cost]
+        at = f"{cheaper:.1%} less {cost}" if cheaper >= 0.0005 else f"the same {cost}"
+        return f"{text}; {1 - found['search'] / above['search']:.0%} less {quality} than uniform {above['label']} at {at}"
+    if below is None:
+        return f"{text}; every uniform level costs more"
+    if found["search"] < below["search"]:
+        return (
+            f"{text}; {1 - found['search'] / below['search']:.0%} less {quality} than uniform {below['label']}, the best that costs no more"
+        )
+    return f"{text}; nothing was found that beats uniform {below['label']}"
 
 
 def _picture(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
     quality = summary["quality"]
     problem = problem_of(job)
     cost = problem.cost_measure
-    bounds = [limit.bound for limit in problem.limits if limit.name == cost]
     full = max((tokens for row in rows if (tokens := _tokens(row, quality))), default=None)
     points: dict[str, list[tuple[float, float]]] = {}
     by_number: dict[int, tuple[float, float]] = {}
@@ -104,13 +111,24 @@ def _picture(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
         points={origin: points[origin] for origin in points if origin not in ("dense", "uniform")},
         front=[by_number[number] for number in front if number in by_number],
         guests=guests,
-        limit=float(min(bounds)) if bounds else None,
+        limit=_bound(problem, cost),
         spearman=[
             (row["measurements"][cost]["value"], row["measurements"]["spearman_held_out"]["value"])
             for row in rows
             if row["trial"] in front and "spearman_held_out" in row["measurements"]
         ],
     )
+
+
+def _bound(problem: Problem, cost: str) -> float | None:
+    """The tightest limit on a cost, counting limits on measures that rise and fall with it."""
+    wanted, bounds = problem.cost_model.measures[cost], []
+    for limit in problem.cost_limits:
+        form = problem.cost_model.measures[limit.name]
+        if len(form.coefficients) == 1 and form.coefficients.keys() == wanted.coefficients.keys():
+            (name,) = form.coefficients
+            bounds.append(wanted.offset + wanted.coefficients[name] * (limit.bound - form.offset) / form.coefficients[name])
+    return float(min(bounds)) if bounds else None
 
 
 def _level_maps(space: SearchSpace, rows: Sequence[Row], summary: Row) -> list[dict[str, Any]]:
@@ -149,8 +167,10 @@ def _damage_map(space: SearchSpace, summary: Row) -> list[dict[str, Any]]:
     for knob in dict.fromkeys(decision.knob for decision in space.decisions):
         cells: dict[tuple[int, str], dict[str, Any]] = {}
         for decision in space.decisions:
-            for level, value in damage.get(decision.key, {}).items() if decision.knob == knob else ():
-                cells[decision.block, f"{_inside(decision)} = {level}"] = cell(f"{decision.key} = {level}", value)
+            measured = damage.get(decision.key, {}) if decision.knob == knob else {}
+            for level in decision.levels[1:]:
+                if str(level) in measured:
+                    cells[decision.block, f"{_inside(decision)} = {level}"] = cell(f"{decision.key} = {level}", measured[str(level)])
         if cells:
             maps.append({"title": knob, **_grid(space, cells)})
     return maps
@@ -202,4 +222,4 @@ _PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _PAGES.filters["measured"] = lambda value, name: _text(name, value)
-_PAGES.globals["roles"] = _ROLES
+_PAGES.globals |= {"roles": _ROLES, "table_words": TABLE_WORDS}

@@ -33,8 +33,11 @@ class Sampler(ABC):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def tell(self, indices: tuple[int, ...], windows: int, value: float | None) -> None:  # noqa: B027  (optional to override)
-        """Hears of every evaluation on the search text, cheap fidelities and guests included; None is a failure."""
+    def tell(self, indices: tuple[int, ...], windows: int, value: float | None, asked: bool) -> None:  # noqa: B027  (optional)
+        """Hears of every evaluation on the search text in the order of trials, cheap fidelities and guests (not asked) included.
+
+        A value of None is a failure.
+        """
 
     @abstractmethod
     def for_ask(self, number: int) -> BaseSampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autoeff.search.limits import parse_limit
@@ -13,7 +14,15 @@ from autoeff.spaces.costs import CostModel
 from autoeff.spaces.measurements import MEASURES
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["Standing", "cost_columns", "problem_of", "standing_of"]
+__all__ = ["TABLE_WORDS", "Standing", "cost_columns", "judged_cost", "problem_of", "standing_of"]
+
+
+TABLE_WORDS: Mapping[str, str] = {
+    "full": "every level on all windows",
+    "quarter": "every level on a quarter of the windows",
+    "cheap": "two levels of each decision on a quarter of the windows",
+}
+"""The forms of the damage table for people."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ def problem_of(job: Job) -> Problem:
 def cost_columns(job: Job) -> list[str]:
     """The cost measures worth a column: those of the limits, of the objectives, and the average bits."""
     return list(dict.fromkeys([*_limited(job), *job.spec["objectives"][1:], "avg_bits"]))
+
+
+def judged_cost(job: Job) -> str:
+    """The cost at which configurations are compared: the first with a limit, else the first objective on a cost, else the stored bytes."""
+    return str([*_limited(job), *job.spec["objectives"][1:], "weight_bytes"][0])
 
 
 def _limited(job: Job) -> list[str]:

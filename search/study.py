@@ -63,7 +63,7 @@ class Study:
             return
         indices = self._problem.space.indices(trial.configuration.levels)
         value = trial.value(self._problem.quality)
-        self._sampler.tell(indices, trial.windows, value)
+        self._sampler.tell(indices, trial.windows, value, trial.origin == "searched")
         if trial.windows != self._problem.windows:
             return
         good = trial.state is State.SUCCEEDED and value is not None

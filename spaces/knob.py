@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
@@ -72,8 +73,15 @@ class Knob(ABC):
         """
         return {}
 
-    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `apply` needs, by parameter name (`<linear>.weight`); kept in memory by the bank."""
+    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What `apply` needs, by parameter name (`<linear>.weight`); kept in memory by the bank.
+
+        Args:
+            site: Where.
+            level: Not the dense one.
+            packed: What `build` returned.
+            dtype: The 16-bit dtype of the store, in which the values are wanted.
+        """
         return {}
 
     @abstractmethod

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import autoeff
 from autoeff.cli import main
 from autoeff.console import Watcher, duration
-from autoeff.errors import AutoeffError
+from autoeff.errors import AutoeffError, FailureClass
 from autoeff.search import doctor, run
 from autoeff.search.coordinator import Progress
 from autoeff.search.doctor import SUPPORTED, supports
@@ -28,13 +29,14 @@ from autoeff.search.job import JobSpec
 from autoeff.search.run import Result
 from autoeff.search.runs import create_run
 from autoeff.search.settings import Settings
-from autoeff.search.storage.records import JobState, Proposal
+from autoeff.search.storage.records import JobState, Origin, Proposal
 from autoeff.search.storage.store import Store
 from autoeff.spaces.costs import CostModel
-from autoeff.spaces.measurements import Measurement
+from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.space import Decision, SearchSpace
 
 JOB = "0123456789ab"
+FENCE = 1
 WORDS = "the cat sat on the mat and the dog ate the other hat, then they all went there again. "
 
 
@@ -93,58 +95,75 @@ def space() -> SearchSpace:
     return SearchSpace(decisions, dense | {"flops_per_token": 4096})
 
 
-class Stored:
-    """A search in the database of `home`, with its run directory; trials are added by hand."""
-
-    def __init__(self, folder: Path, *limits: str) -> None:
-        self.settings, self.space = Settings.read(), space()
-        spec = JobSpec.parse({"model": "demo", "limits": limits, "objectives": "kl,linear_bytes"}).model_dump(mode="json")
-        preflight = {"quality": "kl", "model": {"context": 64}, "text": {"search": {"windows": 4}}}
-        self.costs = CostModel(self.space, batch=1, context=64)
-        with Store.open(self.settings.database) as store:
-            store.create_job(JOB, spec, preflight, self.space.to_json(), "digest")
-            self.fence = store.acquire_coordinator(JOB, "host/boot/1/0.00", 60)
-        self.folder = create_run(folder, JOB, self.settings.database)
-        self.add((0, 0), 0.0, "dense")
-        self.add((1, 1), 0.2, "uniform", "bits=4")
-        self.add((2, 2), 3.0, "uniform", "bits=2")
-        self.add((2, 1), None, "searched")
-        self.add((1, 2), 0.9, "searched")
-        self.add((1, 2), 0.95, "searched", split="held_out")
-
-    def add(self, indices: tuple[int, ...], kl: float | None, origin: Any, label: str | None = None, split: Any = "search") -> None:
-        limits = run_limits(self)
-        with Store.open(self.settings.database) as store:
-            number, configuration, costs = store.counts(JOB).trials, self.space.at(indices), self.costs.values(indices)
-            feasible = all(costs[name] <= bound for name, bound in limits)
-            key = f"{configuration.digest[:40]}{split}{number}".ljust(64, "0")
-            proposal = Proposal(number, configuration, origin, split, 4, 1.0, key, costs, feasible, label)
-            claim = store.propose(JOB, self.fence, proposal, claim_for="worker", ttl_s=60).claim
+def fill(database: str, *limits: str) -> None:
+    """Makes a database with one search of six trials."""
+    the_space = space()
+    spec = JobSpec.parse({"model": "demo", "limits": limits, "objectives": "kl,linear_bytes"}).model_dump(mode="json")
+    preflight = {"quality": "kl", "model": {"context": 64}, "text": {"search": {"windows": 4}}}
+    cost_model = CostModel(the_space, batch=1, context=64)
+    bounds = [(name, float(bound)) for name, bound in (limit.split("<=") for limit in limits) if name != "kl"]
+    trials: tuple[tuple[tuple[int, int], float | None, Origin, str | None, Split], ...] = (
+        ((0, 0), 0.0, "dense", None, "search"),
+        ((1, 1), 0.2, "uniform", "bits=4", "search"),
+        ((2, 2), 3.0, "uniform", "bits=2", "search"),
+        ((2, 1), None, "searched", None, "search"),
+        ((1, 2), 0.9, "searched", None, "search"),
+        ((1, 2), 0.95, "searched", None, "held_out"),
+    )
+    with Store.open(database) as store:
+        store.create_job(JOB, spec, preflight, the_space.to_json(), "digest")
+        fence = store.acquire_coordinator(JOB, "host/boot/1/0.00", 3600)
+        assert fence == FENCE
+        for number, (indices, kl, origin, label, split) in enumerate(trials):
+            costs = cost_model.values(indices)
+            feasible = all(costs[name] <= bound for name, bound in bounds)
+            proposal = Proposal(number, the_space.at(indices), origin, split, 4, 1.0, f"{number:064}", costs, feasible, label)
+            claim = store.propose(JOB, fence, proposal, claim_for="worker", ttl_s=60).claim
             assert claim is not None
-            name = "kl" if split == "search" else "kl_held_out"
             if kl is None:
-                from autoeff.errors import FailureClass
-
                 store.fail(claim, FailureClass.OOM_HOST, "out of memory", "the last words")
             else:
-                store.complete(claim, [Measurement(name, kl, split, 2048, 0.01)], 1.0)
+                store.complete(claim, [Measurement("kl" if split == "search" else "kl_held_out", kl, split, 2048, 0.01)], 1.0)
+
+
+class Stored:
+    """A search in the database of `home`, with its run directory."""
+
+    def __init__(self, folder: Path, template: Path) -> None:
+        self.database = Settings.read().database
+        home = Path(self.database.removeprefix("sqlite:///")).parent
+        home.mkdir()
+        shutil.copy(template, home / "autoeff.db")
+        self.folder = create_run(folder, JOB, self.database)
 
     def finish(self, result: dict[str, Any]) -> None:
-        with Store.open(self.settings.database) as store:
-            store.set_job_state(JOB, self.fence, JobState.RUNNING)
-            store.set_job_state(JOB, self.fence, JobState.SUCCEEDED, result)
-            store.release_coordinator(JOB, self.fence)
+        with Store.open(self.database) as store:
+            store.set_job_state(JOB, FENCE, JobState.RUNNING)
+            store.set_job_state(JOB, FENCE, JobState.SUCCEEDED, result)
+            store.release_coordinator(JOB, FENCE)
 
 
-def run_limits(stored: Stored) -> list[tuple[str, float]]:
-    with Store.open(stored.settings.database) as store:
-        texts = store.job(JOB).spec["limits"]
-    return [(text.split("<=")[0], float(text.split("<=")[1])) for text in texts if not text.startswith("kl")]
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The database of a search with these limits; made once."""
+
+    @cache
+    def make(*limits: str) -> Path:
+        path = tmp_path_factory.mktemp("template") / "autoeff.db"
+        fill(f"sqlite:///{path}", *limits)
+        return path
+
+    return make
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> Stored:
-    return Stored(tmp_path / "run", "linear_bytes<=1000")
+def search_with(tmp_path: Path, template: Callable[..., Path]) -> Callable[..., Stored]:
+    return lambda *limits: Stored(tmp_path / "run", template(*limits))
+
+
+@pytest.fixture
+def stored(search_with: Callable[..., Stored]) -> Stored:
+    return search_with("linear_bytes<=1000")
 
 
 # Verbs that read
@@ -161,7 +180,7 @@ def test_rows_have_the_public_form(command: Command, stored: Stored) -> None:
     rows = command("ls", stored.folder, "--format", "json").json
     assert [row["trial"] for row in rows] == [0, 1, 2, 3, 4, 5]
     row = rows[4]
-    assert row["digest"] == stored.space.at((1, 2)).digest
+    assert row["digest"] == space().at((1, 2)).digest
     assert (row["origin"], row["state"]) == ("searched", "succeeded")
     assert row["configuration"] == {"model.layers.0.mlp.down_proj:bits": 4, "model.layers.1.mlp.down_proj:bits": 2}
     assert row["measurements"]["kl"] == {
@@ -214,8 +233,8 @@ def test_best_is_the_best_within_the_limits(command: Command, stored: Stored) ->
 
 
 @pytest.mark.parametrize(("limit", "kept"), [("linear_bytes<=1000", []), ("linear_bytes<=1100", [1])])
-def test_a_limit_on_quality_counts(command: Command, tmp_path: Path, limit: str, kept: list[int]) -> None:
-    stored = Stored(tmp_path / "run", limit, "kl<=0.5")
+def test_a_limit_on_quality_counts(command: Command, search_with: Callable[..., Stored], limit: str, kept: list[int]) -> None:
+    stored = search_with(limit, "kl<=0.5")
     assert [row["trial"] for row in command("pareto", stored.folder, "--format", "json").json] == kept
     best = command("best", stored.folder, "--format", "json")
     if kept:
@@ -224,8 +243,8 @@ def test_a_limit_on_quality_counts(command: Command, tmp_path: Path, limit: str,
         assert "no feasible trial" in best.error
 
 
-def test_best_without_limits_points_to_pareto(command: Command, tmp_path: Path) -> None:
-    stored = Stored(tmp_path / "run")
+def test_best_without_limits_points_to_pareto(command: Command, search_with: Callable[..., Stored]) -> None:
+    stored = search_with()
     assert "autoeff pareto" in command("best", stored.folder).error
     assert [row["trial"] for row in command("pareto", stored.folder, "--format", "json").json] == [0, 1, 2, 4]
 
@@ -246,8 +265,8 @@ def test_an_infeasible_search_shows_the_closest_under_its_own_code(command: Comm
 
 
 def test_status_of_a_search_that_nobody_drives(command: Command, stored: Stored) -> None:
-    with Store.open(stored.settings.database) as store:
-        store.release_coordinator(JOB, stored.fence)
+    with Store.open(stored.database) as store:
+        store.release_coordinator(JOB, FENCE)
     answer = command("status", stored.folder)
     assert re.search(r"trials +6\n", answer.out)
     assert f"autoeff resume {stored.folder}" in answer.err

@@ -136,7 +136,7 @@ class DamageModel:
         flat = np.where(self.forbidden, np.inf, effects).tolist()
         return [flat[a:b] for a, b in zip(self.first, [*self.first[1:], None], strict=True)]
 
-    def posterior(self, configurations: Sequence[Sequence[int]], values: Sequence[float], best: float) -> Posterior:
+    def posterior(self, configurations: Sequence[Sequence[int]], values: Sequence[float], best: float, deviations: Sequence[float] | None = None) -> Posterior:
         """Conditions on evaluations.
 
         Args:
@@ -148,6 +148,8 @@ class DamageModel:
         y = np.array(values)[order]
         z = np.array([self.features(configurations[i]) for i in order])
         noise = (_NOISE * y) ** 2 + (_FAR * np.maximum(0.0, y - 1.3 * best)) ** 2 + (1e-6 * best) ** 2
+        if deviations is not None:
+            noise += np.array(deviations)[order] ** 2
         kernel = (z * self.own_deviation**2) @ z.T
         kernel += (((z * self.pair_scale) @ z.T) ** 2 - (z * self.pair_scale**2) @ z.T) / 2
         root = np.linalg.cholesky(kernel + np.diag(noise))

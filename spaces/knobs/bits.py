@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from autoeff.spaces.configuration import Level
@@ -62,12 +63,12 @@ class Bits(Knob):
         packed = {linear.name: self._quantizer.quantize(weights[linear.name], int(level)) for linear in site.linears}
         return {f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()}
 
-    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         decoded: dict[str, Tensor] = {}
         for linear in site.linears:
             prefix = f"{linear.name}."
             parts = {name.removeprefix(prefix): tensor for name, tensor in packed.items() if name.startswith(prefix)}
-            weight = self._quantizer.dequantize(parts, int(level), linear.in_features)
+            weight = self._quantizer.dequantize(parts, int(level), linear.in_features, dtype)
             decoded[f"{prefix}weight"] = weight.T.contiguous() if linear.transposed else weight
         return decoded
 

@@ -42,7 +42,7 @@ class RoundToNearest(Quantizer):
             codes = groups.div(_divisor(scale)).round_().add_(zero)
         else:
             minimum = least.half()  # exact, but for bf16 weights in the range of fp16's subnormals
-            scale = _scale((greatest - minimum.float()).clamp_(min=0), (1 << bits) - 1, minimum.float())
+            scale = _scale(greatest - minimum.float(), (1 << bits) - 1, minimum.float())
             codes = groups.sub(minimum.float()[:, :, None]).div_(_divisor(scale)).round_()
         return Codes(codes.to(torch.uint8).reshape(n, -1)[:, :k], scale, None if self.symmetric else minimum)
 

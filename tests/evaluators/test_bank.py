@@ -24,8 +24,14 @@ def weights(name: str) -> Tensor:
     return torch.randn(linear.out_features, linear.in_features, generator=torch.Generator().manual_seed(len(name))).half()
 
 
-def bank(folder: Path, keep_bytes: int = 1 << 20, weight: Callable[[str], Tensor] = weights, model: str = "model") -> Bank:
-    return Bank(folder, model, weight, lambda tensor: tensor.float(), keep_bytes)
+def bank(
+    folder: Path,
+    keep_bytes: int = 1 << 20,
+    weight: Callable[[str], Tensor] = weights,
+    model: str = "model",
+    dtype: torch.dtype = torch.float16,
+) -> Bank:
+    return Bank(folder, model, dtype, weight, lambda tensor: tensor.float(), keep_bytes)
 
 
 def files(folder: Path) -> list[Path]:
@@ -88,6 +94,15 @@ def test_decoded_levels_are_kept_until_memory_is_short(tmp_path: Path) -> None:
 
 def test_decoded_levels_are_in_the_compute_dtype(tmp_path: Path) -> None:
     assert {t.dtype for t in bank(tmp_path).decoded(Bits(), SITE, 4).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoded_levels_have_the_values_of_the_store_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    store = bank(tmp_path, dtype=dtype)
+    expected = Bits().decode(SITE, 8, store.packed(Bits(), SITE, 8), dtype)
+    found = store.decoded(Bits(), SITE, 8)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].float()) for name in expected)
 
 
 def test_two_processes_may_build_the_same_bank(tmp_path: Path) -> None:

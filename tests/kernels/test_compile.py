@@ -23,9 +23,9 @@ def test_spills_and_too_much_shared_memory_do_not_fit() -> None:
     assert not module.Resources(32, 0, module.SHARED_BYTES + 1, False).fits
 
 
-def test_a_single_row_and_unit_compile_too() -> None:
+def test_a_single_row_and_value_compile_too() -> None:
     """Sizes of 1 are compiled in as constants."""
-    planes = {"plane4": torch.empty(1, 4, dtype=torch.uint8, device="meta")}
+    planes = {"plane4": torch.empty(1, 1, dtype=torch.uint8, device="meta")}
     scale = torch.empty(1, 1, dtype=torch.float16, device="meta")
     out = torch.empty(1, 1, dtype=torch.float16, device="meta")
     grid, arguments, options = dequantize_wq._arguments(planes, scale, scale, 4, 1, 8, out)

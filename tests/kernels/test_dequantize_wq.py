@@ -16,7 +16,7 @@ from autoeff.kernels import dequantize_wq
 from autoeff.kernels.dequantize_wq import PLANES, dequantize, flops, launch, moved_bytes, pack, packed_bytes, reference, unpack
 
 BITS = list(PLANES)
-SHAPES = [(1, 1, 8), (3, 63, 64), (9, 341, 16), (5, 128, 1024), (33, 264, 24)]  # N, K, group
+SHAPES = [(1, 1, 8), (3, 63, 64), (9, 341, 16), (7, 172, 64), (5, 128, 1024), (33, 264, 24)]  # N, K, group
 Case = tuple[dict[str, Tensor], Tensor, Tensor | None]
 
 
@@ -67,34 +67,44 @@ def test_a_weight_costs_exactly_its_bits() -> None:
     assert flops(3, 5) == 30
 
 
+def test_a_row_takes_whole_bytes_in_each_plane() -> None:
+    planes = pack(_codes(64, 172, 3), 3)
+    assert {name: tuple(plane.shape) for name, plane in planes.items()} == {"plane2": (64, 43), "plane1": (64, 22)}
+    assert packed_bytes(64, 172, 3, 64, False) == 64 * (43 + 22 + 3 * 4)
+    assert pack(torch.full((1, 5), 7, dtype=torch.uint8), 3)["plane2"].tolist() == [[0xFF, 0b11]]  # unused bits are 0
+
+
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
-        (2, {"plane2": [0b00_10_00_10, 0b11_01_11_01]}),  # even values 2, 0, 2, 0 from the low bits up, then odd ones 1, 3, 1, 3
-        (4, {"plane4": [0x4A, 0x4A, 0xB5, 0xB5]}),
+        (2, {"plane2": [0b11_00_01_10, 0b11_00_01_10]}),  # from the low bits up
+        (4, {"plane4": [0x5A, 0xB4, 0x5A, 0xB4]}),
         (8, {"plane8": [0xA, 0x5, 0x4, 0xB, 0xA, 0x5, 0x4, 0xB]}),
-        (6, {"plane4": [0x4A, 0x4A, 0xB5, 0xB5], "plane2": [0, 0]}),
+        (6, {"plane4": [0x5A, 0xB4, 0x5A, 0xB4], "plane2": [0, 0]}),
     ],
 )
-def test_order_inside_a_unit_is_the_documented_one(bits: int, expected: dict[str, list[int]]) -> None:
+def test_values_lie_in_the_documented_order(bits: int, expected: dict[str, list[int]]) -> None:
     codes = torch.tensor([[0xA, 0x5, 0x4, 0xB] * 2], dtype=torch.uint8) & (1 << bits) - 1
     assert {name: plane[0].tolist() for name, plane in pack(codes, bits).items()} == expected
 
 
 def test_three_bits_are_a_plane_of_two_and_a_plane_of_one() -> None:
     planes = pack(torch.arange(8, dtype=torch.uint8)[None], 3)
-    assert planes["plane2"].tolist() == [[0b10_00_10_00, 0b11_01_11_01]]  # low bits of 0, 2, 4, 6 and of 1, 3, 5, 7
-    assert planes["plane1"].tolist() == [[0b1100_1100]]  # high bits of the same
+    assert planes["plane2"].tolist() == [[0b11_10_01_00, 0b11_10_01_00]]
+    assert planes["plane1"].tolist() == [[0b1111_0000]]
 
 
-def test_exponent_trick_reads_neighbours_from_one_word() -> None:
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_exponent_trick_reads_two_values_from_one_word(p: int) -> None:
     """As the module's docstring promises to the kernels to come."""
-    codes = torch.randint(0, 16, (1, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    word = int(pack(codes, 4)["plane4"].view(torch.int32)) & 0xFFFFFFFF
-    for s in range(4):
-        pair = (word >> 4 * s) & 0x000F000F | 0x64006400
+    bits = {1: 3, 2: 2, 4: 4}[p]
+    codes = _codes(1, 32 // p, bits)
+    word = int(pack(codes, bits)[f"plane{p}"].view(torch.int32)) & 0xFFFFFFFF
+    fields = codes[0] >> (2 if p == 1 else 0)
+    for j in range(16 // p):
+        pair = (word >> p * j) & (((1 << p) - 1) * 0x00010001) | 0x64006400
         halves = torch.tensor([pair & 0xFFFF, pair >> 16], dtype=torch.int16).view(torch.float16)
-        assert (halves - 1024).tolist() == codes[0, 2 * s : 2 * s + 2].tolist()
+        assert (halves - 1024).tolist() == [fields[j], fields[j + 16 // p]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -53,9 +53,9 @@ class Noise(Knob):
             noisy[f"{linear.name}.weight"] = (weight.float() + noise).to(weight.dtype)
         return noisy
 
-    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = {f"{linear.name}.weight": linear.transposed for linear in site.linears}
-        return {name: packed[name].T.contiguous() if transposed else packed[name] for name, transposed in names.items()}
+    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        weights = {f"{linear.name}.weight": linear.transposed for linear in site.linears}
+        return {name: (packed[name].T.contiguous() if transposed else packed[name]).to(dtype) for name, transposed in weights.items()}
 
     def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
         return swap(model, decoded)

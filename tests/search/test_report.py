@@ -74,7 +74,7 @@ class Sample:
             "closest": None,
             "completions": {"prompt": "def f(x):", "dense": " return x", "uniform": " x x x", "found": " return <x>"},
             "table": {
-                "form": "2 levels",
+                "form": "cheap",
                 "damage": {d.key: {str(d.levels[-1]): 0.01 * (i + 1)} for i, d in enumerate(self.space.decisions)},
             },
             "additivity": {"spearman": 0.93, "n": 40},
@@ -245,7 +245,7 @@ def test_an_infeasible_search_says_so(tmp_path: Path) -> None:
 
 def test_a_search_without_text_or_table_still_reports(tmp_path: Path) -> None:
     sample = Sample(limits=())
-    sample.summary |= {"completions": None, "additivity": None, "table": {"form": "none", "damage": {}}, "notices": []}
+    sample.summary |= {"completions": None, "additivity": None, "table": {"form": "cheap", "damage": {}}, "notices": []}
     text = page_text(sample.write(tmp_path))
     assert "The same prompt" not in text
     assert "What each level costs" not in text
@@ -273,21 +273,23 @@ def test_equal_results_give_equal_reports(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
-@pytest.mark.parametrize(("value", "words"), [(0.108, "50% less kl"), (0.432, "100% more kl")])
-def test_verdict_compares_with_the_cheapest_uniform_that_costs_no_less(value: float, words: str) -> None:
-    assert f"{words} than uniform bits=3 at the same linear_bytes" in verdict(end_row("", 9, 300, value), UNIFORM, COST)
-
-
-def test_verdict_says_when_a_uniform_level_is_the_best() -> None:
-    assert "nothing was found that beats uniform bits=3" in verdict(end_row("bits=3", 3, 300, 0.216), UNIFORM, COST)
-
-
-def test_verdict_stands_alone_beyond_the_largest_uniform() -> None:
-    assert verdict(end_row("", 9, 900, 0.001), UNIFORM, COST) == "trial 9: kl 0.001000 at 900 B"
+@pytest.mark.parametrize(
+    ("cost", "value", "words"),
+    [
+        (300, 0.108, "50% less kl than uniform bits=3 at the same linear_bytes"),
+        (240, 0.108, "50% less kl than uniform bits=3 at 20.0% less linear_bytes"),
+        (400, 0.108, "50% less kl than uniform bits=3, the best that costs no more"),
+        (900, 0.001, "90% less kl than uniform bits=8, the best that costs no more"),
+        (300, 0.216, "nothing was found that beats uniform bits=3"),
+        (400, 0.300, "nothing was found that beats uniform bits=3"),
+        (100, 9.000, "every uniform level costs more"),
+    ],
+)
+def test_verdict_compares_with_uniform_at_no_less_or_no_more_cost(cost: int, value: float, words: str) -> None:
+    uniform = [end_row("bits=8", 1, 800, 0.01), end_row("bits=3", 3, 300, 0.216), end_row("bits=2", 4, 200, 5.0)]
+    sentence = verdict(end_row("", 9, cost, value), {"quality": "kl", "rows": uniform}, COST)
+    assert sentence == f"trial 9: kl {value:#.4g} at linear_bytes {cost} B; {words}"
 
 
 def end_row(label: str, trial: int, cost: int, value: float) -> dict[str, Any]:
     return {"role": "uniform", "label": label, "trial": trial, "feasible": True, "costs": {COST: cost}, "search": value}
-
-
-UNIFORM = {"quality": "kl", "rows": [end_row("bits=8", 1, 800, 0.01), end_row("bits=3", 3, 300, 0.216), end_row("bits=2", 4, 200, 5.0)]}

@@ -55,7 +55,7 @@ def _decoded(model: nn.Module, knob: Knob, site: Site, level: Level) -> dict[str
     for linear in site.linears:
         weight = model.get_submodule(linear.name).weight.detach().half()
         weights[linear.name] = weight.T.contiguous() if linear.transposed else weight
-    return knob.decode(site, level, load(save(knob.build(site, level, weights, {}))))
+    return knob.decode(site, level, load(save(knob.build(site, level, weights, {}))), torch.float16)
 
 
 def _state(model: nn.Module) -> dict[str, tuple[int, int, Tensor]]:
@@ -169,4 +169,4 @@ def test_random_walks_end_where_they_began(family: str, seed: int, make_model: C
 def _decoded_of(state: Mapping[str, tuple[int, int, Tensor]], knob: Knob, site: Site, level: Level) -> dict[str, Tensor]:
     weights = {linear.name: state[f"{linear.name}.weight"][2].half() for linear in site.linears}
     weights = {linear.name: weights[linear.name].T if linear.transposed else weights[linear.name] for linear in site.linears}
-    return knob.decode(site, level, knob.build(site, level, weights, {}))
+    return knob.decode(site, level, knob.build(site, level, weights, {}), torch.float16)

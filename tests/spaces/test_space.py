@@ -138,7 +138,7 @@ def test_decision_with_one_level_is_none(make_structure: MakeStructure) -> None:
 
 def test_level_that_only_some_sites_have_may_be_named_for_all(make_structure: MakeStructure) -> None:
     structure = make_structure(1)
-    narrow = replace(structure.sites[-1].linears[0], in_features=4)  # of its widths, only 3 and 2 bits save bytes
+    narrow = replace(structure.sites[-1].linears[0], in_features=3)  # of its widths, only 2 bits save bytes
     sites = (*structure.sites[:-1], replace(structure.sites[-1], linears=(narrow,)))
     space = _space(replace(structure, sites=sites), {"bits": {}}, levels={"*": (4, 2)})
     assert [d.levels for d in space.decisions] == [(16, 4, 2), (16, 4, 2), (16, 4, 2), (16, 2)]

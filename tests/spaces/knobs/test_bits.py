@@ -36,10 +36,10 @@ def test_cost_is_the_bytes_of_the_packed_tensors_against_sixteen_bits(settings: 
         assert knob.cost(site, level) == {"linear_bytes": sum(tensor.nbytes for tensor in packed.values()) - dense}
 
 
-def test_bytes_count_scales_minima_and_row_padding() -> None:
-    site = _site((10, 70))  # 70 inputs: 9 units of 8 values, two groups of 64
-    assert Bits().cost(site, 3) == {"linear_bytes": 10 * (9 * 3 + 2 * 4) - 2 * 700}
-    assert Bits(symmetric=True).cost(site, 3) == {"linear_bytes": 10 * (9 * 3 + 2 * 2) - 2 * 700}
+def test_bytes_count_scales_minima_and_whole_bytes_of_each_plane() -> None:
+    site = _site((10, 70))  # 70 inputs: 18 bytes of two bits and 9 of one, two groups of 64
+    assert Bits().cost(site, 3) == {"linear_bytes": 10 * (18 + 9 + 2 * 4) - 2 * 700}
+    assert Bits(symmetric=True).cost(site, 3) == {"linear_bytes": 10 * (18 + 9 + 2 * 2) - 2 * 700}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_bytes_count_scales_minima_and_row_padding() -> None:
     [
         (64, (16, 8, 6, 4, 3, 2)),
         (8, (16, 8, 6, 4, 3, 2)),
-        (4, (16, 3, 2)),  # 8 bytes dense; 3 bits are 3 bytes a row and 4 of scale and minimum
+        (4, (16, 6, 4, 3, 2)),  # 8 bytes dense; 8 bits are 4 bytes a row and 4 of scale and minimum
         (2, (16,)),
         (1, (16,)),
     ],
@@ -62,21 +62,24 @@ def test_sites_are_the_linears(make_structure: Callable[..., Structure]) -> None
     assert [linear for site in Bits().sites(structure) for linear in site.linears] == list(structure.linears)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_decoded_weights_are_those_of_the_quantizer_in_the_layout_of_the_module(transposed: bool, symmetric: bool) -> None:
+def test_decoded_weights_are_those_of_the_quantizer_in_the_layout_of_the_module(
+    transposed: bool, symmetric: bool, dtype: torch.dtype
+) -> None:
     knob, site = Bits(group_size=16, symmetric=symmetric), _site((6, 40), (9, 40), transposed=transposed)
     weights = _weights(site)
     quantizer = make_quantizer("rtn", group_size=16, symmetric=symmetric)
     for level in knob.levels(site)[1:]:
         packed = knob.build(site, level, weights, {})
         assert {name.rpartition(".")[0] for name in packed} == set(weights)
-        decoded = knob.decode(site, level, packed)
+        decoded = knob.decode(site, level, packed, dtype)
         for name, weight in weights.items():
-            expected = quantizer.dequantize(quantizer.quantize(weight, level), level, 40)
+            expected = quantizer.dequantize(quantizer.quantize(weight, level), level, 40, dtype)
             found = decoded.pop(f"{name}.weight")
             assert found.is_contiguous()
-            assert found.dtype == torch.float16
+            assert found.dtype == dtype
             assert torch.equal(found.T if transposed else found, expected)
         assert not decoded
 
@@ -84,7 +87,7 @@ def test_decoded_weights_are_those_of_the_quantizer_in_the_layout_of_the_module(
 def test_linears_whose_names_begin_alike_are_kept_apart() -> None:
     site = Site("b", "linears", 0, tuple(Linear(f"b.l{i}", 16, n, False) for i, n in ((1, 3), (10, 5))))
     knob = Bits(group_size=8)
-    decoded = knob.decode(site, 4, knob.build(site, 4, _weights(site), {}))
+    decoded = knob.decode(site, 4, knob.build(site, 4, _weights(site), {}), torch.float16)
     assert {name: tuple(tensor.shape) for name, tensor in decoded.items()} == {"b.l1.weight": (3, 16), "b.l10.weight": (5, 16)}
 
 
@@ -98,7 +101,7 @@ def test_applied_model_computes_with_the_decoded_weights(family: str, make_model
             weights[linear.name] = (stored.T if linear.transposed else stored).half()
             values = quantizer.dequantize(quantizer.quantize(weights[linear.name], 4), 4, linear.in_features)
             stored.copy_(values.T if linear.transposed else values)
-        knob.apply(model, site, 4, knob.decode(site, 4, knob.build(site, 4, weights, {})))
+        knob.apply(model, site, 4, knob.decode(site, 4, knob.build(site, 4, weights, {}), torch.float16))
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         assert torch.equal(model(tokens)[0], twin(tokens)[0])
@@ -110,7 +113,7 @@ def test_apply_copies_nothing_where_the_dtype_agrees() -> None:
     model.linear = nn.Linear(16, 4, bias=False, dtype=torch.float16)
     site = Site("linear", "linears", 0, (Linear("linear", 16, 4, False),))
     knob = Bits(group_size=8)
-    decoded = knob.decode(site, 4, knob.build(site, 4, {"linear": model.linear.weight.detach()}, {}))
+    decoded = knob.decode(site, 4, knob.build(site, 4, {"linear": model.linear.weight.detach()}, {}), torch.float16)
     knob.apply(model, site, 4, decoded)
     assert model.linear.weight.data_ptr() == decoded["linear.weight"].data_ptr()
 
@@ -118,7 +121,7 @@ def test_apply_copies_nothing_where_the_dtype_agrees() -> None:
 def test_bfloat16_weights_can_be_built() -> None:
     site = _site((4, 64))
     weights = {name: weight.bfloat16() for name, weight in _weights(site).items()}
-    decoded = Bits().decode(site, 8, Bits().build(site, 8, weights, {}))
+    decoded = Bits().decode(site, 8, Bits().build(site, 8, weights, {}), torch.bfloat16)
     assert torch.allclose(decoded["block.linear0.weight"].float(), weights["block.linear0"].float(), atol=0.02)
 
 
