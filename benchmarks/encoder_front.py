@@ -70,7 +70,9 @@ def main(
     for row in rows:
         name = f"{row['role']} {row['label']}".strip()
         share = f"{row['linear_bytes'] / dense_bytes:.1%}"
-        table.add_row(f"{row['linear_bytes']:,.0f}", share, name, f"{row['damage']:.4f}", f"{row['damage_held_out']:.4f}", f"{row['spearman']:.4f}")
+        table.add_row(
+            f"{row['linear_bytes']:,.0f}", share, name, f"{row['damage']:.4f}", f"{row['damage_held_out']:.4f}", f"{row['spearman']:.4f}"
+        )
     Console(width=120).print(table)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(

@@ -54,18 +54,19 @@ def inside_the_runner(spec: JobSpec, bank: Path, candidates: int) -> dict[str, A
     def evaluate(indices: tuple[int, ...]) -> None:
         evaluator.evaluate(EvaluationRequest(evaluator.space.at(indices).levels, "search", windows))
 
-    current = evaluator.space.sample(rng)
     for number in range(candidates + 3):
         fresh = evaluator.space.sample(rng)
-        near = list(current)
+        near = list(fresh)
         near[rng.randrange(len(near))] = 0
-        for name, work in (("bare", bare), ("evaluation", lambda: evaluate(fresh)), ("reuse", lambda: evaluate(tuple(near)))):
+        for name, indices in (("bare", None), ("evaluation", fresh), ("reuse", tuple(near))):
             forward.keep_bytes = keep if name == "reuse" else 0
             started = time.perf_counter()
-            work()
+            if indices is None:
+                bare()
+            else:
+                evaluate(indices)
             if number >= 3:  # the first ones decode every level once
                 times[name].append(time.perf_counter() - started)
-        current = fresh
     ratios = [evaluation / plain for evaluation, plain in zip(times["evaluation"], times["bare"], strict=True)]
     return {"tokens": passages.tokens, "seconds": {name: spread(values) for name, values in times.items()}, "ratio": spread(ratios)}
 
@@ -96,8 +97,13 @@ def main(
     print(f"{model}, {inside['tokens']} tokens, {candidates} candidates; milliseconds as median [quartiles]")
     for name, values in inside["seconds"].items():
         print(f"  {name:11s} {values['median'] * 1e3:8.1f} [{values['lower_quartile'] * 1e3:.1f}, {values['upper_quartile'] * 1e3:.1f}]")
-    print(f"  evaluation / bare, pair by pair: {inside['ratio']['median']:.3f} [{inside['ratio']['lower_quartile']:.3f}, {inside['ratio']['upper_quartile']:.3f}]")
-    print("  around it, a trial: " + ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in around.items() if name.endswith("_ms")))
+    print(
+        f"  evaluation / bare, pair by pair: {inside['ratio']['median']:.3f} [{inside['ratio']['lower_quartile']:.3f}, {inside['ratio']['upper_quartile']:.3f}]"
+    )
+    print(
+        "  around it, a trial: "
+        + ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in around.items() if name.endswith("_ms"))
+    )
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -8,6 +8,7 @@ itself. No finished trial may be lost, none may stand twice, and the final seque
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -68,7 +69,11 @@ def uninterrupted(folder: Path) -> tuple[list[dict[str, Any]], float]:
     """Rows and seconds of a run that nobody disturbs."""
     started = time.monotonic()
     done = subprocess.run(
-        command("search", *ARGUMENTS, "--out", str(folder / "whole")), env=environment(folder / "home"), capture_output=True, text=True, check=False
+        command("search", *ARGUMENTS, "--out", str(folder / "whole")),
+        env=environment(folder / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"the uninterrupted search failed: {done.stderr[-500:]}")
@@ -78,11 +83,11 @@ def uninterrupted(folder: Path) -> tuple[list[dict[str, Any]], float]:
 def kill_at(what: str, after_s: float, folder: Path) -> tuple[Kill, list[dict[str, Any]]]:
     """Starts a search in a home of its own, kills `what` after a while, lets it end, and returns its rows."""
     home, run = folder / "home", folder / "run"
-    search = subprocess.Popen(command("search", *ARGUMENTS, "--out", str(run)), env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
+    search = subprocess.Popen(
+        command("search", *ARGUMENTS, "--out", str(run)), env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
         search.wait(timeout=after_s)
-    except subprocess.TimeoutExpired:
-        pass
     victims = [search] if what == "search" else psutil.Process(search.pid).children()
     for victim in victims:
         os.kill(victim.pid, signal.SIGKILL)
@@ -95,7 +100,9 @@ def kill_at(what: str, after_s: float, folder: Path) -> tuple[Kill, list[dict[st
         again = subprocess.run(command("resume", str(run)), env=environment(home), capture_output=True, text=True, check=False)
         code, said = again.returncode, again.stderr
     elif what == "search":  # killed before there was a run: the user starts it again
-        again = subprocess.run(command("search", *ARGUMENTS, "--out", str(run)), env=environment(home), capture_output=True, text=True, check=False)
+        again = subprocess.run(
+            command("search", *ARGUMENTS, "--out", str(run)), env=environment(home), capture_output=True, text=True, check=False
+        )
         code, said = again.returncode, again.stderr
     else:
         said = search.communicate()[1].decode()
@@ -119,7 +126,10 @@ def check(moments: int, seed: int, folder: Path) -> list[Kill]:
         kill, rows = kill_at(what, rng.uniform(0.5, seconds), folder / str(number))
         assert sequence(rows) == sequence(expected), f"{kill}: the sequence differs from the uninterrupted one"
         kills.append(kill)
-        print(f"{number + 1:3d} {kill.what:6s} killed at {kill.after_s:5.1f} of {seconds:.1f} s, {kill.finished} trials finished: same sequence of {len(rows)}", flush=True)
+        print(
+            f"{number + 1:3d} {kill.what:6s} killed at {kill.after_s:5.1f} of {seconds:.1f} s, {kill.finished} trials finished: same sequence of {len(rows)}",
+            flush=True,
+        )
     return kills
 
 

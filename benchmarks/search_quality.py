@@ -77,7 +77,12 @@ def equal_bytes(folder: Path, model: str, knobs: str, width: int, seeds: list[in
         uniform = space.uniform()[f"bits={width}"]
         limit = f"linear_bytes<={space.primary(space.indices(uniform.levels))['linear_bytes']}"
         rows.append(
-            {"model": model, "knobs": knobs, "width": width, **search(spec(folder, model, knobs, seed, limit, data), work, f"{model}-{knobs}-{seed}")}
+            {
+                "model": model,
+                "knobs": knobs,
+                "width": width,
+                **search(spec(folder, model, knobs, seed, limit, data), work, f"{model}-{knobs}-{seed}"),
+            }
         )
         console.print(f"{model} {knobs} seed {seed}: found {rows[-1]['found']['held_out']:.4f} held out in {rows[-1]['seconds']:.0f} s")
     return rows
@@ -85,7 +90,20 @@ def equal_bytes(folder: Path, model: str, knobs: str, width: int, seeds: list[in
 
 def table(rows: list[dict[str, Any]]) -> None:
     shown = Table(title=f"KL in nats/token at equal linear_bytes, {TRIALS} evaluations each")
-    for column in ("model", "knobs", "bytes of", "seed", "uniform", "additive", "random", "found", "held-out: uniform", "additive", "random", "found"):
+    for column in (
+        "model",
+        "knobs",
+        "bytes of",
+        "seed",
+        "uniform",
+        "additive",
+        "random",
+        "found",
+        "held-out: uniform",
+        "additive",
+        "random",
+        "found",
+    ):
         shown.add_column(column)
     for row in rows:
         values = [f"{row[role][split]:.4f}" for split in ("search", "held_out") for role in ROLES]

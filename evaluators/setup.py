@@ -67,8 +67,10 @@ class EvaluationRequest:
 
 
 def measurement_to_json(item: Measurement) -> dict[str, Any]:
+    """Every field; inverse of `measurement_from_json`."""
     return asdict(item)
 
 
 def measurement_from_json(value: Mapping[str, Any]) -> Measurement:
+    """The measurement that a runner sent."""
     return Measurement(**value)

@@ -1,6 +1,6 @@
 """Writes the trained demo model as package data, with its card: data, licences, loss, and what it can and cannot do.
 
-    python examples/export_demo.py WORK autoeff/models/demo        # WORK is the folder of train_demo.py
+python examples/export_demo.py WORK autoeff/models/demo        # WORK is the folder of train_demo.py
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def passkey_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], tokens: int, trials: int) -> float:
+def passkey_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], tokens: int, trials: int
+) -> float:
     rng = random.Random(tokens)
     right = 0
     for _ in range(trials):
@@ -117,6 +119,14 @@ def copy_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, d
     return right / total
 
 
+def parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
+
+
 def parse_share(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], trials: int) -> float:
     rng, good = random.Random(3), 0
     for _ in range(trials):
@@ -124,13 +134,9 @@ def parse_share(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, doc
         lines = document.split("\n")
         ends = [i for i, line in enumerate(lines) if re.match(r"\s*def .*:$", line)]
         end = rng.choice(ends or [len(lines) - 1])
-        prompt = "\n".join(lines[: end + 1]) + "\n"
+        prompt = "\n".join(lines[: end + 1])  # the newline belongs to the token of the next line's indentation
         said = complete(model, tokenizer, prompt, 96)
-        try:
-            ast.parse(prompt + said[: said.rfind("\n") + 1])
-            good += 1
-        except SyntaxError:
-            pass
+        good += parses(prompt + said[: said.rfind("\n") + 1])
     return good / trials
 
 
@@ -169,7 +175,10 @@ def main(
         for path in Path(temporary).iterdir():
             shutil.copy(path, folder / path.name)
     (folder / "texts.json").write_text(
-        json.dumps({"format": 1, **{k: {"package": TEXT_PACKAGES[k], "version": t.version, "sha256": t.sha256} for k, t in texts.items()}}, indent=1)
+        json.dumps(
+            {"format": 1, **{k: {"package": TEXT_PACKAGES[k], "version": t.version, "sha256": t.sha256} for k, t in texts.items()}},
+            indent=1,
+        )
         + "\n"
     )
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import random
 import re
 import sys
@@ -127,7 +126,10 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|bos|>", "<|eos|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(random.Random(0).sample(documents, min(2500, len(documents))), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
@@ -149,7 +151,9 @@ def retrieval_document(rng: random.Random, filler: str, characters: int) -> str:
         text, key = passkey_document(rng, filler, int(characters * rng.uniform(0.1, 0.9)))
         return f"{text}{key}\n"
     words = re.findall(r"[A-Za-z_]{3,12}", filler[:20_000]) or ["none"]
-    passage = "".join(f"{rng.choice(words)} = {rng.choice(words)}({rng.randrange(1000)})\n" for _ in range(rng.randint(2, max(3, characters // 90))))
+    passage = "".join(
+        f"{rng.choice(words)} = {rng.choice(words)}({rng.randrange(1000)})\n" for _ in range(rng.randint(2, max(3, characters // 90)))
+    )
     return f"# copy\n{passage}# again\n{passage}"
 
 
@@ -184,9 +188,19 @@ class Batches:
 def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=192, intermediate_size=448, num_hidden_layers=8, num_attention_heads=6,
-            num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT, rope_theta=10_000.0, tie_word_embeddings=True,
-            bos_token_id=0, eos_token_id=1, pad_token_id=None,
+            vocab_size=VOCABULARY,
+            hidden_size=192,
+            intermediate_size=448,
+            num_hidden_layers=8,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
+            rope_theta=10_000.0,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=None,
         )
     )
 
@@ -222,7 +236,9 @@ def train(training: Training, work: Path, threads: int) -> LlamaForCausalLM:
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=training.peak_learning_rate, betas=(0.9, 0.95), fused=True,
+        lr=training.peak_learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     checkpoint, first = work / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -253,7 +269,9 @@ def train(training: Training, work: Path, threads: int) -> LlamaForCausalLM:
             partial = checkpoint.with_suffix(".tmp")
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
             partial.rename(checkpoint)
-    (work / "training.json").write_text(json.dumps({**asdict(training), "final_loss": sum(losses[-200:]) / max(1, len(losses[-200:]))}, indent=1))
+    (work / "training.json").write_text(
+        json.dumps({**asdict(training), "final_loss": sum(losses[-200:]) / max(1, len(losses[-200:]))}, indent=1)
+    )
     return model
 
 

@@ -5,7 +5,7 @@ They are the baselines that a found configuration must beat, and every sampler s
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import exp, inf, log
@@ -53,16 +53,20 @@ def preamble(problem: Problem) -> Generator[list[Candidate], Sequence[float | No
     configurations within the limits of each operating point, `min(32, N/5)` in all and at most half of what is left.
     """
     known: dict[Key, float | None] = {}
-    spent = Fraction(0)
     full = problem.windows
     zero = tuple([0] * len(problem.space.decisions))
     uniform = [(problem.space.indices(c.levels), name) for name, c in problem.space.uniform().items()]
     batch = [Candidate(zero, full, "dense"), *(Candidate(indices, full, "uniform", name) for indices, name in uniform)]
-    for make in (lambda: batch, lambda: table_candidates(problem), lambda: _additive(problem, known), lambda: _random(problem, spent)):
+    batch_of: list[Callable[[], list[Candidate]]] = [
+        lambda: batch,
+        lambda: table_candidates(problem),
+        lambda: _additive(problem, known),
+        lambda: _random(problem, sum((Fraction(windows, full) for _, windows in known), Fraction(0))),
+    ]
+    for make in batch_of:
         candidates = make()
         values = yield candidates
         known.update({(c.indices, c.windows): value for c, value in zip(candidates, values, strict=True)})
-        spent = sum((Fraction(windows, full) for _, windows in known), Fraction(0))
 
 
 @dataclass(frozen=True)

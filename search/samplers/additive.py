@@ -83,7 +83,9 @@ class Additive(Sampler):
     def _additive(self, table: DamageTable) -> list[Indices]:
         """Optima of the table: with no sublayer silenced at each operating point, and along the front."""
         problem, found = self.problem, dict[Indices, None]()
-        plain = [{0} if children else range(len(d.levels)) for d, children in zip(problem.space.decisions, problem.space.children, strict=True)]
+        plain = [
+            {0} if children else range(len(d.levels)) for d, children in zip(problem.space.decisions, problem.space.children, strict=True)
+        ]
         for point, _ in self._points:
             if (indices := self._allocator(point).solve(table.damage, plain)) is not None:
                 found[indices] = None

@@ -136,7 +136,9 @@ class DamageModel:
         flat = np.where(self.forbidden, np.inf, effects).tolist()
         return [flat[a:b] for a, b in zip(self.first, [*self.first[1:], None], strict=True)]
 
-    def posterior(self, configurations: Sequence[Sequence[int]], values: Sequence[float], best: float, deviations: Sequence[float] | None = None) -> Posterior:
+    def posterior(
+        self, configurations: Sequence[Sequence[int]], values: Sequence[float], best: float, deviations: Sequence[float] | None = None
+    ) -> Posterior:
         """Conditions on evaluations.
 
         Args:

@@ -95,4 +95,5 @@ def _promising(features: Integers, form: Form, model: DamageModel, ledger: Ledge
     rate = np.where(cost == 0, np.inf, gain / np.abs(np.where(cost == 0, 1, cost)))
     kept = [np.argsort(np.where(side, rate, np.inf), kind="stable")[: _FEATURES // 4] for side in (cost > 0, cost < 0)]
     chosen = np.concatenate(kept)
-    return features[np.unique(np.concatenate([chosen, now[chosen]]))]
+    with_rivals: Integers = features[np.unique(np.concatenate([chosen, now[chosen]]))]
+    return with_rivals

@@ -47,7 +47,8 @@ class Ledger:
     def slack(self, indices: Sequence[int]) -> Integers:
         """What the limits leave, [limits]; negative where one is broken."""
         active = np.array(self.space.active(indices))
-        return self.capacity - (self.costs[:, self._all, np.asarray(indices)] * active).sum(1)
+        left: Integers = self.capacity - (self.costs[:, self._all, np.asarray(indices)] * active).sum(1)
+        return left
 
     def feasible(self, indices: Sequence[int]) -> bool:
         return bool((self.slack(indices) >= 0).all())

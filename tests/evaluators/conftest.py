@@ -23,8 +23,6 @@ def setup_of(tiny_models: dict[str, Path], tmp_path: Path) -> Callable[..., Eval
         text = tmp_path / "text.txt"
         text.write_text(TEXT)
         data = TextSpec(str(text), windows=windows, length=16)
-        return EvaluationSetup(
-            str(tiny_models[family]), data, None, SpaceSpec(knobs, untie=untie), 0, "cpu", str(tmp_path / "bank")
-        )
+        return EvaluationSetup(str(tiny_models[family]), data, None, SpaceSpec(knobs, untie=untie), 0, "cpu", str(tmp_path / "bank"))
 
     return make

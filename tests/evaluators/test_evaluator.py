@@ -126,7 +126,9 @@ def test_outputs_that_are_not_finite_are_a_failure(setup_of: SetupOf, third_part
 def test_dense_perplexities_are_those_of_the_model_cards(shared: Path, tmp_path: Path) -> None:
     """Protocol of the cards: documents with a BOS each, windows of the whole context, first 8,192 ids."""
     for name, context, expected in (("stories260K", 512, 4.3999), ("babyllama-105", 256, 2.3353)):
-        text = TextSpec(str(shared / "data" / "tinystories-eval.txt"), windows=8192 // context, length=context, bos="per_document", draw="first")
+        text = TextSpec(
+            str(shared / "data" / "tinystories-eval.txt"), windows=8192 // context, length=context, bos="per_document", draw="first"
+        )
         setup = EvaluationSetup(str(shared / "models" / name), text, text, SpaceSpec({"skip": {}}), 0, "cpu", str(tmp_path))
         evaluator = Evaluator(setup)
         dense = evaluator.space.dense_configuration.levels

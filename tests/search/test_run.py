@@ -115,9 +115,7 @@ def test_a_finished_run_is_only_reported_again(spec: Spec, settings: Settings, t
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_harmful_candidates_are_recorded_and_the_search_goes_on(
-    spec: Spec, tmp_path: Path, third_party_knobs: Path
-) -> None:
+def test_harmful_candidates_are_recorded_and_the_search_goes_on(spec: Spec, tmp_path: Path, third_party_knobs: Path) -> None:
     settings = Settings(home=tmp_path / "home", memory_cap_bytes=2 << 30, evaluation_timeout_s=3)
     job = spec(knobs={"faulty": {}}, limits=(), objectives=["kl", "flops_per_token"], budget={"trials": 30})
     result = start(job, tmp_path / "run", settings)

@@ -32,9 +32,7 @@ def runner_of(tiny_models: dict[str, Path], tmp_path: Path, third_party_knobs: P
         text = tmp_path / "text.txt"
         text.write_text("the cat sat on the mat and the dog ate the other hat\n" * 60)
         data = TextSpec(str(text), windows=4, length=16)
-        setup = EvaluationSetup(
-            str(model or tiny_models["llama"]), data, None, SpaceSpec({"faulty": {}}), 0, "cpu", str(tmp_path / "bank")
-        )
+        setup = EvaluationSetup(str(model or tiny_models["llama"]), data, None, SpaceSpec({"faulty": {}}), 0, "cpu", str(tmp_path / "bank"))
         made.append(RunnerProcess(setup, Settings(home=tmp_path, **settings), tmp_path / "runner.log"))
         return made[-1]
 
