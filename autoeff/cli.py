@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +25,7 @@ import typer
 import autoeff
 from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
 from autoeff.errors import AutoeffError, ExitCode, InputError
+from autoeff.flags import job_fields
 from autoeff.spaces.measurements import MEASURES, measure
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from autoeff.search.runs import Run
     from autoeff.search.storage.records import Job
 
-__all__ = ["FIELDS", "Form", "app", "job_fields", "main"]
+__all__ = ["Form", "app", "main"]
 
 app = typer.Typer(
     name="autoeff",
@@ -43,7 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own click from 0.26 on
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 class Form(StrEnum):
@@ -52,16 +50,6 @@ class Form(StrEnum):
     TABLE = "table"
     JSON = "json"
 
-
-FIELDS: Mapping[str, str] = {
-    "model": "model", "data": "data.source", "windows": "data.windows", "length": "data.length", "draw": "data.draw", "bos": "data.bos",
-    "eval_data": "eval_data.source", "eval_windows": "eval_data.windows", "eval_length": "eval_data.length",
-    "eval_draw": "eval_data.draw", "eval_bos": "eval_data.bos", "knobs": "knobs", "settings": "knobs", "include": "space.include",
-    "exclude": "space.exclude", "levels": "space.levels", "untie": "space.untie", "objective": "objectives", "limit": "limits",
-    "trials": "budget.trials", "timeout": "budget.seconds", "sampler": "sampler", "seed": "seed", "batch": "batch", "context": "context",
-    "device": "device",
-}  # fmt: skip
-"""The `JobSpec` field behind each flag of `search`."""
 
 RunRef = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or a job id.")]
 TrialRef = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best.")]
@@ -323,117 +311,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(f"{type(error).__name__}: {error}; this is a fault of autoeff, {_logged()}")
         return ExitCode.FAILURE
     return code if isinstance(code, int) else ExitCode.FEASIBLE
-
-
-def job_fields(flags: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the job that `base` (a job file) and the flags over it describe.
-
-    Flags replace what the file says; settings and levels are added to those of the file, and win where both name the same.
-
-    Raises:
-        InputError: A flag that cannot be read.
-    """
-    job = deepcopy(dict(base))
-    for name, path in FIELDS.items():
-        value = flags.get(name)
-        if value is None or (isinstance(value, list | tuple) and not value):
-            continue
-        section, _, key = path.partition(".")
-        if section == "knobs":
-            job["knobs"] = _chosen(value, job) if name == "knobs" else _with_settings(value, job)
-        elif not key:
-            job[section] = list(value) if name == "limit" else _split(value) if name == "objective" else value
-        else:
-            part = _mapping(job, section)
-            if key == "levels":
-                part[key] = _with_levels(value, part.get(key) or {})
-            else:
-                part[key] = _seconds(value) if key == "seconds" else _starts(value) if key == "draw" else value
-    return job
-
-
-def _mapping(job: dict[str, Any], section: str) -> dict[str, Any]:
-    """A section of the job to write into; text given by its name alone becomes one."""
-    value = job.get(section)
-    if section in ("data", "eval_data") and isinstance(value, str):
-        value = {"source": value}
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):
-        raise InputError(f"{section!r} of the job file must be a mapping; found {value!r}")
-    job[section] = value
-    return value
-
-
-def _knobs_of(job: Mapping[str, Any]) -> dict[str, Any]:
-    from autoeff.search.job import JobSpec
-
-    knobs = job.get("knobs", JobSpec.model_fields["knobs"].default)
-    if isinstance(knobs, str):
-        knobs = _split(knobs)
-    if isinstance(knobs, list):
-        knobs = {str(name): {} for name in knobs}
-    if not isinstance(knobs, dict):
-        raise InputError(f"'knobs' of the job file must be names or a mapping; found {knobs!r}")
-    return {name: dict(settings or {}) for name, settings in knobs.items()}
-
-
-def _chosen(text: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    known = _knobs_of(job) if "knobs" in job else {}
-    return {name: known.get(name, {}) for name in _split(text)}
-
-
-def _with_settings(items: Sequence[str], job: Mapping[str, Any]) -> dict[str, Any]:
-    knobs = _knobs_of(job)
-    for item in items:
-        left, equals, value = item.partition("=")
-        knob, dot, name = left.strip().partition(".")
-        if not (equals and dot and knob and name):
-            raise InputError(f"cannot read --set {item!r}; write for example bits.group_size=32")
-        if knob not in knobs:
-            raise InputError(f"--set {item!r}: {knob} is not among the knobs {', '.join(knobs)}; add it with --knobs")
-        parts = [_scalar(part) for part in value.split(",")]
-        knobs[knob][name] = parts if len(parts) > 1 else parts[0]
-    return knobs
-
-
-def _with_levels(items: Sequence[str], levels: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(levels)
-    for item in items:
-        glob, equals, value = item.rpartition("=")
-        if not equals or not glob or not value:
-            raise InputError(f"cannot read --levels {item!r}; write for example '*down_proj:bits=16,4,3'")
-        found.pop(glob, None)  # the last glob that matches holds
-        found[glob] = [_scalar(part) for part in value.split(",")]
-    return found
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
-
-
-def _scalar(text: str) -> int | float | bool | str:
-    """A value as the job file would hold it."""
-    text = text.strip()
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
-    if match is None:
-        raise InputError(f"cannot read --timeout {text!r}; write for example 90s, 20m or 2h")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def _starts(text: str) -> str | list[int]:
-    return [int(part) for part in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
 
 
 @contextmanager

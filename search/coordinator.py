@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from autoeff.errors import AutoeffError
@@ -19,7 +20,7 @@ from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
 from autoeff.search.storage.records import Claim, JobState, Proposal, Trial
 from autoeff.search.storage.store import Store
-from autoeff.search.study import Study
+from autoeff.search.study import Asked, Study
 from autoeff.search.worker import Worker
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.measurements import Split
@@ -95,6 +96,7 @@ class Coordinator:
         self._started = self._renewed = time.monotonic()
         self._phase = self._reported = "loading"
         self._quiet_until = 0.0
+        self._overhead: dict[str, list[float]] = {"ask": [], "propose": [], "process_and_commit": []}  # seconds a trial, of this process
 
     def run(self) -> dict[str, Any]:
         """Searches to the end of the budget and returns the summary, which is stored with the job.
@@ -137,8 +139,7 @@ class Coordinator:
         study = Study(self._problem, self._plan.spec.sampler)
         for trial in self._trials:
             study.tell(trial)
-        while self._budget_left():
-            asked = study.ask(len(self._trials))
+        while (asked := self._ask(study)) is not None and self._affordable(asked.candidate):
             study.tell(self._evaluate(asked.candidate, state=asked.state))
         self._phase = "confirming"
         self._confirm()
@@ -151,6 +152,7 @@ class Coordinator:
             "completions": self._completions(results),
             "seconds": time.monotonic() - self._started,
             "evaluations": self._used,
+            "overhead_ms": {name: median(values) * 1e3 for name, values in self._overhead.items() if values},
             "notices": self._plan.preparation.notices,
         }
 
@@ -187,9 +189,16 @@ class Coordinator:
                 texts[name] = str(self._runner.ask(message)["text"])
         return texts
 
-    def _budget_left(self) -> bool:
+    def _ask(self, study: Study) -> Asked | None:
+        started = time.perf_counter()
+        asked = study.ask(len(self._trials))
+        self._overhead["ask"].append(time.perf_counter() - started)
+        return asked
+
+    def _affordable(self, candidate: Candidate) -> bool:
         seconds = self._plan.spec.budget.seconds
-        return (seconds is None or self._elapsed < seconds) and self._used + 1 <= self._problem.trials
+        used = self._used + candidate.windows / self._problem.windows
+        return (seconds is None or self._elapsed < seconds) and used <= self._problem.trials
 
     @property
     def _used(self) -> float:
@@ -222,6 +231,7 @@ class Coordinator:
             if not stored.state.terminal:
                 stored = self._finish(stored, None)
             return self._remember(stored)
+        started = time.perf_counter()
         reference = self._store.propose(
             self._job_id,
             self._fence,
@@ -232,7 +242,11 @@ class Coordinator:
         )
         self._told.clear()
         trial = self._store.trial(self._job_id, number)
-        return self._remember(trial if trial.state.terminal else self._finish(trial, reference.claim))
+        self._overhead["propose"].append(time.perf_counter() - started)
+        if not trial.state.terminal:
+            trial = self._finish(trial, reference.claim)
+            self._overhead["process_and_commit"].append(time.perf_counter() - started - (trial.seconds or 0.0))
+        return self._remember(trial)
 
     def _proposal(self, number: int, candidate: Candidate, split: Split, state: dict[str, Any] | None) -> Proposal:
         configuration = self._plan.space.at(candidate.indices)

@@ -20,7 +20,7 @@ from autoeff.search.storage.records import Job
 from autoeff.spaces.measurements import measure
 from autoeff.spaces.space import Decision, SearchSpace
 
-__all__ = ["verdict", "write_report"]
+__all__ = ["picture_of", "verdict", "write_report"]
 
 Row = Mapping[str, Any]
 _FAILURES_SHOWN = 20
@@ -37,7 +37,7 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
         OSError: `folder` cannot be written.
     """
     spec, space = JobSpec.parse(job.spec), SearchSpace.from_json(job.space)
-    picture = _picture(job, rows, summary)
+    picture = picture_of(job, rows, summary)
     page = _PAGES.get_template("report.html.j2").render(
         job=job,
         spec=spec,
@@ -82,7 +82,8 @@ def verdict(found: Row, summary: Row, cost: str) -> str:
     return f"{text}; nothing was found that beats uniform {below['label']}"
 
 
-def _picture(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
+def picture_of(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
+    """What `front.png` shows: every trial measured on the whole search text, the front, the guests and the limit."""
     quality = summary["quality"]
     problem = problem_of(job)
     cost = problem.cost_measure
@@ -134,10 +135,12 @@ def _bound(problem: Problem, cost: str) -> float | None:
 def _level_maps(space: SearchSpace, rows: Sequence[Row], summary: Row) -> list[dict[str, Any]]:
     """For every found configuration (else the closest) a grid of blocks by places, each cell its level."""
     wanted = {row["trial"]: row["point"] for row in summary["rows"] if row["role"] == "found"} or {summary["closest"]: "the closest"}
+    stored = {row["trial"]: row for row in rows if row["trial"] in wanted}
     maps = []
-    for row in rows:
-        if row["trial"] not in wanted:
+    for number, title in wanted.items():
+        if number is None:
             continue
+        row = stored[number]
         indices = space.indices(row["configuration"])
         cells: dict[tuple[int, str], dict[str, Any]] = {}
         for decision, i, on in zip(space.decisions, indices, space.active(indices), strict=True):
@@ -145,7 +148,7 @@ def _level_maps(space: SearchSpace, rows: Sequence[Row], summary: Row) -> list[d
             cells[decision.block, _place(decision)] = {
                 "text": str(decision.levels[i]) if on else _NOTHING, "share": share if on else 0.0, "title": decision.key,
             }  # fmt: skip
-        maps.append({"title": wanted[row["trial"]], "trial": row["trial"], "digest": row["digest"], **_grid(space, cells)})
+        maps.append({"title": title, "trial": number, "digest": row["digest"], **_grid(space, cells)})
     return maps
 
 

@@ -16,7 +16,10 @@ from autoeff.search.samplers.ledger import Ledger
 from autoeff.search.samplers.problem import Problem, stream
 from autoeff.spaces.plugins import plugin, plugins
 
-__all__ = ["Feasible", "Sampler", "check_sampler", "distributions", "known_samplers", "make_sampler"]
+__all__ = ["WINDOWS", "Feasible", "Sampler", "check_sampler", "distributions", "known_samplers", "make_sampler"]
+
+WINDOWS = "autoeff:windows"
+"""System attribute of an Optuna trial that is to be evaluated on that many windows only."""
 
 _TRIES = 100  # to turn a repeated proposal into a new one, before it is let through
 
@@ -41,7 +44,11 @@ class Sampler(ABC):
 
     @abstractmethod
     def for_ask(self, number: int) -> BaseSampler:
-        """The Optuna sampler of ask `number`, seeded with H(job seed, number) alone, so that a resumed search asks the same."""
+        """The Optuna sampler of ask `number`, seeded with H(job seed, number) alone, so that a resumed search asks the same.
+
+        Raises:
+            StopIteration: Everything within the limits is known.
+        """
 
 
 _WHERE = ("autoeff.search.samplers", Sampler, "autoeff.samplers")

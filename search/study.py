@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState, create_trial
 
-from autoeff.search.sampler import distributions, make_sampler
+from autoeff.search.sampler import WINDOWS, distributions, make_sampler
 from autoeff.search.samplers.problem import Candidate, Problem
 from autoeff.search.storage.records import State, Trial
 
@@ -47,15 +47,19 @@ class Study:
         self._study = optuna.create_study(directions=["minimize"] * len(problem.objectives))
         self._asked: optuna.Trial | None = None
 
-    def ask(self, number: int) -> Asked:
-        """The sampler's proposal for trial `number`."""
-        self._study.sampler = self._sampler.for_ask(number)
+    def ask(self, number: int) -> Asked | None:
+        """The sampler's proposal for trial `number`; None when it has no more."""
+        try:
+            self._study.sampler = self._sampler.for_ask(number)
+        except StopIteration:
+            return None
         trial = self._study.ask(self._distributions)
         self._asked = trial
         storage, study_id = self._study._storage, self._study._study_id
         indices = tuple(int(trial.params[key]) for key in self._distributions)
         state = {"trial": dict(storage.get_trial(trial._trial_id).system_attrs), "study": dict(storage.get_study_system_attrs(study_id))}
-        return Asked(Candidate(self._problem.space.normalised(indices), self._problem.windows, "searched"), state)
+        windows = int(state["trial"].get(WINDOWS, self._problem.windows))
+        return Asked(Candidate(self._problem.space.normalised(indices), windows, "searched"), state)
 
     def tell(self, trial: Trial) -> None:
         """Adds the outcome of a trial, whether this study asked for it or an earlier one did."""
@@ -65,6 +69,9 @@ class Study:
         value = trial.value(self._problem.quality)
         self._sampler.tell(indices, trial.windows, value, trial.origin == "searched")
         if trial.windows != self._problem.windows:
+            if self._asked is not None:  # a cheap fidelity is no value to Optuna
+                self._study.tell(self._asked, state=TrialState.FAIL)
+                self._asked = None
             return
         good = trial.state is State.SUCCEEDED and value is not None
         values = self._problem.values(indices, value) if good and value is not None else None

@@ -74,8 +74,11 @@ class Allocator:
     Measures that are affine images of one another (`linear_bytes`, `weight_bytes`, `avg_bits`) share an axis.
     """
 
-    def __init__(self, space: SearchSpace, cost_model: CostModel, limits: Sequence[Limit], measure: str | None = None) -> None:
+    def __init__(
+        self, space: SearchSpace, cost_model: CostModel, limits: Sequence[Limit], measure: str | None = None, *, work: int = WORK
+    ) -> None:
         self.space = space
+        self._work = work
         self._fixed_costs_fit = True
         self._axes: dict[tuple[tuple[int, ...], ...], int | None] = {}  # cost of each level against dense -> the most in total
         if measure is not None:
@@ -122,7 +125,7 @@ class Allocator:
         axes = [_shifted(self.space, costs, capacity, levels) for costs, capacity in self._axes.items()]
         if not self._fixed_costs_fit or any(axis.capacity < 0 for axis in axes):
             return None
-        room = min(CELLS, WORK // sum(map(len, levels)))
+        room = min(CELLS, self._work // sum(map(len, levels)))
         for left, axis in zip(range(len(axes), 0, -1), sorted(axes, key=lambda a: a.capacity), strict=True):
             axis.unit = -(-(axis.capacity + 1) // max(2, int(room ** (1 / left))))
             room = max(1, room // axis.cells)
@@ -152,21 +155,18 @@ class _Axis:
     def cells(self) -> int:
         return self.capacity // self.unit + 1
 
-    def shift(self, decision: int, level: int) -> int:
-        return -(-self.costs[decision][level] // self.unit)
+    def shifts(self) -> list[list[int]]:
+        """Cells by which each level moves the table; rounded up, so that limits stay hard."""
+        return self.costs if self.unit == 1 else [[-(-cost // self.unit) for cost in row] for row in self.costs]
 
 
 class _Table:
     """The filled table of one damage table, and the choices that lead to its cells."""
 
     def __init__(self, space: SearchSpace, damage: Damage, levels: list[list[int]], axes: list[_Axis]) -> None:
-        self._space, self._damage, self._levels, self._axes = space, damage, levels, axes
+        self._space, self._damage, self._levels = space, damage, levels
         self._shape = tuple(axis.cells for axis in axes) or (1,)
-        strides = [prod(self._shape[k + 1 :]) for k in range(len(axes))]
-        self._jump = [
-            np.array([sum(axis.shift(i, level) * s for axis, s in zip(axes, strides, strict=True)) for level in range(len(d.levels))])
-            for i, d in enumerate(space.decisions)
-        ]
+        self._shifts = [axis.shifts() for axis in axes]
         self._index_type = np.min_scalar_type(max(len(d.levels) for d in space.decisions))
         self._chosen: dict[tuple[int, bool], NDArray[np.unsignedinteger]] = {}  # (decision, silencing) -> level by cell
         self._silent: dict[int, NDArray[np.bool_]] = {}
@@ -189,7 +189,7 @@ class _Table:
         best = np.full(self._shape, np.inf)
         chosen = np.zeros(self._shape, self._index_type)
         for level in levels:
-            shifts = [axis.shift(i, level) for axis in self._axes] or [0]
+            shifts = [shifts[i][level] for shifts in self._shifts] or [0]
             if any(shift >= size for shift, size in zip(shifts, self._shape, strict=True)):
                 continue
             to = tuple(slice(shift, None) for shift in shifts)
@@ -221,7 +221,22 @@ class _Table:
                     self._back(child, at, part, found)
             level = self._chosen[i, silencing][at[part]]
             found[part, i] = level
-            at[part] -= self._jump[i][level]
+            at[part] -= self._jumps(i)[level]
+
+    def _jumps(self, i: int) -> Cells:
+        """How far each level of a decision moves a flat cell."""
+        strides = [prod(self._shape[k + 1 :]) for k in range(len(self._shifts))]
+        return (
+            np.array(
+                [
+                    sum(s * n for s, n in zip(strides, row, strict=True))
+                    for row in zip(*(shifts[i] for shifts in self._shifts), strict=True)
+                ],
+                np.intp,
+            )
+            if self._shifts
+            else np.zeros(len(self._space.decisions[i].levels), np.intp)
+        )
 
 
 def integer_costs(space: SearchSpace, cost_model: CostModel, name: str) -> tuple[tuple[tuple[int, ...], ...], Fraction]:

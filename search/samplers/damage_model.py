@@ -80,7 +80,7 @@ class Posterior:
     _z: Floats
     _rest: Floats
     _noise: Floats
-    _root: Floats
+    _precision: Floats
 
     def mean(self) -> Form:
         """The expected damage."""
@@ -93,8 +93,7 @@ class Posterior:
         return self._form(own * self.spread * scale, noise * self.spread * scale)
 
     def _form(self, own: Floats, noise: Floats) -> Form:
-        half = np.linalg.solve(self._root, self._rest - self._z @ own - noise)
-        weights = np.linalg.solve(self._root.T, half)
+        weights = self._precision @ (self._rest - self._z @ own - noise)
         model = self._model
         effects = self.slope * model.alone + own + model.own_deviation**2 * (self._z.T @ weights)
         return Form(effects, self._z * model.pair_scale, weights)
@@ -145,6 +144,7 @@ class DamageModel:
             configurations: Level indices.
             values: Their damages.
             best: Damage of the best feasible one; others count less the worse they are.
+            deviations: Standard deviation of each value from what is modelled, where it is only an estimate of that.
         """
         order = np.argsort(values, kind="stable")[:_OBSERVATIONS]
         y = np.array(values)[order]
@@ -154,10 +154,9 @@ class DamageModel:
             noise += np.array(deviations)[order] ** 2
         kernel = (z * self.own_deviation**2) @ z.T
         kernel += (((z * self.pair_scale) @ z.T) ** 2 - (z * self.pair_scale**2) @ z.T) / 2
-        root = np.linalg.cholesky(kernel + np.diag(noise))
+        precision = np.linalg.inv(kernel + np.diag(noise))  # of the values: many draws share it
         expected = z @ self.alone
-        white, white_y = np.linalg.solve(root, np.stack([expected, y], 1)).T
-        slope = float(white @ white_y / max(white @ white, 1e-300))
-        rest = white_y - slope * white
-        spread = float(np.sqrt((rest @ rest + _DOUBT) / (len(y) + _DOUBT)))
-        return Posterior(slope, spread, self, z, y - slope * expected, noise, root)
+        slope = float(expected @ precision @ y / max(expected @ precision @ expected, 1e-300))
+        rest = y - slope * expected
+        spread = float(np.sqrt((rest @ precision @ rest + _DOUBT) / (len(y) + _DOUBT)))
+        return Posterior(slope, spread, self, z, rest, noise, precision)

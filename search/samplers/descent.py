@@ -52,9 +52,11 @@ def _descended(form: Form, model: DamageModel, ledger: Ledger, start: Sequence[i
     """Steepest descent over single moves and pairs of moves. Parents stay: their moves take children along, which the DP does."""
     space = model.space
     free = [on and not children for on, children in zip(space.active(start), space.children, strict=True)]
-    allowed = [np.isin(range(len(d.levels)), levels) & on for d, levels, on in zip(space.decisions, near, free, strict=True)]
     found = np.array(start)
-    features = _promising(np.flatnonzero(np.concatenate(allowed) & ~model.forbidden), form, model, ledger, found)
+    allowed = np.array(
+        [first + level for first, levels, on in zip(model.first, near, free, strict=True) if on for level in levels], np.intp
+    )
+    features = _promising(allowed[~model.forbidden[allowed]], form, model, ledger, found)
     decision, level = model.decision[features], model.level[features]
     pairs, costs, slack = form.pairs(features), ledger.costs[:, decision, level], ledger.slack(start)
     apart = decision[:, None] != decision

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from autoeff.cli import FIELDS, job_fields
 from autoeff.errors import InputError
+from autoeff.flags import FIELDS, job_fields
 from autoeff.search.job import JobSpec
 from autoeff.search.settings import Settings
 

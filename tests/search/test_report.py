@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from autoeff.search.job import JobSpec
-from autoeff.search.report import verdict, write_report
+from autoeff.search.report import picture_of, verdict, write_report
 from autoeff.search.storage.records import Counts, Job, JobState
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.space import Decision, SearchSpace
@@ -271,6 +272,27 @@ def test_equal_results_give_equal_reports(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     pages = [Sample().write(tmp_path / name).replace(str(tmp_path / name), "DIR") for name in "ab"]
     assert pages[0] == pages[1]
+
+
+def test_only_trials_on_the_whole_text_are_drawn() -> None:
+    sample = Sample()
+    drawn = picture_of(sample.job, sample.rows, sample.summary)
+    found = next(row for row in sample.rows if row["trial"] == sample.found)
+    found["measurements"]["kl"]["tokens"] = 512
+    without = picture_of(sample.job, sample.rows, sample.summary)
+    assert sum(map(len, without.points.values())) == sum(map(len, drawn.points.values())) - 1
+    assert len(without.front) == len(drawn.front) - 1
+    assert without.guests == drawn.guests
+
+
+def test_a_limit_is_drawn_on_whichever_axis_it_binds() -> None:
+    sample = Sample(limits=("linear_bytes<=0.30x", "avg_bits<=6", "flops_per_token<=0.9x"))
+    dense = sample.costs.dense(COST)
+    assert picture_of(sample.job, sample.rows, sample.summary).limit == pytest.approx(0.3 * float(dense))
+    over_weights = replace(sample.job, spec=dict(sample.job.spec) | {"objectives": ["kl", "weight_bytes"]})
+    assert picture_of(over_weights, sample.rows, sample.summary).limit == pytest.approx(0.3 * float(dense) + 9000)
+    over_flops = replace(sample.job, spec=dict(sample.job.spec) | {"objectives": ["kl", "flops_per_token"]})
+    assert picture_of(over_flops, sample.rows, sample.summary).limit == pytest.approx(0.9 * float(sample.costs.dense("flops_per_token")))
 
 
 @pytest.mark.parametrize(
