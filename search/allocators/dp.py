@@ -221,22 +221,14 @@ class _Table:
                     self._back(child, at, part, found)
             level = self._chosen[i, silencing][at[part]]
             found[part, i] = level
-            at[part] -= self._jumps(i)[level]
+            at[part] -= self._jump(i)[level]
 
-    def _jumps(self, i: int) -> Cells:
+    def _jump(self, i: int) -> Cells:
         """How far each level of a decision moves a flat cell."""
-        strides = [prod(self._shape[k + 1 :]) for k in range(len(self._shifts))]
-        return (
-            np.array(
-                [
-                    sum(s * n for s, n in zip(strides, row, strict=True))
-                    for row in zip(*(shifts[i] for shifts in self._shifts), strict=True)
-                ],
-                np.intp,
-            )
-            if self._shifts
-            else np.zeros(len(self._space.decisions[i].levels), np.intp)
-        )
+        jump = np.zeros(len(self._space.decisions[i].levels), np.intp)
+        for k, shifts in enumerate(self._shifts):
+            jump += np.array(shifts[i], np.intp) * prod(self._shape[k + 1 :])
+        return jump
 
 
 def integer_costs(space: SearchSpace, cost_model: CostModel, name: str) -> tuple[tuple[tuple[int, ...], ...], Fraction]:
