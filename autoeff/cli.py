@@ -41,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own click from 0.26 on
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # click's own, or that of the copy which newer versions of typer carry
 
 
 class Form(StrEnum):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from autoeff.errors import InputError
-from autoeff.evaluators.loading import ModelFacts, inspect_model, load_tokenizer, memory_needed, resolve_model, skeleton
+from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, memory_needed, resolve_model, skeleton
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import Passages, make_passages
 from autoeff.spaces.configuration import digest_of
@@ -81,6 +81,7 @@ def prepare(setup: EvaluationSetup) -> Preparation:
     """
     device = device_of(setup.device)
     facts = inspect_model(resolve_model(setup.model))
+    check_memory(facts, device)
     structure = find_structure(skeleton(facts), untie=setup.space.untie)
     space, knobs = build_space(structure, setup.space)
     tokenizer = load_tokenizer(facts)

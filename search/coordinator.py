@@ -96,6 +96,7 @@ class Coordinator:
         self._started = self._renewed = time.monotonic()
         self._phase = self._reported = "loading"
         self._quiet_until = 0.0
+        self._first_done: float | None = None
         self._overhead: dict[str, list[float]] = {"ask": [], "propose": [], "process_and_commit": []}  # seconds a trial, of this process
 
     def run(self) -> dict[str, Any]:
@@ -283,9 +284,17 @@ class Coordinator:
         self._trials.append(trial)
         if trial.number >= len(self._stored):
             self._told.append(trial.number)
+            self._first_done = self._first_done or time.monotonic()
         self._keep_lease()
         self._report(self._phase)
         return trial
+
+    def _seconds_left(self, used: float) -> float | None:
+        """At the pace of this process since its first evaluation; None before there is one."""
+        fresh = sum(trial.cost for trial in self._trials[len(self._stored) + 1 :])
+        if not fresh or self._first_done is None:
+            return None
+        return max(0.0, (time.monotonic() - self._first_done) / fresh * (self._problem.trials - used))
 
     def _keep_lease(self) -> None:
         if time.monotonic() - self._renewed > self._settings.lease_s / 3:
@@ -313,7 +322,7 @@ class Coordinator:
                 front=len(results.front()),
                 failures=sum(t.failure is not None for t in self._trials),
                 seconds=seconds,
-                eta_s=seconds / used * (self._problem.trials - used) if used else None,
+                eta_s=self._seconds_left(used),
                 notice=notice,
             )
         )

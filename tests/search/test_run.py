@@ -84,7 +84,7 @@ def test_the_same_job_makes_the_same_trials_without_evaluating_again(spec: Spec,
         assert keys == [store.trial(first.job_id, row["trial"]).evaluation_id for row in first.rows]
 
 
-@pytest.mark.parametrize("sampler", ["additive", "random", "nsga2", "tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["additive", "nsga2"])
 def test_a_stopped_search_resumes_with_the_sequence_of_an_undisturbed_one(
     spec: Spec, settings: Settings, tmp_path: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
