@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from itertools import pairwise
 from math import log2
 
 import pytest
@@ -54,7 +55,7 @@ def damage(problem: Problem, indices: tuple[int, ...]) -> float:
         (3.0 / (1 + d.block) if d.knob == "skip" else (1 + i) * 2.0 ** -log2(float(d.levels[at]) ** 2)) if at and on else 0.0
         for i, (d, at, on) in enumerate(zip(problem.space.decisions, indices, active, strict=True))
     ]
-    return sum(alone) + sum(0.3 * (a * b) ** 0.5 for a, b in zip(alone, alone[1:], strict=False))
+    return sum(alone) + sum(0.3 * (a * b) ** 0.5 for a, b in pairwise(alone))
 
 
 def trial(problem: Problem, number: int, candidate: Candidate, state: dict[str, object] | None) -> Trial:
