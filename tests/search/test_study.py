@@ -59,11 +59,12 @@ def damage(problem: Problem, indices: tuple[int, ...]) -> float:
 
 
 def trial(problem: Problem, number: int, candidate: Candidate, state: dict[str, object] | None) -> Trial:
-    value = damage(problem, candidate.indices)
     failed = number % 17 == 16
+    measured = () if failed else (Measurement("kl", damage(problem, candidate.indices), "search", 8),)
+    outcome = State.FAILED if failed else State.SUCCEEDED
     return Trial(
-        number, number, problem.space.at(candidate.indices), candidate.origin, None, State.FAILED if failed else State.SUCCEEDED, "search",
-        candidate.windows, candidate.windows / problem.windows, True, () if failed else (Measurement("kl", value, "search", 8),), None, 0.1, 1,
+        number, number, problem.space.at(candidate.indices), candidate.origin, None, outcome, "search",
+        candidate.windows, candidate.windows / problem.windows, True, measured, None, 0.1, 1,
         None if state is None else json.loads(json.dumps(state)), False, WHEN, WHEN,
     )  # fmt: skip
 
