@@ -21,7 +21,7 @@ from autoeff.search.samplers.problem import Candidate, Problem, stream
 __all__ = ["Plan", "Step", "additive_plan"]
 
 _FRONT_POINTS, _FRONT_SHARE = 60, 4  # optima of the table along the front: at most 60, and a quarter of what is left
-_SCREENED, _CONFIRMED = 12, 2  # proposals of a round tried on few windows, and of these evaluated on all
+_SCREENED, _CONFIRMED = 12, 1  # proposals of a round tried on few windows, and of these evaluated on all
 _UNSCREENED = 4  # proposals of a round where there is no cheaper fidelity
 _PATIENCE = 3  # rounds without improvement until a budget is settled
 
