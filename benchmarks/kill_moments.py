@@ -40,7 +40,6 @@ class Kill:
     what: str
     after_s: float
     finished: int
-    resumed: bool
 
 
 def command(*arguments: str) -> list[str]:
@@ -83,33 +82,24 @@ def uninterrupted(folder: Path) -> tuple[list[dict[str, Any]], float]:
 def kill_at(what: str, after_s: float, folder: Path) -> tuple[Kill, list[dict[str, Any]]]:
     """Starts a search in a home of its own, kills `what` after a while, lets it end, and returns its rows."""
     home, run = folder / "home", folder / "run"
-    search = subprocess.Popen(
-        command("search", *ARGUMENTS, "--out", str(run)), env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        search.wait(timeout=after_s)
-    victims = [search] if what == "search" else psutil.Process(search.pid).children()
-    for victim in victims:
-        os.kill(victim.pid, signal.SIGKILL)
-    before = 0
-    if what == "search":
-        search.wait()
-        before = sum(row["state"] == "succeeded" for row in trials(run, home))
-    resumed = what == "search" and (run / "run.json").exists()
-    if resumed:
-        again = subprocess.run(command("resume", str(run)), env=environment(home), capture_output=True, text=True, check=False)
-        code, said = again.returncode, again.stderr
-    elif what == "search":  # killed before there was a run: the user starts it again
-        again = subprocess.run(
-            command("search", *ARGUMENTS, "--out", str(run)), env=environment(home), capture_output=True, text=True, check=False
-        )
-        code, said = again.returncode, again.stderr
-    else:
-        said = search.communicate()[1].decode()
-        code = search.returncode
+    folder.mkdir(parents=True)
+    begin = command("search", *ARGUMENTS, "--out", str(run))
+    with (folder / "search.log").open("w") as log:
+        search = subprocess.Popen(begin, env=environment(home), stdout=log, stderr=log)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            search.wait(timeout=after_s)
+        victims = [search] if what == "search" else psutil.Process(search.pid).children()
+        for victim in victims:
+            os.kill(victim.pid, signal.SIGKILL)
+        code = search.wait()
+        finished = sum(row["state"] == "succeeded" for row in trials(run, home)) if what == "search" else 0
+        if what == "search":  # killed before there was a run, it is started again
+            again = command("resume", str(run)) if (run / "run.json").exists() else begin
+            code = subprocess.run(again, env=environment(home), stdout=log, stderr=log, check=False).returncode
     if code:
-        raise SystemExit(f"after killing the {what} at {after_s:.2f} s the search ended with {code}: {said[-500:]}")
-    return Kill(what, after_s, before, resumed), trials(run, home)
+        said = (folder / "search.log").read_text()[-500:]
+        raise SystemExit(f"after killing the {what} at {after_s:.2f} s the search ended with {code}: {said}")
+    return Kill(what, after_s, finished), trials(run, home)
 
 
 def check(moments: int, seed: int, folder: Path) -> list[Kill]:

@@ -23,7 +23,7 @@ TableForm = Literal["full", "quarter", "cheap"]
 
 _FORMS: tuple[TableForm, ...] = ("full", "quarter", "cheap")
 _AFTER_TABLE = 5  # evaluations that a budget must leave
-_RANDOM = 32
+_RANDOM, _REDRAWS = 32, 4  # most random guests, and draws for each before small spaces count as exhausted
 _LEAST_DAMAGE = 1e-12  # stands for "no damage seen" where a logarithm is taken
 
 Key = tuple[tuple[int, ...], int]
@@ -128,7 +128,9 @@ def _random(problem: Problem, spent: Fraction) -> list[Candidate]:
     count = min(_RANDOM, problem.trials // 5, int((problem.trials - spent) / 2))
     ledgers = [Ledger(problem.space, problem.cost_model, point.limits) for point in problem.operating_points]
     found: dict[tuple[int, ...], Candidate] = {}
-    for n in range(count if ledgers else 0):
+    for n in range(_REDRAWS * count if ledgers else 0):
+        if len(found) == count:
+            break
         rng = stream(problem.seed, "random", n)
         ledger, point = ledgers[n % len(ledgers)], problem.operating_points[n % len(ledgers)]
         indices = ledger.filled(ledger.repaired(problem.space.sample(rng), rng), rng)

@@ -15,7 +15,7 @@ from autoeff.spaces.measurements import MEASURES
 
 __all__ = ["Limit", "check_reachable", "cost_limits", "feasible", "least_reachable", "parse_limit"]
 
-_FORM = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>|==|=)\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+_FORM = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>|==|=)\s*((?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)\s*([A-Za-z]*)\s*")
 _BYTES = {"B": 1} | {f"{letter}{mark}B": base ** (i + 1) for i, letter in enumerate("KMGT") for mark, base in (("", 1000), ("i", 1024))}
 _EXAMPLE = "write for example weight_bytes<=0.30x, linear_bytes<=900MB or avg_bits<=3.5"
 

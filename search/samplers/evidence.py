@@ -82,9 +82,8 @@ class Evidence:
         ratio, deviation = self._conversion(best)
         found = [Observation(x, v, 0.0) for x, v in self.full.items()]
         found += [Observation(x, v * ratio, deviation * at) for x, v in self.few.items() if x not in self.full]
-        return sorted(
-            (o for o in found if _LEAST * at <= o.value <= _WIDE * at and o.indices not in self._alone), key=lambda o: (o.value, o.indices)
-        )
+        near = (o for o in found if _LEAST * at <= o.value <= _WIDE * at and (o.indices == best or o.indices not in self._alone))
+        return sorted(near, key=lambda o: (o.value, o.indices))
 
     def _conversion(self, best: Indices) -> tuple[float, float]:
         """Full-window over few-window value near `best`, and the relative deviation from that."""

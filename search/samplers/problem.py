@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Literal
 
-from autoeff.search.limits import Limit, cost_limits, feasible
+from autoeff.search.limits import Limit, cost_limits, feasible, least_reachable
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.space import SearchSpace
 
@@ -92,13 +92,19 @@ class Problem:
 
     @cached_property
     def operating_points(self) -> tuple[OperatingPoint, ...]:
-        """The limits; where there are none, the cost of each uniform level."""
+        """The limits; where there are none, the cost of each uniform level; where there is none either, three steps down the range."""
         if self.cost_limits:
             return (OperatingPoint(", ".join(limit.text for limit in self.cost_limits), self.cost_limits),)
         points: dict[Fraction, OperatingPoint] = {}
         for name, configuration in self.space.uniform().items():
             bound = self.cost_model.exact(self.cost_measure, self.space.indices(configuration.levels))
             points.setdefault(bound, OperatingPoint(name, (Limit(self.cost_measure, bound, f"{self.cost_measure}<={name}"),)))
+        if not points:
+            dense, least = self.cost_model.dense(self.cost_measure), least_reachable(self.cost_model, self.cost_measure)
+            for quarter in (3, 2, 1):
+                bound = least + (dense - least) * quarter / 4
+                text = f"{self.cost_measure}<={float(bound):g}"
+                points.setdefault(bound, OperatingPoint(text, (Limit(self.cost_measure, bound, text),)))
         return tuple(points.values())
 
     def feasible(self, indices: Sequence[int]) -> bool:

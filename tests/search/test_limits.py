@@ -42,6 +42,7 @@ COSTS = CostModel(SPACE, batch=2, context=10)
         ("avg_bits<=3.5", "avg_bits", Fraction(7, 2)),
         ("kv_bytes<=40", "kv_bytes", Fraction(40)),
         ("kl<=0.1", "kl", Fraction(1, 10)),
+        ("kl<=1e-3", "kl", Fraction(1, 1000)),
         ("quality<=.1", "kl", Fraction(1, 10)),
     ],
 )
@@ -86,3 +87,21 @@ def test_a_limit_below_the_least_is_refused_with_the_least() -> None:
 def test_feasible_is_exact_to_the_byte(bound: int, indices: tuple[int, int, int]) -> None:
     used = SPACE.primary(indices)["linear_bytes"]
     assert feasible([parse_limit(f"linear_bytes<={bound}", COSTS)], COSTS, indices) == (used <= bound)
+
+
+def test_limits_that_exclude_each_other_are_refused_together() -> None:
+    levels = ({}, {"linear_bytes": -600}, {"kv_bytes_per_token": -4})
+    costs = CostModel(SearchSpace((Decision("a", "k", 0, (0, 1, 2), levels),), DENSE), batch=1, context=1)
+    alone = [parse_limit(text, costs) for text in ("linear_bytes<=0.5x", "kv_bytes<=2")]
+    for limit in alone:
+        check_reachable([limit], costs)
+    with pytest.raises(
+        UnreachableLimit, match="'kv_bytes<=2' cannot be kept together with 'linear_bytes<=0.5x': under those the least kv_bytes is 4;"
+    ):
+        check_reachable(alone, costs)
+    check_reachable([alone[0], parse_limit("kv_bytes<=4", costs)], costs)
+
+
+def test_the_least_is_told_in_the_unit_of_the_limit() -> None:
+    with pytest.raises(UnreachableLimit, match=r"least weight_bytes of this space is 0\.3000KB;"):
+        check_reachable([parse_limit("weight_bytes<=0.2KB", COSTS)], COSTS)

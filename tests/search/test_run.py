@@ -118,7 +118,8 @@ def test_a_finished_run_is_only_reported_again(spec: Spec, settings: Settings, t
 
 def test_harmful_candidates_are_recorded_and_the_search_goes_on(spec: Spec, tmp_path: Path, third_party_knobs: Path) -> None:
     settings = Settings(home=tmp_path / "home", memory_cap_bytes=2 << 30, evaluation_timeout_s=3)
-    job = spec(knobs={"faulty": {}}, limits=(), objectives=["kl", "flops_per_token"], budget={"trials": 30})
+    one = {"include": ["model.layers.1.mlp:faulty"]}
+    job = spec(knobs={"faulty": {}}, space=one, limits=(), objectives=["kl", "flops_per_token"], budget={"trials": 20})
     result = start(job, tmp_path / "run", settings)
     failures = {row["failure"]["class"] for row in result.rows if "failure" in row}
     assert failures == {"crash", "oom_host", "timeout", "invalid", "nan"}

@@ -20,7 +20,7 @@ Make = Callable[..., Any]
 
 
 def best(toy: Any, candidates: list[Candidate]) -> float:
-    return min(toy.value(c) for c in candidates if c.windows == toy.problem.windows and toy.problem.feasible(c.indices))
+    return min(float(toy.value(c)) for c in candidates if c.windows == toy.problem.windows and toy.problem.feasible(c.indices))
 
 
 def proposed(toy: Any, answer: Callable[[Candidate], float] | None = None) -> list[Candidate]:
