@@ -88,9 +88,10 @@ def kill_at(what: str, after_s: float, folder: Path) -> tuple[Kill, list[dict[st
         search = subprocess.Popen(begin, env=environment(home), stdout=log, stderr=log)
         with contextlib.suppress(subprocess.TimeoutExpired):
             search.wait(timeout=after_s)
-        victims = [search] if what == "search" else psutil.Process(search.pid).children()
-        for victim in victims:
-            os.kill(victim.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended before the moment came
+            victims = [search] if what == "search" else psutil.Process(search.pid).children()
+            for victim in victims:
+                os.kill(victim.pid, signal.SIGKILL)
         code = search.wait()
         finished = sum(row["state"] == "succeeded" for row in trials(run, home)) if what == "search" else 0
         if what == "search":  # killed before there was a run, it is started again
