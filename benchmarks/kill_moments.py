@@ -88,7 +88,7 @@ def kill_at(what: str, after_s: float, folder: Path) -> tuple[Kill, list[dict[st
         search = subprocess.Popen(begin, env=environment(home), stdout=log, stderr=log)
         with contextlib.suppress(subprocess.TimeoutExpired):
             search.wait(timeout=after_s)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended before the moment came
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it ended before the moment came
             victims = [search] if what == "search" else psutil.Process(search.pid).children()
             for victim in victims:
                 os.kill(victim.pid, signal.SIGKILL)
