@@ -26,7 +26,7 @@ endef
 
 demo: env
 	@mkdir -p runs
-	$(BIN)/autoeff search demo --knobs bits,skip --limit 'linear_bytes<=0.25x' --trials 120 --windows 8 --eval-windows 8 --seed 0 --out "runs/demo-$$(date +%Y%m%d-%H%M%S)"
+	$(BIN)/autoeff search demo --knobs bits,skip --limit 'avg_bits<=3.5' --trials 120 --windows 8 --eval-windows 16 --seed 0 --out "runs/demo-$$(date +%Y%m%d-%H%M%S)"
 
 # One process per core: torch's own threads would only compete.
 test: lint types
