@@ -69,6 +69,7 @@ class Preparation:
             "configurations": str(self.space.size),
             "memory_bytes": memory_needed(self.facts, self.device),
             "hardware": hardware_name(self.device),
+            "torch": torch.__version__,
             "notices": self.notices,
         }  # fmt: skip
 

@@ -18,7 +18,7 @@ from autoeff.search.job import JobSpec
 from autoeff.search.limits import Limit, check_reachable, least_reachable, parse_limit
 from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
-from autoeff.search.runs import create_run, open_run
+from autoeff.search.runs import new_run, open_run
 from autoeff.search.sampler import check_sampler
 from autoeff.search.samplers.problem import Problem
 from autoeff.search.settings import Settings
@@ -136,8 +136,8 @@ def start(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lambda pr
     planned = plan(spec, settings)
     with Store.open(settings.database) as store:
         job_id = uuid.uuid4().hex[:12]
-        folder = create_run(out, job_id, settings.database)
-        store.create_job(job_id, spec.model_dump(mode="json"), planned.preflight, planned.space.to_json(), planned.preparation.digest)
+        with new_run(out, job_id, settings.database) as folder:
+            store.create_job(job_id, spec.model_dump(mode="json"), planned.preflight, planned.space.to_json(), planned.preparation.digest)
         return _drive(store, job_id, folder, planned, settings, watch)
 
 
@@ -154,7 +154,7 @@ def resume(run: str | Path, settings: Settings, watch: Watch = lambda progress: 
             raise InputError(f"job {job_id} has no run directory here; name the directory that its search wrote to")
         planned = plan(JobSpec.parse(job.spec), settings)
         if planned.preparation.digest != job.setup_digest:
-            raise InputError(f"run {run} cannot go on: model, text, knob settings, torch version or hardware are not those of its start")
+            raise InputError(f"run {run} cannot go on: {_changed(job.preflight, planned.preflight)}")
         return _drive(store, job_id, folder, planned, settings, watch)
 
 
@@ -232,6 +232,22 @@ def _drive(store: Store, job_id: str, folder: Path, planned: Plan, settings: Set
     write_report(folder, job, rows, summary)
     exit_code = ExitCode.FEASIBLE if summary["state"] == "feasible" else ExitCode.INFEASIBLE
     return Result(job_id, folder, exit_code, summary, rows)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is no longer as it was at the start of a run, of all that its values depend on."""
+    facts = {
+        "the model's files": lambda p: p["model"]["digest"],
+        "the search text": lambda p: p["text"]["search"]["digest"],
+        "the held-out text": lambda p: p["text"]["held_out"]["digest"],
+        "the hardware": lambda p: p["hardware"],
+        "torch": lambda p: p["torch"],
+    }
+    for what, fact in facts.items():
+        if fact(before) != fact(now):
+            remedy = f"; set OMP_NUM_THREADS={fact(before)[5:]}" if fact(before)[:5] == fact(now)[:5] == "cpu x" else ""
+            return f"{what} changed from {fact(before)} to {fact(now)}{remedy}"
+    return "this version of autoeff evaluates otherwise; use the one that started it"
 
 
 def _objectives(spec: JobSpec, quality: str, cost_model: CostModel) -> tuple[str, ...]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import NamedTuple
 
 from sqlalchemy import make_url
@@ -18,7 +21,7 @@ from autoeff.errors import InputError
 from autoeff.search.settings import Settings
 from autoeff.search.storage.store import Store
 
-__all__ = ["FILE", "FORMAT", "Run", "check_new", "create_run", "open_run", "sqlite_file", "write_file"]
+__all__ = ["FILE", "FORMAT", "Run", "check_new", "new_run", "open_run", "sqlite_file", "write_file"]
 
 FORMAT = 1
 FILE = "run.json"
@@ -47,10 +50,12 @@ def check_new(out: Path) -> None:
         raise InputError(f"{out} exists already; name another --out, or go on with `autoeff resume {out}` if it is a run")
 
 
-def create_run(out: Path, job_id: str, database: str) -> Path:
-    """Makes the directory `out` with its `run.json`, which names the job and the URL of its database, and returns its absolute path.
+@contextmanager
+def new_run(out: Path, job_id: str, database: str) -> Iterator[Path]:
+    """Makes the run directory `out` with its `run.json`, which names the job and the URL of its database; yields its absolute path.
 
-    A relative SQLite path in the URL is made absolute.
+    The job is to be stored inside the context: only when that has happened does the directory appear, so that what can be seen can
+    be resumed. A relative SQLite path in the URL is made absolute.
 
     Raises:
         InputError: `out` exists or cannot be made; no half-made one is left behind.
@@ -58,16 +63,18 @@ def create_run(out: Path, job_id: str, database: str) -> Path:
     check_new(out)
     out = out.absolute()
     text = json.dumps({"format": FORMAT, "job": job_id, "database": _absolute(database)}, indent=1) + "\n"
+    staged = out.with_name(f".{out.name}.{job_id}")
     try:
-        out.mkdir(parents=True)
+        staged.mkdir(parents=True)
         try:
-            write_file(out / FILE, text.encode())
-        except OSError:
-            out.rmdir()
+            write_file(staged / FILE, text.encode())
+            yield out
+            staged.replace(out)
+        except BaseException:
+            rmtree(staged)
             raise
     except OSError as error:
         raise InputError(f"cannot make the run directory {out}: {error.strerror or error}; name another --out") from None
-    return out
 
 
 def open_run(ref: str | Path, settings: Settings) -> Run:

@@ -27,7 +27,7 @@ from autoeff.search.coordinator import Progress
 from autoeff.search.doctor import SUPPORTED, supports
 from autoeff.search.job import JobSpec
 from autoeff.search.run import Result
-from autoeff.search.runs import create_run
+from autoeff.search.runs import new_run
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import JobState, Origin, Proposal
 from autoeff.search.storage.store import Store
@@ -134,7 +134,8 @@ class Stored:
         home = Path(self.database.removeprefix("sqlite:///")).parent
         home.mkdir()
         shutil.copy(template, home / "autoeff.db")
-        self.folder = create_run(folder, JOB, self.database)
+        with new_run(folder, JOB, self.database) as self.folder:
+            pass
 
     def finish(self, result: dict[str, Any]) -> None:
         with Store.open(self.database) as store:

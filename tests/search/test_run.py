@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autoeff.errors import AutoeffError, InputError, UnreachableLimit
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.search.coordinator import Coordinator
+from autoeff.search.coordinator import Coordinator, Progress
 from autoeff.search.job import JobSpec
 from autoeff.search.run import Result, export, plan, resume, start
 from autoeff.search.settings import Settings
@@ -106,6 +107,24 @@ def test_a_stopped_search_resumes_with_the_sequence_of_an_undisturbed_one(
     with pytest.raises(KeyboardInterrupt):
         resume(tmp_path / "run", settings)
     assert sequence(resume(tmp_path / "run", settings)) == sequence(whole)
+
+
+def test_a_run_whose_values_would_differ_does_not_go_on(spec: Spec, settings: Settings, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(spec(), tmp_path / "run", settings, stop)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(InputError, match=rf"hardware changed from cpu x{threads} to cpu x{threads + 1}; set OMP_NUM_THREADS={threads}$"):
+            resume(tmp_path / "run", settings)
+    finally:
+        torch.set_num_threads(threads)
+    (tmp_path / "text.txt").write_text("other words\n" * 500)
+    with pytest.raises(InputError, match="search text changed"):
+        resume(tmp_path / "run", settings)
 
 
 def test_a_finished_run_is_only_reported_again(spec: Spec, settings: Settings, tmp_path: Path) -> None:

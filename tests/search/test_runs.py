@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 
 from autoeff.errors import InputError
-from autoeff.search.runs import FILE, create_run, open_run, write_file
+from autoeff.search.runs import FILE, new_run, open_run, write_file
 from autoeff.search.settings import Settings
 from autoeff.search.storage.store import Store
 
 JOB = "0123456789ab"
+
+
+def create_run(out: Path, job_id: str, database: str) -> Path:
+    with new_run(out, job_id, database) as folder:
+        pass
+    return folder
 
 
 @pytest.fixture
@@ -102,6 +108,13 @@ def test_a_disk_that_fills_leaves_no_half_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left"):
         create_run(tmp_path / "run", JOB, "sqlite:////x.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_appears_only_once_its_job_is_stored(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_run(tmp_path / "run", JOB, "sqlite:////x.db") as folder:
+        assert not folder.exists()
+        raise RuntimeError("the job could not be stored")
     assert list(tmp_path.iterdir()) == []
 
 
