@@ -3,6 +3,8 @@
 Nothing here is written for one model class. Blocks are the longest list of like modules that hold linears; the linears of a
 block that are fed the very same tensor form one site (q/k/v, gate/up: runtimes fuse them, so they carry one decision); the
 child of a block whose name or class says attention is the attention sublayer and the other linears are the FFN.
+In a mixture of experts the stacked weights of a layer's experts form one site, since kernels for experts serve all of them at
+once; what decides between experts (the router, the gate of a shared expert) stays dense: it is small and sensitive.
 The model may live on the meta device: only shapes are read.
 """
 
@@ -16,7 +18,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from autoeff.errors import InputError
@@ -29,14 +31,16 @@ _TRACE_TOKENS = 4
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map inside a block.
+    """A linear map inside a block, or the same map of every expert of a layer.
 
     Attributes:
-        name: Module path.
+        name: Module path; of experts the path of their stacked parameter.
         in_features: K.
-        out_features: N.
+        out_features: N, of one expert.
         bias: Whether it adds one.
         transposed: True where the weight is stored [K, N] (GPT-2's Conv1D) instead of [N, K].
+        experts: E where the weight is a parameter [E, N, K] that holds a map for each expert; else 0.
+        experts_per_token: Experts that a token is sent to.
     """
 
     name: str
@@ -44,11 +48,28 @@ class Linear:
     out_features: int
     bias: bool
     transposed: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+
+    @property
+    def weight(self) -> str:
+        """Parameter name of the weight."""
+        return self.name if self.experts else f"{self.name}.weight"
+
+    @property
+    def rows(self) -> int:
+        """Rows of K weights in all: N, or E x N."""
+        return self.out_features * max(1, self.experts)
 
     @property
     def parameters(self) -> int:
-        """Weight elements; the bias is not searchable and not counted."""
-        return self.in_features * self.out_features
+        """Weight elements of all experts; the bias is not searchable and not counted."""
+        return self.in_features * self.rows
+
+    @property
+    def parameters_per_token(self) -> int:
+        """Weight elements that one token is multiplied by."""
+        return self.in_features * self.out_features * (self.experts_per_token if self.experts else 1)
 
 
 @dataclass(frozen=True)
@@ -60,8 +81,10 @@ class Site:
         kind: `linears` for linears that agree, `attention` and `ffn` for whole sublayers.
         block: Index of the block.
         linears: Members, in the order in which they run.
-        output: Module path of the projection that writes to the residual stream; sublayers only.
+        output: Module path of the projection that writes to the residual stream; sublayers without experts only.
         kv_bytes: Cache bytes per token and sequence at 16 bit; attention of decoders only.
+        outputs: Names of the parameters (weights and biases) of every projection that writes to the residual stream: with zeros
+            in all of them the sublayer adds nothing; sublayers only.
     """
 
     name: str
@@ -70,10 +93,15 @@ class Site:
     linears: tuple[Linear, ...]
     output: str | None = None
     kv_bytes: int = 0
+    outputs: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def parameters_per_token(self) -> int:
+        return sum(linear.parameters_per_token for linear in self.linears)
 
 
 @dataclass(frozen=True)
@@ -122,11 +150,12 @@ def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:
     _refuse_uncalled_and_shared(model, blocks, runs)
     sites: list[Site] = []
     for index, (path, block) in enumerate(blocks):
-        called = [run for run in runs if run.linear.startswith(path + ".")]
+        called = [run for run in runs if run.linear.name.startswith(path + ".")]
+        mixtures = [name for name, _ in _mixtures(block, path)]
         for kind in ("attention", "ffn"):
-            members = [run for run in called if _is_attention(run.linear, path, block) == (kind == "attention")]
+            members = [run for run in called if _is_attention(run.linear.name, path, block) == (kind == "attention")]
             if members:
-                sites += _sublayer(model, kind, index, path, members, cache_bytes[index] if kind == "attention" else 0, untie)
+                sites += _sublayer(kind, index, path, members, mixtures, cache_bytes[index] if kind == "attention" else 0, untie)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Structure(
         model_type=str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
@@ -142,14 +171,39 @@ def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:
 
 @dataclass(frozen=True)
 class _Run:
-    linear: str
+    linear: Linear
     fed: int  # identity of the input tensor
 
 
 def _linears(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """The linears under `path` that can be decided about."""
+    chosen = {id(part) for _, mixture in _mixtures(module, path) for part in _choosers(mixture)}
     for name, child in module.named_modules():
-        if isinstance(child, nn.Linear | Conv1D):
+        if isinstance(child, nn.Linear | Conv1D) and id(child) not in chosen:
             yield f"{path}.{name}", child
+
+
+def _experts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that hold the stacked weights of experts, parameters [E, N, K]."""
+    for name, child in module.named_modules(prefix=path):
+        if any(parameter.dim() == 3 for parameter in child.parameters(recurse=False)):
+            yield name, child
+
+
+def _mixtures(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that hold experts and what chooses between them."""
+    for name, _ in _experts(block, path):
+        parent = name.rpartition(".")[0]
+        yield parent, block.get_submodule(parent.removeprefix(path).removeprefix("."))
+
+
+def _choosers(mixture: nn.Module) -> Iterator[nn.Module]:
+    """A mixture's router, which has an output for each expert, and the gate of its shared expert, which has one."""
+    sizes = {parameter.shape[0] for _, experts in _experts(mixture, "") for parameter in experts.parameters(recurse=False)} | {1}
+    for child in mixture.children():
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] in sizes:
+            yield child
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -173,19 +227,35 @@ def _refuse_unknown_parts(block: nn.Module, path: str) -> None:
     for name, module in block.named_modules(prefix=path):
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and any(linear.startswith(name + ".") for linear in linears):
             raise InputError(f"cannot understand {name}: a list of linears inside a block (experts?)")
+    for name, experts in _experts(block, path):
+        _refuse_unknown_experts(name, experts)
+    chosen = {id(chooser.weight) for _, mixture in _mixtures(block, path) for chooser in _choosers(mixture)}
+    stacked = {id(parameter) for _, experts in _experts(block, path) for parameter in experts.parameters(recurse=False)}
     for name, parameter in block.named_parameters(prefix=path):
-        if parameter.dim() >= 2 and name.rpartition(".")[0] not in linears:
+        if parameter.dim() >= 2 and name.rpartition(".")[0] not in linears and id(parameter) not in chosen | stacked:
             raise InputError(f"cannot understand {name}: a weight of shape {tuple(parameter.shape)} outside any linear")
 
 
+def _refuse_unknown_experts(name: str, experts: nn.Module) -> None:
+    """Understood is what Mixtral and its kin have: gate and up stacked into [E, 2F, K], and [E, K, F] back."""
+    shapes = {f"{name}.{key}": tuple(parameter.shape) for key, parameter in experts.named_parameters()}
+    match list(shapes.values()):
+        case [(e, n, k), (e2, k2, f)] if (e, k, n) == (e2, k2, 2 * f) and not getattr(experts, "is_transposed", False):
+            return
+    found = ", ".join(f"{key.rpartition('.')[2]} {shape}" for key, shape in shapes.items())
+    raise InputError(f"cannot understand {name}: {found}; expected a linear, or experts with gate and up as (E, 2F, K), down as (E, K, F)")
+
+
 def _refuse_uncalled_and_shared(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], runs: Sequence[_Run]) -> None:
-    calls = Counter(run.linear for run in runs)
+    calls = Counter(run.linear.name for run in runs)
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, block in blocks:
-        for name, linear in _linears(block, path):
+        weights = {name: linear.weight for name, linear in _linears(block, path)}
+        weights |= {f"{name}.{key}": parameter for name, experts in _experts(block, path) for key, parameter in experts.named_parameters()}
+        for name, weight in weights.items():
             if calls[name] != 1:
                 raise InputError(f"cannot understand {name}: a plain forward pass calls this linear {calls[name]} times, not once")
-            if owners[id(linear.weight)] != 1:
+            if owners[id(weight)] != 1:
                 raise InputError(f"cannot understand {name}: its weight is shared with another module")
 
 
@@ -194,19 +264,33 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
     runs: list[_Run] = []
     kept: list[object] = []  # alive until the end, so that identities are not reused
 
-    def watch(name: str) -> Any:
+    def watch(name: str, module: nn.Linear | Conv1D) -> Any:
         def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             kept.append(next(iter((*args, *kwargs.values()))))
-            runs.append(_Run(name, id(kept[-1])))
+            runs.append(_Run(_linear(name, module), id(kept[-1])))
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(watch(name), with_kwargs=True) for path, block in blocks for name, module in _linears(block, path)
-    ]
+    def instead(name: str, experts: nn.Module) -> Any:
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            """What experts are fed becomes known; on the meta device they could not run, since who goes where is not."""
+            hidden, *routing = (*args, *kwargs.values())
+            kept.append(routing)
+            chosen = next((tensor.shape[-1] for tensor in routing if tensor.dtype == torch.long), 0)
+            runs.extend(_Run(linear, id(routing)) for linear in _stacked(name, experts, chosen))
+            return torch.empty_like(hidden)
+
+        return forward
+
+    handles = []
+    mixed = [found for path, block in blocks for found in _experts(block, path)]
+    for path, block in blocks:
+        handles += [module.register_forward_pre_hook(watch(name, module), with_kwargs=True) for name, module in _linears(block, path)]
     tokens = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
     # a checkpoint saved in the middle of a training may have switched its cache off
     options = {"use_cache": True} if "use_cache" in signature(model.forward).parameters else {}
+    for name, experts in mixed:
+        experts.forward = instead(name, experts)
     try:
         with torch.no_grad():
             output = model(input_ids=tokens, **options)
@@ -215,6 +299,8 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
     finally:
         for handle in handles:
             handle.remove()
+        for _, experts in mixed:
+            del experts.forward  # what its class says is in force again
     cache = getattr(output, "past_key_values", None)
     return runs, [0 if cache is None else _bytes_per_token(cache.layers[i]) for i in range(len(blocks))]
 
@@ -230,26 +316,59 @@ def _is_attention(linear: str, path: str, block: nn.Module) -> bool:
 
 
 def _sublayer(
-    model: nn.Module, kind: Literal["attention", "ffn"], index: int, path: str, runs: Sequence[_Run], kv_bytes: int, untie: bool
+    kind: Literal["attention", "ffn"],
+    index: int,
+    path: str,
+    runs: Sequence[_Run],
+    mixtures: Sequence[str],
+    kv_bytes: int,
+    untie: bool,
 ) -> list[Site]:
-    linears = tuple(_linear(run.linear, model.get_submodule(run.linear)) for run in runs)
+    linears = tuple(run.linear for run in runs)
     groups: dict[object, list[Linear]] = {}
-    for run, linear in zip(runs, linears, strict=True):
-        groups.setdefault(run.linear if untie else run.fed, []).append(linear)
-    first, output = linears[0], linears[-1]
-    if output.out_features != first.in_features:
-        raise InputError(f"cannot understand {output.name}: {output.out_features} outputs do not fit a stream of {first.in_features}")
+    for run in runs:
+        groups.setdefault(run.linear.name if untie else run.fed, []).append(run.linear)
+    first = linears[0]
+    outputs = [linears[-1]]
+    mixture = next((name for name in mixtures if any(linear.name.startswith(name + ".") for linear in linears)), None)
+    if mixture is not None:
+        outputs = _outputs_of_mixture(mixture, linears)
+    for output in outputs:
+        if output.out_features != first.in_features:
+            raise InputError(f"cannot understand {output.name}: {output.out_features} outputs do not fit a stream of {first.in_features}")
     common = _common_path([linear.name for linear in linears])
-    name = common if common != path else f"{path}.{kind}"
-    sites = [Site(_joined([member.name for member in members]), "linears", index, tuple(members)) for members in groups.values()]
-    return [Site(name, kind, index, linears, output.name, kv_bytes), *sites]
+    sublayer = Site(
+        name=mixture or (common if common != path else f"{path}.{kind}"),
+        kind=kind,
+        block=index,
+        linears=linears,
+        output=outputs[0].name if mixture is None else None,
+        kv_bytes=kv_bytes,
+        outputs=tuple(name for linear in outputs for name in (linear.weight, *([f"{linear.name}.bias"] if linear.bias else []))),
+    )
+    return [sublayer, *(Site(_joined([m.name for m in members]), "linears", index, tuple(members)) for members in groups.values())]
 
 
-def _linear(name: str, module: nn.Module) -> Linear:
-    assert isinstance(module, nn.Linear | Conv1D)
+def _outputs_of_mixture(mixture: str, linears: Sequence[Linear]) -> list[Linear]:
+    """The last linear of the experts and the last one of every expert that is shared by all tokens."""
+    last: dict[str, Linear] = {}
+    for linear in linears:
+        if not linear.name.startswith(mixture + "."):
+            raise InputError(f"cannot understand {linear.name}: it lies beside the mixture of experts {mixture}")
+        last[linear.name.removeprefix(mixture + ".").split(".")[0]] = linear
+    return list(last.values())
+
+
+def _linear(name: str, module: nn.Linear | Conv1D) -> Linear:
     transposed = isinstance(module, Conv1D)
     n, k = reversed(module.weight.shape) if transposed else module.weight.shape
     return Linear(name, in_features=k, out_features=n, bias=module.bias is not None, transposed=transposed)
+
+
+def _stacked(name: str, module: nn.Module, chosen: int) -> Iterator[Linear]:
+    for key, parameter in module.named_parameters():
+        experts, n, k = parameter.shape
+        yield Linear(f"{name}.{key}", in_features=k, out_features=n, bias=False, experts=experts, experts_per_token=chosen)
 
 
 def _common_path(names: Sequence[str]) -> str:

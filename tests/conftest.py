@@ -9,11 +9,45 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from torch import nn
     from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
+
+_SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0}
+_USUAL = _SMALL | {"intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0}
+_GROUPED = _USUAL | {"num_key_value_heads": 2}
+_MIXED = _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _GROUPED),
+    "mistral": ("MistralConfig", _GROUPED | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", _GROUPED),
+    "qwen3": ("Qwen3Config", _GROUPED | {"head_dim": 16}),
+    "gemma": ("GemmaConfig", _GROUPED | {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", _GROUPED | {"head_dim": 16, "final_logit_softcapping": None}),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        _GROUPED | {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "phi3": ("Phi3Config", _GROUPED),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "opt": ("OPTConfig", _SMALL | {"ffn_dim": 40, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "pad_token_id": 1}),
+    "gpt_neox": ("GPTNeoXConfig", _USUAL),
+    "falcon": ("FalconConfig", _SMALL | {"ffn_hidden_size": 40, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_multi_query": ("FalconConfig", _SMALL | {"ffn_hidden_size": 40}),
+    "bert": ("BertConfig", _USUAL),
+    "roberta": ("RobertaConfig", _USUAL | {"pad_token_id": 1}),
+    "mixtral": ("MixtralConfig", _GROUPED | {"num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2MoeConfig", _MIXED | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "qwen3_moe": ("Qwen3MoeConfig", _MIXED | {"head_dim": 16}),
+    "olmoe": ("OlmoeConfig", _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
+}
+"""Every supported family, and forms of it that differ, as the name and the settings of a tiny configuration."""
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +104,46 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         _tiny_tokenizer(encoder=name == "bert").save_pretrained(folder / name)
         paths[name] = folder / name
     return paths
+
+
+@pytest.fixture(params=FAMILIES)
+def every_family(request: pytest.FixtureRequest) -> str:
+    """Each key of `FAMILIES` in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., Any]:
+    """`tiny_config(family, **changes)`: a configuration of 3 blocks, hidden size 32, 4 heads and 61 tokens."""
+
+    def make(family: str, **changes: Any) -> Any:
+        import transformers
+
+        name, settings = FAMILIES[family]
+        return getattr(transformers, name)(**settings | changes)
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(tiny_config: Callable[..., Any]) -> Callable[..., nn.Module]:
+    """`tiny_model(family, device="cpu", **changes)`: that model in evaluation mode with seeded random values, biases included."""
+
+    def make(family: str, device: str = "cpu", **changes: Any) -> nn.Module:
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        kind = AutoModel if family in ("bert", "roberta") else AutoModelForCausalLM
+        with torch.device(device):
+            model: nn.Module = kind.from_config(tiny_config(family, **changes)).eval()
+        if device == "cpu":
+            generator = torch.Generator().manual_seed(0)
+            for name, parameter in model.named_parameters():
+                values = torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name.lower() and name.endswith("weight"))
+                parameter.data = values.half().float()  # a dense linear has 16 bits
+        return model
+
+    return make
 
 
 def _tiny_tokenizer(*, encoder: bool) -> PreTrainedTokenizerFast:
