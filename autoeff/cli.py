@@ -243,6 +243,30 @@ def best(run: RunRef, form: Format = Form.TABLE) -> None:
 
 
 @app.command()
+def resolve(
+    run: RunRef,
+    limit: Annotated[
+        list[str] | None, _option("Goal", "The new budget, such as linear_bytes<=0.22x; may be repeated.", metavar="LIMIT")
+    ] = None,
+    measure_them: Annotated[
+        bool, _option("Run", "Measure up to three proposals with the model, and keep them as trials of the run.", "--measure")
+    ] = False,
+    form: Format = Form.TABLE,
+) -> None:
+    """Answers a new budget from what a search has measured, in seconds and without the model."""
+    from autoeff.search.resolve import resolve as resolve_run
+    from autoeff.search.settings import Settings
+    from autoeff.tables import print_resolution
+
+    with Watcher() as watcher:
+        resolution = resolve_run(run, limit or (), Settings.read(), measure=measure_them, watch=watcher.watch)
+    if form is Form.JSON:
+        print_json(resolution.to_json())
+    else:
+        print_resolution(resolution)
+
+
+@app.command()
 def export(
     run: RunRef,
     trial: TrialRef,

@@ -24,6 +24,7 @@ _PHASES = {
     "baselines": "measuring the baselines",
     "table": "measuring the damage table",
     "search": "searching",
+    "measuring": "measuring proposals",
     "confirming": "confirming on held-out text",
     "reporting": "writing the report",
     "done": "done",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from autoeff.errors import AutoeffError
+from autoeff.errors import AutoeffError, InputError
 from autoeff.evaluators.loading import load_tokenizer
 from autoeff.search.guests import DamageTable, finalists, preamble, table_form
 from autoeff.search.results import Results, all_trials
@@ -40,7 +40,7 @@ class Progress:
     """Where a search stands.
 
     Attributes:
-        phase: loading, bank, baselines, table, search, confirming, reporting or done.
+        phase: loading, bank, baselines, table, search, confirming, reporting or done; measuring, where trials are added to a finished job.
         done: Trials so far, or bank entries while the bank is built.
         total: Of bank entries; 0 elsewhere.
         used: Budget used, in full-token equivalents.
@@ -123,6 +123,28 @@ class Coordinator:
         except BaseException:
             self._store.set_job_state(self._job_id, self._fence, JobState.PAUSED)
             raise
+        finally:
+            self._runner.close()
+            self._store.release_coordinator(self._job_id, self._fence)
+
+    @contextmanager
+    def adding(self) -> Iterator[Callable[[Candidate, Split], Trial]]:
+        """Yields what measures a further configuration for a finished job; the trials and the summary that it has stay as they are.
+
+        Raises:
+            InputError: The job has not ended: its sampler would not find its own trials again; or another process drives it.
+        """
+        self._fence = self._store.acquire_coordinator(self._job_id, self._me, self._settings.lease_s)
+        try:
+            job = self._store.job(self._job_id)
+            if job.state is not JobState.SUCCEEDED:
+                raise InputError(f"job {job.id} is {job.state}; trials can be added when it has ended: `autoeff resume` goes on with it")
+            self._store.reap()
+            for trial in all_trials(self._store, self._job_id):  # a killed addition may have left one open
+                self._trials.append(self._finish(trial, None))
+            self._stored = list(self._trials)
+            self._phase = "measuring"
+            yield lambda candidate, split: self._evaluate(candidate, split)
         finally:
             self._runner.close()
             self._store.release_coordinator(self._job_id, self._fence)
@@ -292,7 +314,7 @@ class Coordinator:
     def _seconds_left(self, used: float) -> float | None:
         """At the pace of this process since its first evaluation; None before there is one."""
         fresh = sum(trial.cost for trial in self._trials[len(self._stored) + 1 :])
-        if not fresh or self._first_done is None:
+        if not fresh or self._first_done is None or used > self._problem.trials:
             return None
         return max(0.0, (time.monotonic() - self._first_done) / fresh * (self._problem.trials - used))
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any
 
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
-
 from autoeff.search.guests import DamageTable, TableForm
 from autoeff.search.limits import Limit, feasible
 from autoeff.search.pareto import non_dominated
@@ -106,6 +104,8 @@ class Results:
 
     def additivity(self, table: DamageTable) -> dict[str, float] | None:
         """Spearman of predicted and true damage among candidates within 1.5 times the best at the first operating point."""
+        from scipy.stats import spearmanr  # type: ignore[import-untyped]  # here: it takes longer to import than the read verbs to answer
+
         trials = self.within(self.problem.operating_points[0].limits)
         good = [t for t in trials if self.quality(t) <= 1.5 * self.quality(trials[0])]
         if len(good) < 5:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
 from autoeff.search.runs import new_run, open_run
 from autoeff.search.sampler import check_sampler
-from autoeff.search.samplers.problem import Problem
+from autoeff.search.samplers.problem import Candidate, Problem
 from autoeff.search.settings import Settings
+from autoeff.search.storage.records import Job, Trial
 from autoeff.search.storage.store import Store
 from autoeff.spaces.costs import CostModel
-from autoeff.spaces.measurements import measure
+from autoeff.spaces.measurements import Split, measure
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["Plan", "Progress", "Result", "export", "plan", "resume", "run_search", "start"]
+__all__ = ["Plan", "Progress", "Result", "adding", "export", "plan", "resume", "run_search", "start"]
 
 Watch = Callable[[Progress], None]
 
@@ -149,13 +151,22 @@ def resume(run: str | Path, settings: Settings, watch: Watch = lambda progress: 
     """
     store, job_id, folder = open_run(run, settings)
     with store:
-        job = store.job(job_id)
-        if folder is None:
-            raise InputError(f"job {job_id} has no run directory here; name the directory that its search wrote to")
-        planned = plan(JobSpec.parse(job.spec), settings)
-        if planned.preparation.digest != job.setup_digest:
-            raise InputError(f"run {run} cannot go on: {_changed(job.preflight, planned.preflight)}")
+        planned, folder = _planned_again(store.job(job_id), run, folder, settings)
         return _drive(store, job_id, folder, planned, settings, watch)
+
+
+@contextmanager
+def adding(
+    store: Store, job: Job, run: str | Path, folder: Path | None, settings: Settings, watch: Watch
+) -> Iterator[Callable[[Candidate, Split], Trial]]:
+    """Yields what measures a further configuration with the model of a finished job and stores it as a trial of that job.
+
+    Raises:
+        InputError: As `resume`; also a job that has not ended.
+    """
+    planned, folder = _planned_again(job, run, folder, settings)
+    with Coordinator(store, job.id, planned, folder, settings, watch).adding() as evaluate:
+        yield evaluate
 
 
 def run_search(
@@ -232,6 +243,16 @@ def _drive(store: Store, job_id: str, folder: Path, planned: Plan, settings: Set
     write_report(folder, job, rows, summary)
     exit_code = ExitCode.FEASIBLE if summary["state"] == "feasible" else ExitCode.INFEASIBLE
     return Result(job_id, folder, exit_code, summary, rows)
+
+
+def _planned_again(job: Job, run: str | Path, folder: Path | None, settings: Settings) -> tuple[Plan, Path]:
+    """The plan of a stored job, found to be what it was, and its run directory."""
+    if folder is None:
+        raise InputError(f"job {job.id} has no run directory here; name the directory that its search wrote to")
+    planned = plan(JobSpec.parse(job.spec), settings)
+    if planned.preparation.digest != job.setup_digest:
+        raise InputError(f"run {run} cannot go on: {_changed(job.preflight, planned.preflight)}")
+    return planned, folder
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,0 +1,75 @@
+"""Finished searches on a tiny model, made once and copied for every test that writes to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from autoeff.search.job import JobSpec
+from autoeff.search.run import start
+from autoeff.search.settings import Settings
+from autoeff.search.storage.store import Store
+
+LINE = "the dog sat on the mat and the cat ate the hat while all the others went there again\n"
+LOOSE, TIGHT = "linear_bytes<=0.35x", "linear_bytes<=0.30x"
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A machine with two finished searches of the same model on the same text, within 0.35 and 0.30 of its linear bytes."""
+
+    settings: Settings
+    loose: Path
+    tight: Path
+
+    def rows(self, folder: Path) -> list[dict[str, object]]:
+        with self.opened() as store:
+            trials = store.trials(json.loads((folder / "run.json").read_text())["job"])
+            return [trial.to_json() for trial in trials]
+
+    def opened(self) -> Store:
+        return Store.open(self.settings.database)
+
+
+@pytest.fixture(scope="session")
+def tiny_job(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., JobSpec]:
+    """A job on the tiny llama with a few fields of its own."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(LINE * 60)
+
+    def make(**fields: object) -> JobSpec:
+        job: dict[str, object] = {
+            "model": str(tiny_models["llama"]),
+            "data": {"source": str(text), "windows": 8, "length": 16},
+            "eval_data": {"source": str(text), "windows": 8, "length": 16, "draw": "first"},
+            "knobs": {"bits": {"group_size": 16}, "skip": {}},
+            "budget": {"trials": 60},
+        }
+        return JobSpec.parse(job | fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def searched_once(tiny_job: Callable[..., JobSpec], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("searched")
+    settings = Settings(home=root / "home", memory_cap_bytes=3 << 30)
+    for name, limit in (("loose", LOOSE), ("tight", TIGHT)):
+        start(tiny_job(limits=[limit]), root / name, settings)
+    return root
+
+
+@pytest.fixture
+def searched(searched_once: Path, tmp_path: Path) -> Searched:
+    """A copy that a test may write to."""
+    root = Path(shutil.copytree(searched_once, tmp_path / "machine"))
+    settings = Settings(home=root / "home", memory_cap_bytes=3 << 30)
+    for name in ("loose", "tight"):
+        file = root / name / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"database": settings.database}))
+    return Searched(settings, root / "loose", root / "tight")
