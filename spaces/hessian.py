@@ -68,7 +68,7 @@ def compensated(weight: Tensor, factor: Tensor, fix: Callable[[int, Tensor], Ten
         fix: Gives the values [N] of column j from j and [columns left in the block, N], as compensated so far; the first is j.
         block: Columns in a block.
     """
-    columns = weight.T.contiguous() if weight.stride(1) == 1 else weight.T.clone()
+    columns = weight.T.clone(memory_format=torch.contiguous_format)
     for begin in range(0, len(columns), block):
         part = columns[begin : begin + block]
         end = begin + len(part)
@@ -81,4 +81,4 @@ def compensated(weight: Tensor, factor: Tensor, fix: Callable[[int, Tensor], Ten
             part[i] = fixed
             part[i + 1 :].addr_(inside[i, i + 1 :], errors[i], alpha=-1)
         columns[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-    return columns.T
+    return columns.T.clone(memory_format=torch.contiguous_format)

@@ -51,7 +51,7 @@ class Codes:
 class Quantizer(ABC):
     """Base of every quantizer.
 
-    Under a mask (bool [N, K], True = kept, equally many in every row) only the kept codes are stored. Groups still run along the
+    Under a mask (bool [N, K], True = kept, equally many in every row, at least 1) only the kept codes are stored. Groups still run along the
     K inputs of the dense weight, so that scales stand where they stood.
 
     Attributes:
@@ -131,7 +131,7 @@ class Quantizer(ABC):
         return dequantize_wq.dequantize(planes, scale, minimum, 8, k, self.group_size, dtype).masked_fill_(~mask, 0.0)
 
     def packed_bytes(self, n: int, k: int, bits: int, kept: int | None = None) -> int:
-        """Exact bytes of what `quantize` returns for a weight [n, k] of which `kept` in every row (None: all) are kept.
+        """Exact bytes of what `quantize` returns for a weight [n, k] of which `kept` in every row are kept (None: all).
 
         The mask is not counted; it belongs to the knob that made it.
         """
@@ -150,10 +150,12 @@ def _kept_per_row(mask: Tensor, like: Tensor) -> int:
         ValueError: It does not go with `like`, or rows differ.
     """
     if mask.dtype != torch.bool or len(mask) != len(like) or mask.device != like.device:
-        raise ValueError(f"a mask must be bool with {len(like)} rows on {like.device}: got {mask.dtype} {tuple(mask.shape)} on {mask.device}")
+        raise ValueError(
+            f"a mask must be bool with {len(like)} rows on {like.device}: got {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+        )
     least, greatest = (int(end) for end in torch.aminmax(mask.sum(1)))
-    if least != greatest:
-        raise ValueError(f"a mask must keep equally many weights in every row: got {least} to {greatest}")
+    if not 0 < least == greatest:
+        raise ValueError(f"a mask must keep equally many weights in every row, at least 1: got {least} to {greatest}")
     return least
 
 

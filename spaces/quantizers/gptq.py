@@ -40,16 +40,16 @@ class GPTQ(Quantizer):
         factor = inverse_factor(hessian[order][:, order], weight.device)
         groups = [grid.at((slice(None), g, 0)) for g in range(grid.scale.shape[1])]
         columns = order.tolist()
-        codes = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.uint8, device=weight.device)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         pruned = None if mask is None else ~mask.T.contiguous()
 
         def fix(j: int, rest: Tensor) -> Tensor:
             column = columns[j]
             group = groups[column // size]
             nearest = group.nearest(rest[0])
-            codes[column] = nearest
+            codes[:, column] = nearest
             values = group.values(nearest)
             return values if pruned is None else values.masked_fill_(pruned[column], 0.0)
 
         compensated(weight[:, order], factor, fix)
-        return Codes(codes.T, grid.scale[:, :, 0], None if grid.minimum is None else grid.minimum[:, :, 0])
+        return Codes(codes, grid.scale[:, :, 0], None if grid.minimum is None else grid.minimum[:, :, 0])

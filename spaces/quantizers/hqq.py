@@ -23,11 +23,12 @@ _BETA, _KAPPA = 10.0, 1.01  # weight of the quadratic term, and its growth per s
 class HalfQuadratic(Quantizer):
     """The grid of round to nearest, shifted by group to lower the sum of |w - w'|^0.7, to which outliers matter less.
 
-    Two closed forms take turns for at most 20 steps: a shrinkage splits the residuals into outliers E and the rest, then the
+    Two closed forms take turns for 20 steps: a shrinkage splits the residuals into outliers E and the rest, then the
     minimum becomes the mean of what is left of the weights without E. Symmetric codes have no minimum; there the scale becomes
     the least-squares one. Residuals are counted in steps of the first grid, so that scaling a weight changes no code (the source
     counts them in units of the weights, where those of trained linears are too small for any to be shrunk). Every group keeps the
-    best grid it met, fp16 rounding included, the first among them: its error is never above that of round to nearest.
+    best grid that it met, fp16 rounding included, the first among them: its error is never above that of round to nearest. The
+    error may rise on the way, so that no group stops early and none depends on another.
 
     Source: Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models.
     """
@@ -47,8 +48,6 @@ class HalfQuadratic(Quantizer):
             powers = size.pow(_P)
             error = powers.sum(2, keepdim=True).masked_fill_(_overflows(grid), torch.inf)
             better = error < least_error
-            if not bool(better.any()):
-                break
             least_error = torch.where(better, error, least_error)
             best = _chosen(better, grid, best)
             # what the shrinkage leaves to the quadratic term: at most |r|^(p-1) / beta of every residual
