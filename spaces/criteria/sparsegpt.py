@@ -37,15 +37,15 @@ class SparseGPT(Criterion):
         factor = inverse_factor(hessian, weight.device)
         worth = (hessian.diagonal() != 0) / factor.diagonal().square()
         run = pattern.of or BLOCK
-        mask = torch.empty(k, len(weight), dtype=torch.bool, device=weight.device)
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
 
         def fix(j: int, rest: Tensor) -> Tensor:
             if j % run == 0:
                 end = min(j + run, k)
                 kept = pattern.kept if pattern.of else pattern.kept * end // k - pattern.kept * j // k
                 scores = rest[: end - j].square() * worth[j:end, None]
-                mask[j:end] = Pattern(kept).mask(scores.T).T
-            return rest[0].masked_fill(~mask[j], 0.0)
+                mask[:, j:end] = Pattern(kept).mask(scores.T)
+            return rest[0].masked_fill(~mask[:, j], 0.0)
 
         block = run * max(1, BLOCK // run)  # whole runs
-        return Pruned(compensated(weight, factor, fix, block).contiguous(), mask.T.contiguous())
+        return Pruned(compensated(weight, factor, fix, block), mask)
