@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from autoeff.errors import InputError
 from autoeff.evaluators.checkpoint import StoredTensor, existing_path, read_checkpoint, read_json
@@ -132,8 +133,6 @@ def inspect_model(path: Path) -> ModelFacts:
     checkpoint = read_checkpoint(path)
     task: Literal["decoder", "encoder"] = "decoder" if any(_DECODER.fullmatch(name) for name in architectures) else "encoder"
     model, arguments = _on_meta(model_type, architectures, task, settings, {}), {}
-    if experts := next((name for name, _ in model.named_parameters() if ".experts." in name), None):
-        raise InputError(f"{path}: {model_type!r} is a mixture of experts ({experts}); only models without experts are supported")
     used, missing = _matched(model, checkpoint.tensors, task, path)
     if missing and all("pooler." in name for name in missing) and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         arguments = {"add_pooling_layer": False}
@@ -161,7 +160,7 @@ def inspect_model(path: Path) -> ModelFacts:
         stored_bytes=sum(tensor.bytes for tensor in used.values()),
         dtype=_main_dtype(used),
         store_dtype=store_dtype,
-        context=next((value for key in _CONTEXT_KEYS if isinstance(value := getattr(model.config, key, None), int)), None),
+        context=_context(model),
         vocabulary=model.get_input_embeddings().weight.shape[0],
         digest=_digest(path, checkpoint.files),
         notices=tuple(notices),
@@ -297,7 +296,8 @@ def _matched(
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """The stored tensors that the model uses, and the names of those that it lacks.
 
-    Names are matched as transformers does: exact, with the base model's prefix added or removed, LayerNorm's old spelling.
+    Names are matched as transformers does: exact, with the base model's prefix added or removed, LayerNorm's old spelling, and
+    as `save_pretrained` writes them where that differs (experts one by one).
 
     Raises:
         InputError: A shape or dtype is wrong, or a tensor belongs to nothing.
@@ -305,22 +305,47 @@ def _matched(
     expected = model.state_dict(keep_vars=True)
     prefix = model.base_model_prefix + "."
     prefixed = any(name.startswith(prefix) for name in stored)
-    used, filled = {}, set()
-    for name, tensor in stored.items():
+
+    def spellings(name: str) -> tuple[str, ...]:
         modern = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
-        target = next((t for t in (modern, prefix + modern, modern.removeprefix(prefix)) if t in expected), None)
-        if target is None:
+        return modern, prefix + modern, modern.removeprefix(prefix)
+
+    present = {spelling for name in stored for spelling in spellings(name)}
+    parts = {name: {name: parameter} for name, parameter in expected.items()}
+    parts |= {name: _as_saved(model, name, parameter) for name, parameter in expected.items() if name not in present}
+    owners = {part: name for name, tensors in parts.items() for part in tensors}
+    used, found = {}, set()
+    for name, tensor in stored.items():
+        part = next((spelling for spelling in spellings(name) if spelling in owners), None)
+        if part is None:
             if _BUFFER.fullmatch(name) or (task == "encoder" and prefixed and not name.startswith(prefix)):
                 continue
             raise InputError(f"{path}: the weights hold {name!r}, which a {type(model).__name__} of this config.json does not have")
-        shape = tuple(expected[target].shape)
+        wanted = parts[owners[part]][part]
+        shape = tuple(wanted.shape)
         if tensor.shape != shape:
             raise InputError(f"{path}: {name!r} has the shape {tensor.shape} in {tensor.file}, config.json asks for {shape}")
-        if expected[target].is_floating_point() and tensor.dtype not in _FLOATS:
+        if wanted.is_floating_point() and tensor.dtype not in _FLOATS:
             raise InputError(f"{path}: {name!r} is stored as {tensor.dtype}, which is quantised; expected {', '.join(_FLOATS)}")
         used[name] = tensor
-        filled.add(id(expected[target]))
-    return used, [name for name, parameter in expected.items() if id(parameter) not in filled]  # tied ones are one object
+        found.add(part)
+    filled = {id(expected[name]) for name, tensors in parts.items() if found.issuperset(tensors)}  # tied ones are one object
+    return used, [part for name, tensors in parts.items() if id(expected[name]) not in filled for part in tensors if part not in found]
+
+
+def _as_saved(model: PreTrainedModel, name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """The tensors as which `save_pretrained` writes one parameter, by stored name."""
+    saved: dict[str, Tensor] = revert_weight_conversion(model, {name: parameter})
+    return saved
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """Longest sequence in tokens. RoBERTa's positions are counted from behind its padding id, which takes as many from its table."""
+    length = next((value for key in _CONTEXT_KEYS if isinstance(value := getattr(model.config, key, None), int)), None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None and module.num_embeddings == length:
+            return length - module.padding_idx - 1
+    return length
 
 
 def _store_dtype(path: Path, tensors: Mapping[str, StoredTensor]) -> torch.dtype:

@@ -40,6 +40,7 @@ _BOUNDS = (
 _OTHER_BOUND = 1 << 31
 _MODULES_BOUND = 1 << 16
 _LEGACY_ROPE = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # moved into `rope_parameters` by transformers 5
+_UNDECLARED = {"head_dim"}  # models read it whose configuration class does not declare it, Qwen3-MoE among them
 _NOT_OURS = {  # what a run decides or nothing reads
     "architectures", "dtype", "id2label", "label2id", "num_labels", "output_attentions", "output_hidden_states", "problem_type",
     "return_dict", "torch_dtype", "transformers_version", "chunk_size_feed_forward",
@@ -70,7 +71,8 @@ def read_config(folder: Path) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     config_class = CONFIG_MAPPING[model_type]
     if getattr(config_class, "sub_configs", None):
         raise InputError(f"{path}: {model_type!r} is composed of several models; give the text model alone")
-    known = {field.name for field in fields(config_class)} | set(config_class.attribute_map) | _LEGACY_ROPE
+    aliases = config_class.attribute_map  # in a saved file either side can stand: Qwen3-MoE writes the one that is no field
+    known = {field.name for field in fields(config_class)} | set(aliases) | set(aliases.values()) | _LEGACY_ROPE | _UNDECLARED
     return model_type, tuple(architectures), {key: raw[key] for key in sorted(raw.keys() & known - _NOT_OURS)}
 
 

@@ -286,6 +286,9 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
     mixed = [found for path, block in blocks for found in _experts(block, path)]
     for path, block in blocks:
         handles += [module.register_forward_pre_hook(watch(name, module), with_kwargs=True) for name, module in _linears(block, path)]
+    head, given = getattr(model, "get_output_embeddings", lambda: None)(), []
+    if head is not None:
+        handles.append(head.register_forward_hook(lambda _, __, output: given.append(output)))
     tokens = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
     # a checkpoint saved in the middle of a training may have switched its cache off
     options = {"use_cache": True} if "use_cache" in signature(model.forward).parameters else {}
@@ -301,6 +304,8 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
             handle.remove()
         for _, experts in mixed:
             del experts.forward  # what its class says is in force again
+    if given and getattr(output, "logits", given[-1]) is not given[-1]:
+        raise InputError(f"cannot understand {type(model).__name__}: it changes the logits that its head gives (caps or scales them?)")
     cache = getattr(output, "past_key_values", None)
     return runs, [0 if cache is None else _bytes_per_token(cache.layers[i]) for i in range(len(blocks))]
 

@@ -102,6 +102,72 @@ def test_facts_are_those_of_the_loaded_model(tiny_models: dict[str, Path], name:
     assert all(p.is_meta for p in skeleton(facts).parameters())
 
 
+@pytest.fixture
+def saved(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> Callable[..., Path]:
+    """`saved(family)`: the directory of the tiny model as `save_pretrained` writes it, in float32."""
+
+    def save(family: str) -> Path:
+        tiny_model(family).save_pretrained(tmp_path / family)
+        return tmp_path / family
+
+    return save
+
+
+def test_saved_model_of_every_family_loads(
+    every_family: str, saved: Callable[..., Path], tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(every_family)
+    expected = outputs(tiny_model(every_family))  # its values have 16 bits
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("network"))
+    facts = inspect_model(folder)
+    model = load_model(facts, CPU)
+    assert torch.equal(outputs(model), expected)
+    assert facts.task == ("encoder" if every_family in ("bert", "roberta") else "decoder")
+    assert facts.parameters == sum(p.numel() for p in model.parameters())
+    assert facts.stored_bytes == sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    assert find_structure(skeleton(facts)) == find_structure(model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_experts_are_stored_one_by_one_or_stacked(family: str, saved: Callable[..., Path], tiny_model: Callable[..., nn.Module]) -> None:
+    folder = saved(family)
+    one_by_one = inspect_model(folder)
+    assert any(".experts.3." in name for name in one_by_one.tensors)
+    model = tiny_model(family)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    stacked = inspect_model(folder)
+    assert stacked.parameters == one_by_one.parameters
+    assert stacked.stored_bytes == one_by_one.stored_bytes
+    assert torch.equal(outputs(load_model(stacked, CPU)), outputs(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: without("model.layers.2.mlp.experts.3.up_proj.weight")(t), "lack 'model.layers.2.mlp.experts.3.up_proj.weight'"),
+        (lambda t: t | {"model.layers.2.mlp.experts.4.up_proj.weight": torch.zeros(40, 32)}, "hold 'model.layers.2.mlp.experts.4.up_proj."),
+        (lambda t: t | {"model.layers.2.mlp.experts.3.up_proj.weight": torch.zeros(41, 32)}, "has the shape (41, 32)"),
+        (lambda t: t | {"model.layers.2.mlp.experts.3.up_proj.weight": torch.zeros(40, 32, dtype=torch.int8)}, "is stored as I8"),
+    ],
+)
+def test_experts_that_do_not_fit_the_configuration_are_refused(
+    saved: Callable[..., Path], change: Callable[[dict[str, Tensor]], dict[str, Tensor]], says: str
+) -> None:
+    folder = saved("olmoe")
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    assert says in error_of(folder)
+
+
+def test_context_of_roberta_leaves_out_the_positions_behind_its_padding_id(saved: Callable[..., Path]) -> None:
+    facts = inspect_model(saved("roberta"))
+    assert facts.context == 64 - 2
+    model = load_model(facts, CPU)
+    with torch.no_grad():
+        assert model(input_ids=torch.full((1, 62), 5))[0].shape == (1, 62, 32)
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            model(input_ids=torch.full((1, 63), 5))
+
+
 def test_store_dtype_is_the_files_or_the_narrowest_that_holds_the_values(tiny_models: dict[str, Path]) -> None:
     facts = {name: inspect_model(path) for name, path in tiny_models.items()}
     assert {name: f.store_dtype for name, f in facts.items()} == dict.fromkeys(FAMILIES, torch.float16) | {"mistral": torch.bfloat16}
@@ -198,7 +264,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
             "mistral",
             None,
             {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
-            "is a mixture of experts",
+            "'model.layers.0.mlp.down_proj.weight', which a MixtralForCausalLM",
         ),
         ("qwen3", lambda t: t | {"model.norm.weight": t["model.norm.weight"].to(torch.int8)}, {}, "is stored as I8"),
     ],

@@ -56,6 +56,11 @@ def test_other_names_of_a_setting_are_known(tmp_path: Path) -> None:
     assert (config.n_embd, config.num_hidden_layers) == (48, 3)
 
 
+def test_setting_is_known_by_the_name_that_is_no_field(tmp_path: Path) -> None:
+    mixture = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_local_experts": 6}
+    assert build_config("qwen3_moe", read_config(written(tmp_path, mixture))[2]).num_experts == 6
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -237,6 +237,11 @@ def test_experts_of_another_form_are_refused_by_name() -> None:
         find_structure(model)
 
 
+def test_logits_that_are_not_what_the_head_gives_are_refused(tiny_model: MakeModel) -> None:
+    with pytest.raises(InputError, match="cannot understand Gemma2ForCausalLM: it changes the logits that its head gives"):
+        find_structure(tiny_model("gemma2", "meta", final_logit_softcapping=30.0))
+
+
 def test_layers_that_share_their_weights_are_refused() -> None:
     with torch.device("meta"):
         model = AutoModel.from_config(AlbertConfig(**_TINY, embedding_size=16))
