@@ -1,8 +1,9 @@
 """The level bank: every (site, knob, level) built once, stored packed, found by what it was made from.
 
-An entry is one safetensors file named by the SHA-256 of its key: model digest, site, knob, settings, level and, for knobs that
-read them, the statistics. Files are written under a temporary name, synced and renamed, so that any number of processes may
-build the same bank; what is damaged is built again. Entries are memory-mapped; decoded ones are kept in memory up to a limit.
+An entry is one safetensors file named by the SHA-256 of its key: model digest, the site's linears, knob, settings and level, the
+same of every level in force before it at these linears, and, if one of them reads statistics, the digest of their text. Files
+are written under a temporary name, synced and renamed, so that any number of processes may build the same bank; what is damaged
+is built again. Entries are memory-mapped; decoded ones are kept in memory up to a limit.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,9 +23,10 @@ from torch import Tensor
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level, canonical_json, digest_of
 from autoeff.spaces.knob import Knob
-from autoeff.spaces.sites import Site
+from autoeff.spaces.material import Material
+from autoeff.spaces.sites import Linear, Site
 
-__all__ = ["Bank", "Statistics"]
+__all__ = ["Bank", "Chain", "Statistics", "Step"]
 
 FORMAT = 1
 
@@ -37,6 +39,23 @@ class Statistics:
     tensors: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A level other than the dense one, at a site."""
+
+    knob: Knob
+    site: Site
+    level: Level
+
+    @cached_property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(linear.name for linear in self.site.linears)
+
+
+Chain = tuple[Step, ...]
+"""The steps that act on a linear, in the order in which they are taken."""
+
+
 class Bank:
     """Entries of one model.
 
@@ -47,8 +66,8 @@ class Bank:
     Args:
         folder: Shared by every model; created on first use.
         model_digest: Names the model's content.
-        dtype: The 16-bit dtype of the store: of dense weights, and of values when they are decoded.
-        weights: Gives the dense 16-bit weight [N, K] of a linear.
+        linears: Every searchable linear by name.
+        weights: Gives the dense weight [N, K] of a linear in the 16-bit dtype of the store.
         place: Moves a decoded tensor to the compute dtype and device.
         keep_bytes: Memory for decoded tensors.
     """
@@ -57,7 +76,7 @@ class Bank:
         self,
         folder: Path,
         model_digest: str,
-        dtype: torch.dtype,
+        linears: Mapping[str, Linear],
         weights: Callable[[str], Tensor],
         place: Callable[[Tensor], Tensor],
         keep_bytes: int,
@@ -65,28 +84,23 @@ class Bank:
         self.folder = folder / f"v{FORMAT}"
         self.model_digest = model_digest
         self.statistics = Statistics("", {})
-        self._dtype, self._weights, self._place, self._keep_bytes = dtype, weights, place, keep_bytes
+        self._linears, self._weights, self._place, self._keep_bytes = linears, weights, place, keep_bytes
         self._decoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._decoded_bytes = 0
         self.built = 0
 
-    def packed(self, knob: Knob, site: Site, level: Level) -> dict[str, Tensor]:
-        """The stored tensors of a level, memory-mapped; built and stored first if needed.
+    def packed(self, chain: Chain) -> dict[str, Tensor]:
+        """The stored tensors of the chain's last step, memory-mapped; built and stored first if needed.
 
         Raises:
             InputError: The folder cannot be written.
         """
-        key = self._key(knob, site, level)
-        path = self.folder / key[:2] / f"{key}.safetensors"
+        path = self._path(chain)
         if (entry := _read(path)) is not None:
             return entry
-        weights = {linear.name: self._weights(linear.name) for linear in site.linears}
-        needed = {name: tensor for name, tensor in self.statistics.tensors.items() if name.rpartition(".")[2] in knob.needs}
-        tensors = knob.build(site, level, weights, needed)
-        data = save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            metadata={"entry": canonical_json(self._facts(knob, site, level))},
-        )
+        *before, step = chain
+        tensors = step.knob.build(step.site, step.level, self._material(tuple(before), step.linears, step.knob.needs))
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"entry": canonical_json(self._facts(chain))})
         try:
             _write(path, data)
         except OSError as error:
@@ -96,33 +110,54 @@ class Bank:
         self.built += 1
         return tensors
 
-    def decoded(self, knob: Knob, site: Site, level: Level) -> dict[str, Tensor]:
-        """What `knob.apply` needs, in the compute dtype on the device."""
-        key = self._key(knob, site, level)
+    def decoded(self, chain: Chain, linears: Sequence[str]) -> dict[str, Tensor]:
+        """The parameters of some linears, by name and in their own shape, in the compute dtype on the device."""
+        key = digest_of([self._facts(chain), list(linears)])
         if key in self._decoded:
             self._decoded.move_to_end(key)
             return self._decoded[key]
-        decoded = knob.decode(site, level, self.packed(knob, site, level), self._dtype)
-        entry = {name: self._place(tensor) for name, tensor in decoded.items()}
+        material = self._material(chain, linears)
+        entry = {self._linears[name].weight: self._place(material.parameter(self._linears[name])) for name in linears}
         self._decoded[key] = entry
         self._decoded_bytes += _bytes(entry)
         while self._decoded_bytes > self._keep_bytes and len(self._decoded) > 1:
             self._decoded_bytes -= _bytes(self._decoded.popitem(last=False)[1])
         return entry
 
-    def _facts(self, knob: Knob, site: Site, level: Level) -> dict[str, object]:
+    def stored_bytes(self, chain: Chain, linear: str) -> int:
+        """Bytes of a linear, counted from the tensors that the chain stores."""
+        prefix, total, values = f"{linear}.", 0, None
+        for i in range(len(chain)):
+            parts = {n.removeprefix(prefix): t.nbytes for n, t in self.packed(chain[: i + 1]).items() if n.startswith(prefix)}
+            beside = sum(size for part, size in parts.items() if part in chain[i].knob.beside)
+            total += beside
+            values = sum(parts.values()) - beside if parts else values
+        return total + (self._material(chain, [linear]).weights[linear].nbytes if values is None else values)
+
+    def _material(self, chain: Chain, linears: Sequence[str], needs: Collection[str] = ()) -> Material:
+        """The linears after the steps of a chain."""
+        tensors = self.statistics.tensors
+        statistics = {name: tensors[name] for linear in linears for need in needs if (name := f"{linear}.{need}") in tensors}
+        material = Material({name: self._weights(name) for name in linears}, statistics=statistics)
+        for i, step in enumerate(chain):
+            material = step.knob.transform(step.level, self.packed(chain[: i + 1]), material)
+        return material
+
+    def _facts(self, chain: Chain) -> dict[str, object]:
+        calibrated = any(step.knob.needs for step in chain)
         return {
             "format": FORMAT,
             "model": self.model_digest,
-            "linears": [linear.name for linear in site.linears],
-            "knob": knob.name,
-            "settings": knob.settings(),
-            "level": level,
-            "statistics": self.statistics.text_digest if knob.needs else None,
+            "steps": [
+                {"linears": list(step.linears), "knob": step.knob.name, "settings": step.knob.settings(), "level": step.level}
+                for step in chain
+            ],
+            "statistics": self.statistics.text_digest if calibrated else None,
         }
 
-    def _key(self, knob: Knob, site: Site, level: Level) -> str:
-        return digest_of(self._facts(knob, site, level))
+    def _path(self, chain: Chain) -> Path:
+        key = digest_of(self._facts(chain))
+        return self.folder / key[:2] / f"{key}.safetensors"
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from autoeff.evaluators.bank import Bank
-from autoeff.spaces.knob import KINDS, Knob, Undo
+from autoeff.evaluators.bank import Bank, Chain, Step
+from autoeff.spaces.knob import KINDS, Knob, Undo, swap
 from autoeff.spaces.sites import Structure
 from autoeff.spaces.space import SearchSpace
 
@@ -17,8 +17,9 @@ __all__ = ["Candidate"]
 class Candidate:
     """Moves one model from configuration to configuration.
 
-    Decisions that can touch the same parameters (a tree of the space) are undone last-in-first-out and applied in the order of
-    their kinds; trees that did not change are left alone.
+    Decisions that are about the same linears form a tree of the space. A tree that changes is undone, last in, first out, and
+    applied anew: the linears get what their chain of levels makes of them, then levels that act on the model are applied in the
+    order of their kinds. Trees that did not change are left alone.
 
     Attributes:
         indices: Level indices in force, normalised.
@@ -31,6 +32,7 @@ class Candidate:
         self._knobs = knobs
         self._undo: dict[int, list[Undo]] = {}
         self._trees = {root: _tree(space, root) for root in space.roots}
+        self._groups = {root: self._together(tree) for root, tree in self._trees.items()}
 
     def set(self, indices: Sequence[int]) -> None:
         """Puts a configuration in force. After an exception the model is in no defined state."""
@@ -40,9 +42,14 @@ class Candidate:
             for undo in reversed(self._undo.pop(root, [])):
                 undo()
         for root in changed:
+            undos = self._undo.setdefault(root, [])
+            for linears, decisions in self._groups[root]:
+                if chain := self.chain(decisions, wanted):
+                    undos.append(swap(self.model, self.bank.decoded(chain, linears)))
             for i in sorted(self._trees[root], key=lambda i: KINDS.index(self._knobs[self.space.decisions[i].knob].kind)):
                 if wanted[i]:
-                    self._apply(root, i, wanted[i])
+                    step = self.step(i, wanted[i])
+                    undos.append(step.knob.apply(self.model, step.site, step.level))
         self.indices = wanted
 
     def first_difference(self, other: Sequence[int]) -> int:
@@ -50,11 +57,33 @@ class Candidate:
         blocks = [d.block for d, a, b in zip(self.space.decisions, self.indices, other, strict=True) if a != b]
         return min(blocks, default=1 << 30)
 
-    def _apply(self, root: int, index: int, level_index: int) -> None:
-        decision = self.space.decisions[index]
-        knob, site, level = self._knobs[decision.knob], self._sites[decision.site], decision.levels[level_index]
-        self._undo.setdefault(root, []).append(knob.apply(self.model, site, level, self.bank.decoded(knob, site, level)))
+    def step(self, decision: int, level: int) -> Step:
+        """A level of a decision."""
+        found = self.space.decisions[decision]
+        return Step(self._knobs[found.knob], self._sites[found.site], found.levels[level])
+
+    def chain(self, decisions: Sequence[int], indices: Sequence[int]) -> Chain:
+        """The levels other than dense that some decisions take."""
+        return tuple(self.step(i, indices[i]) for i in decisions if indices[i])
+
+    def decisions_about(self, linear: str) -> list[int]:
+        """The decisions about a linear that act through its values, in the order in which they do."""
+        return next((decisions for groups in self._groups.values() for linears, decisions in groups if linear in linears), [])
+
+    def _together(self, tree: Sequence[int]) -> list[tuple[tuple[str, ...], list[int]]]:
+        """The linears of a tree, grouped by the decisions whose levels make their values."""
+        about: dict[str, list[int]] = {}
+        for i in tree:
+            decision = self.space.decisions[i]
+            if self._knobs[decision.knob].of_values:
+                for linear in self._sites[decision.site].linears:
+                    about.setdefault(linear.name, []).append(i)
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name, decisions in about.items():
+            groups.setdefault(tuple(decisions), []).append(name)
+        return [(tuple(linears), list(decisions)) for decisions, linears in groups.items()]
 
 
 def _tree(space: SearchSpace, root: int) -> list[int]:
-    return [root, *(i for child in space.children[root] for i in _tree(space, child))]
+    """The decisions of a tree in the order of the space: parents first."""
+    return sorted([root, *(i for child in space.children[root] for i in _tree(space, child))])

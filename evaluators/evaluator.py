@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from autoeff.evaluators.quality import Sample, Teacher, cosine_damage, next_toke
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.text import Passages
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.material import dense_weight
 from autoeff.spaces.measurements import Measurement, Split
-from autoeff.spaces.sites import BYTES_DENSE, Linear
+from autoeff.spaces.sites import Linear
 
 __all__ = ["Evaluator"]
 
@@ -70,8 +71,8 @@ class Evaluator:
         self.bank = Bank(
             Path(setup.bank),
             facts.digest,
-            facts.store_dtype,  # candidates have the values that a 16-bit runtime computes with
-            weights=lambda name: dense[name].to(facts.store_dtype),
+            {linear.name: linear for linear in self.structure.linears},
+            weights=lambda name: dense[name].to(facts.store_dtype),  # candidates have the values that a 16-bit runtime computes with
             place=lambda tensor: tensor.to(device, dtype),
             keep_bytes=_KEEP_DECODED_BYTES,
         )
@@ -144,17 +145,22 @@ class Evaluator:
 
     def stored_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
         """Bytes by linear, counted from the tensors that are stored packed, not from the cost model."""
-        indices = self.space.indices(levels)
-        stored = {linear.name: linear.parameters * BYTES_DENSE for linear in self.structure.linears}
+        indices = self.space.normalised(self.space.indices(levels))
+        silenced = self._silenced(indices)
+        chains = {
+            linear.name: self.candidate.chain(self.candidate.decisions_about(linear.name), indices) for linear in self.structure.linears
+        }
+        return {name: 0 if name in silenced else self.bank.stored_bytes(chain, name) for name, chain in chains.items()}
+
+    def _silenced(self, indices: Sequence[int]) -> set[str]:
+        """The linears that a level leaves out."""
         sites = {site.name: site for site in self.structure.sites}
-        active = self.space.active(indices)
-        for decision, i, on in zip(self.space.decisions, indices, active, strict=True):
-            if i and on:
-                knob, site = self.preparation.knobs[decision.knob], sites[decision.site]
-                packed = self.bank.packed(knob, site, decision.levels[i])
-                for linear in site.linears:
-                    stored[linear.name] = sum(t.nbytes for name, t in packed.items() if name.startswith(linear.name + "."))
-        return stored
+        return {
+            linear.name
+            for decision, i in zip(self.space.decisions, indices, strict=True)
+            if decision.branches[i] is None
+            for linear in sites[decision.site].linears
+        }
 
     def _quality(self, text: _Text, request: EvaluationRequest) -> list[Measurement]:
         """Measures the model as it stands."""
@@ -236,15 +242,14 @@ class Evaluator:
             self._dense_states = {number: states for number, (_, states) in self._last_states.items()}
 
     def _build_bank(self, progress: Callable[[int, int], None]) -> None:
-        sites = {site.name: site for site in self.structure.sites}
-        entries = [(d, level) for d in self.space.decisions for level in d.levels[1:]]
-        for done, (decision, level) in enumerate(entries):
-            self.bank.packed(self.preparation.knobs[decision.knob], sites[decision.site], level)
+        steps = (self.candidate.step(i, j) for i, d in enumerate(self.space.decisions) for j in range(1, len(d.levels)))
+        entries = [step for step in steps if step.knob.of_values]
+        for done, step in enumerate(entries):
+            self.bank.packed((step,))
             progress(done + 1, len(entries))
 
     def _weight(self, linear: Linear) -> Tensor:
-        weight: Tensor = self.model.get_submodule(linear.name).weight.data
-        return weight.T if linear.transposed else weight
+        return dense_weight(self.model.get_parameter(linear.weight).data, linear)
 
     def _find_head(self) -> nn.Linear | None:
         """The output head of a decoder.

@@ -177,5 +177,5 @@ def _completed(decision: Decision, values: Mapping[int, float]) -> tuple[float, 
 
 def _costs(decision: Decision) -> list[int]:
     """Cost of each level in the first primary quantity that the knob changes."""
-    names = [name for cost in decision.costs for name in cost]
-    return [cost.get(names[0], 0) for cost in decision.costs] if names else [0] * len(decision.levels)
+    names = [name for cost in decision.alone for name in cost]
+    return [cost.get(names[0], 0) for cost in decision.alone] if names else [0] * len(decision.levels)

@@ -12,6 +12,7 @@ from autoeff.errors import InputError, UnreachableLimit
 from autoeff.search.allocators.dp import Allocator
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.measurements import MEASURES
+from autoeff.spaces.space import Context
 
 __all__ = ["Limit", "check_reachable", "cost_limits", "feasible", "least_reachable", "parse_limit"]
 
@@ -87,12 +88,18 @@ def feasible(limits: Sequence[Limit], cost_model: CostModel, indices: Sequence[i
 def least_reachable(cost_model: CostModel, name: str) -> Fraction:
     """The least value of a cost measure over the whole space, exact."""
     space, form = cost_model.space, cost_model.measures[name]
-    least = [Fraction(0)] * len(space.decisions)
-    for i in reversed(range(len(space.decisions))):  # children come after their parents
+
+    def least(i: int, context: Context) -> Fraction:
         decision = space.decisions[i]
-        below = sum((least[c] for c in space.children[i]), Fraction(0))
-        least[i] = min(form.change(cost) + (0 if level in decision.silencing else below) for level, cost in enumerate(decision.costs))
-    return cost_model.dense(name) + sum((least[i] for i in space.roots), Fraction(0))
+        below: dict[int | None, Fraction] = {None: Fraction(0)}
+        below |= {
+            branch: sum((least(child, (*context, branch)) for child in space.children[i]), Fraction(0))
+            for branch in set(decision.branches)
+            if branch is not None
+        }
+        return min(form.change(cost) + below[branch] for cost, branch in zip(decision.costs[context], decision.branches, strict=True))
+
+    return cost_model.dense(name) + sum((least(i, ()) for i in space.roots), Fraction(0))
 
 
 def check_reachable(limits: Sequence[Limit], cost_model: CostModel) -> None:

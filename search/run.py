@@ -257,17 +257,16 @@ def _planned_again(job: Job, run: str | Path, folder: Path | None, settings: Set
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What is no longer as it was at the start of a run, of all that its values depend on."""
-    facts = {
-        "the model's files": lambda p: p["model"]["digest"],
-        "the search text": lambda p: p["text"]["search"]["digest"],
-        "the held-out text": lambda p: p["text"]["held_out"]["digest"],
-        "the hardware": lambda p: p["hardware"],
-        "torch": lambda p: p["torch"],
-    }
-    for what, fact in facts.items():
-        if fact(before) != fact(now):
-            remedy = f"; set OMP_NUM_THREADS={fact(before)[5:]}" if fact(before)[:5] == fact(now)[:5] == "cpu x" else ""
-            return f"{what} changed from {fact(before)} to {fact(now)}{remedy}"
+    for what, (old, new) in {
+        "the model's files": [p["model"]["digest"] for p in (before, now)],
+        "the search text": [p["text"]["search"]["digest"] for p in (before, now)],
+        "the held-out text": [p["text"]["held_out"]["digest"] for p in (before, now)],
+        "the hardware": [p["hardware"] for p in (before, now)],
+        "torch": [p["torch"] for p in (before, now)],
+    }.items():
+        if old != new:
+            remedy = f"; set OMP_NUM_THREADS={old[5:]}" if old[:5] == new[:5] == "cpu x" else ""
+            return f"{what} changed from {old} to {new}{remedy}"
     return "this version of autoeff evaluates otherwise; use the one that started it"
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.material import Material
 from autoeff.spaces.plugins import plugin, plugins
 from autoeff.spaces.sites import Site, Structure
 
@@ -32,19 +32,26 @@ Undo = Callable[[], None]
 class Knob(ABC):
     """Base of every knob.
 
+    A level acts through the linears of its site (`build` and `transform`, kept in the bank), or on the model (`apply`), or both.
+
     Attributes:
         name: As written in `--knobs` and in decision keys.
         kind: Fixes the order at one site, see `KINDS`.
         conflicts: Names of knobs that may not be in the same space.
-        needs: Names of the calibration statistics that `build` reads (see `evaluators/calibration.py`); empty for data-free knobs.
         uniform: Whether "the same level everywhere" is a configuration that people use, hence a baseline.
+        beside: Parts of what `build` returns that stay stored when a later knob stores the values, such as a mask.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
     conflicts: ClassVar[frozenset[str]] = frozenset()
-    needs: ClassVar[frozenset[str]] = frozenset()
     uniform: ClassVar[bool] = True
+    beside: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the calibration statistics that `build` reads (see `evaluators/calibration.py`); empty for data-free knobs."""
+        return frozenset()
 
     @abstractmethod
     def sites(self, structure: Structure) -> Sequence[Site]:
@@ -62,35 +69,42 @@ class Knob(ABC):
         """Whether this level makes every other decision about the site's linears inert."""
         return False
 
-    def build(self, site: Site, level: Level, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the bank stores for this level: packed tensors by name. Deterministic.
+    def left(self, site: Site, level: Level) -> Site:
+        """The site as this level leaves it to knobs that come later: their costs are on top of this one's. Not asked if silenced."""
+        return site
+
+    def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
+        """What the bank stores for this level, by `<linear>.<part>`: packed tensors. Deterministic.
 
         Args:
             site: Where.
             level: Not the dense one.
-            weights: 16-bit weights [N, K] by linear name, as the knobs that come earlier at this site have left them.
-            statistics: What `needs` names, by `<linear>.<statistic>`.
+            material: The site's linears as the knobs that come earlier have left them, with the statistics that `needs` names.
         """
         return {}
 
-    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What `apply` needs, by parameter name (`<linear>.weight`); kept in memory by the bank.
+    def transform(self, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
+        """The linears as this level leaves them: cut, masked, or with the values that the stored codes stand for.
 
         Args:
-            site: Where.
             level: Not the dense one.
             packed: What `build` returned.
-            dtype: The 16-bit dtype of the store, in which the values are wanted.
+            material: As given to `build`; it may hold some of the site's linears only.
         """
-        return {}
+        return material
 
-    @abstractmethod
-    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
-        """Puts the level in force; the returned call restores the model bit-exactly."""
+    def apply(self, model: nn.Module, site: Site, level: Level) -> Undo:
+        """Puts what is no value of a linear in force; the returned call restores the model bit-exactly."""
+        return swap(model, {})
 
     def kernel(self, site: Site, level: Level) -> str | None:
         """The file of `kernels/` that serves this level; None means that its latency is dense."""
         return None
+
+    @property
+    def of_values(self) -> bool:
+        """Whether levels act through the values of linears, which the bank keeps."""
+        return type(self).transform is not Knob.transform
 
     def settings(self) -> dict[str, Any]:
         """Every setting by name, as `make_knob` takes them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -18,11 +18,14 @@ import yaml
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Configuration, Level, digest_of
 from autoeff.spaces.knob import KINDS, Knob, make_knob
-from autoeff.spaces.sites import BYTES_DENSE, Site, Structure
+from autoeff.spaces.sites import BYTES_DENSE, Linear, Site, Structure
 
-__all__ = ["Decision", "SearchSpace", "SpaceSpec", "build_space"]
+__all__ = ["Context", "Decision", "SearchSpace", "SpaceSpec", "build_space"]
 
 FORMAT = 1
+
+Context = tuple[int, ...]
+"""The branches of a decision's ancestors, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ class Decision:
         knob: Name of the knob.
         block: Index of the block that holds the site.
         levels: First the dense one, then by falling cost.
-        costs: For each level the change of the primary quantities against dense.
-        parent: Index of the decision that can make this one inert, or None.
-        silencing: Level indices of this decision at which its children are inert.
+        costs: By branch of every ancestor, outermost first: for each level the change of the primary quantities on top of them.
+        parent: Index of the decision whose level changes what this one is about, or None.
+        branches: For each level the branch that the children follow. Levels that leave the same shapes share one; the dense level
+            is in branch 0; None makes the children inert.
         uniform: Whether "this level everywhere" is a baseline.
     """
 
@@ -63,14 +67,23 @@ class Decision:
     knob: str
     block: int
     levels: tuple[Level, ...]
-    costs: tuple[Mapping[str, int], ...]
+    costs: Mapping[Context, tuple[Mapping[str, int], ...]]
     parent: int | None = None
-    silencing: frozenset[int] = frozenset()
+    branches: tuple[int | None, ...] = ()
     uniform: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.branches:
+            object.__setattr__(self, "branches", (0,) * len(self.levels))
 
     @property
     def key(self) -> str:
         return f"{self.site}:{self.knob}"
+
+    @property
+    def alone(self) -> tuple[Mapping[str, int], ...]:
+        """The cost of each level where every ancestor is dense."""
+        return self.costs[(0,) * len(next(iter(self.costs)))]
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class SearchSpace:
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """For each decision the decisions that it can make inert."""
+        """For each decision those whose parent it is."""
         found: list[list[int]] = [[] for _ in self.decisions]
         for i, decision in enumerate(self.decisions):
             if decision.parent is not None:
@@ -110,8 +123,7 @@ class SearchSpace:
 
         def count(i: int) -> int:
             below = prod(count(c) for c in self.children[i])
-            silent = len(self.decisions[i].silencing)
-            return silent + (len(self.decisions[i].levels) - silent) * below
+            return sum(1 if branch is None else below for branch in self.decisions[i].branches)
 
         return prod(count(i) for i in self.roots)
 
@@ -119,13 +131,32 @@ class SearchSpace:
     def digest(self) -> str:
         return digest_of(self.to_json())
 
-    def active(self, indices: Sequence[int]) -> list[bool]:
-        """For each decision whether its level has any effect."""
-        result: list[bool] = []
+    def contexts(self, indices: Sequence[int]) -> list[Context | None]:
+        """For each decision the branches that its ancestors take, or None where it is inert."""
+        result: list[Context | None] = []
         for decision in self.decisions:
             p = decision.parent
-            result.append(p is None or (result[p] and indices[p] not in self.decisions[p].silencing))
+            if p is None:
+                result.append(())
+                continue
+            above, branch = result[p], self.decisions[p].branches[indices[p]]
+            result.append(None if above is None or branch is None else (*above, branch))
         return result
+
+    def context(self, indices: Sequence[int], i: int) -> Context | None:
+        """The same for decision `i` alone."""
+        found: list[int] = []
+        while (p := self.decisions[i].parent) is not None:
+            branch = self.decisions[p].branches[indices[p]]
+            if branch is None:
+                return None
+            found.append(branch)
+            i = p
+        return tuple(reversed(found))
+
+    def active(self, indices: Sequence[int]) -> list[bool]:
+        """For each decision whether its level has any effect."""
+        return [context is not None for context in self.contexts(indices)]
 
     def normalised(self, indices: Sequence[int]) -> tuple[int, ...]:
         """The same configuration with every inert decision at its first level."""
@@ -176,9 +207,9 @@ class SearchSpace:
     def primary(self, indices: Sequence[int]) -> dict[str, int]:
         """Exact primary quantities of a configuration."""
         total = dict(self.dense)
-        for decision, i, on in zip(self.decisions, indices, self.active(indices), strict=True):
-            if on:
-                for name, change in decision.costs[i].items():
+        for decision, i, context in zip(self.decisions, indices, self.contexts(indices), strict=True):
+            if context is not None:
+                for name, change in decision.costs[context][i].items():
                     total[name] += change
         return total
 
@@ -188,8 +219,9 @@ class SearchSpace:
             "dense": dict(self.dense),
             "decisions": [
                 {
-                    "site": d.site, "knob": d.knob, "block": d.block, "levels": list(d.levels), "costs": [dict(c) for c in d.costs],
-                    "parent": d.parent, "silencing": sorted(d.silencing), "uniform": d.uniform,
+                    "site": d.site, "knob": d.knob, "block": d.block, "levels": list(d.levels),
+                    "costs": [{"context": list(context), "levels": [dict(c) for c in costs]} for context, costs in d.costs.items()],
+                    "parent": d.parent, "branches": list(d.branches), "uniform": d.uniform,
                 }
                 for d in self.decisions
             ],
@@ -206,7 +238,14 @@ class SearchSpace:
             raise InputError(f"search space of format {value.get('format')!r}; this version reads {FORMAT}")
         try:
             decisions = tuple(
-                Decision(**{**d, "levels": tuple(d["levels"]), "costs": tuple(d["costs"]), "silencing": frozenset(d["silencing"])})
+                Decision(
+                    **{
+                        **d,
+                        "levels": tuple(d["levels"]),
+                        "costs": {tuple(row["context"]): tuple(row["levels"]) for row in d["costs"]},
+                        "branches": tuple(d["branches"]),
+                    }
+                )
                 for d in value["decisions"]
             )
             return cls(decisions, dict(value["dense"]))
@@ -247,20 +286,42 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
     pairs = _pairs(structure, knobs)
     _check_globs(spec, pairs, knobs)
     decisions: list[Decision] = []
-    silencers: dict[str, int] = {}  # linear name -> index of the decision that can silence it
+    shapes: list[dict[Context, Mapping[str, Linear]]] = []  # of each decision: by its context and branch, the linears as it leaves them
+    deepest: dict[str, int] = {}  # linear name -> index of the last decision with branches that is about it
     for site, name in pairs:
-        levels = _levels(knobs[name], site, spec)
+        knob, levels = knobs[name], _levels(knobs[name], site, spec)
         if len(levels) < 2:
             continue
-        silencing = frozenset(i for i, level in enumerate(levels) if knobs[name].silences(site, level))
-        costs = tuple(dict(knobs[name].cost(site, level)) for level in levels)
-        parent = silencers.get(site.linears[0].name) if site.linears else None
-        decisions.append(Decision(site.name, name, site.block, levels, costs, parent, silencing, knobs[name].uniform))
-        if silencing:
-            silencers.update(dict.fromkeys((linear.name for linear in site.linears), len(decisions) - 1))
+        parent = deepest.get(site.linears[0].name) if site.linears else None
+        contexts = {(): {}} if parent is None else shapes[parent]
+        seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}
+        branches = _branches(knob, site, levels)
+        costs = {context: tuple(dict(knob.cost(as_left, level)) for level in levels) for context, as_left in seen.items()}
+        decisions.append(Decision(site.name, name, site.block, levels, costs, parent, branches, knob.uniform))
+        followed = {branch: level for branch, level in zip(reversed(branches), reversed(levels), strict=True) if branch is not None}
+        shapes.append(
+            {
+                (*context, branch): {**contexts[context], **{linear.name: linear for linear in knob.left(as_left, level).linears}}
+                for context, as_left in seen.items()
+                for branch, level in followed.items()
+            }
+        )
+        if set(branches) != {0}:
+            deepest.update(dict.fromkeys((linear.name for linear in site.linears), len(decisions) - 1))
     if not decisions:
         raise InputError(f"the space is empty: include, exclude and levels leave nothing to decide for {', '.join(knobs) or 'no knob'}")
     return SearchSpace(tuple(decisions), _dense(structure)), knobs
+
+
+def _reshaped(site: Site, linears: Mapping[str, Linear]) -> Site:
+    """The site with those of its linears replaced that `linears` names."""
+    return replace(site, linears=tuple(linears.get(linear.name, linear) for linear in site.linears))
+
+
+def _branches(knob: Knob, site: Site, levels: Sequence[Level]) -> tuple[int | None, ...]:
+    """The branch of each level: equal where the level leaves the same site, None where it silences what comes later."""
+    known: dict[Site, int] = {}
+    return tuple(None if knob.silences(site, level) else known.setdefault(knob.left(site, level), len(known)) for level in levels)
 
 
 def _pairs(structure: Structure, knobs: Mapping[str, Knob]) -> list[tuple[Site, str]]:

@@ -90,7 +90,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 def space() -> SearchSpace:
     costs: tuple[dict[str, int], ...] = ({}, {"linear_bytes": -1536}, {"linear_bytes": -1792})
-    decisions = tuple(Decision(f"model.layers.{block}.mlp.down_proj", "bits", block, (16, 4, 2), costs) for block in range(2))
+    decisions = tuple(Decision(f"model.layers.{block}.mlp.down_proj", "bits", block, (16, 4, 2), {(): costs}) for block in range(2))
     dense = {"linear_bytes": 4096, "linear_parameters": 2048, "other_bytes": 1000, "lookup_bytes": 0, "kv_bytes_per_token": 8}
     return SearchSpace(decisions, dense | {"flops_per_token": 4096})
 

@@ -2,16 +2,16 @@
 
 Damage is taken to add up over the active decisions, as costs do exactly. A table over the budget grid holds the least damage
 that the decisions seen so far can reach with at most that cost. A level shifts the table by its cost and lifts it by its
-damage. A parent splits the table in two: a branch in which it silences its children, which then neither cost nor harm, and a
-branch in which they follow; the better one is kept, cell by cell. One table answers every smaller budget too, so the whole
-front of cost against damage is read from it.
+damage. A parent splits the table into its branches: in each one the children follow at the costs that they have there, or are
+silenced and neither cost nor harm; the best branch is kept, cell by cell. One table answers every smaller budget too, so the
+whole front of cost against damage is read from it.
 
 Source: the dual of L-GreCo's program (arXiv:2210.17357), integer costs as columns, as in SPDY (arXiv:2201.13096).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm, prod
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoeff.spaces.costs import CostModel
-from autoeff.spaces.space import SearchSpace
+from autoeff.spaces.space import Context, SearchSpace
 
 if TYPE_CHECKING:
     from autoeff.search.limits import Limit  # which needs this module to prove that limits exclude each other
@@ -35,6 +35,8 @@ WORK = 2**27
 Damage = Sequence[Sequence[float]]
 Allowed = Sequence[Collection[int]]
 Cells = NDArray[np.intp]
+Rows = Sequence[Mapping[Context, Sequence[int]]]
+"""By decision and context: an integer for each level."""
 
 
 def solve(
@@ -80,9 +82,9 @@ class Allocator:
         self.space = space
         self._work = work
         self._fixed_costs_fit = True
-        self._axes: dict[tuple[tuple[int, ...], ...], int | None] = {}  # cost of each level against dense -> the most in total
+        self._axes: list[tuple[Rows, int | None]] = []  # costs, and the most that their sum may be
         if measure is not None:
-            self._axes[integer_costs(space, cost_model, measure)[0]] = None
+            self._axes.append((integer_costs(space, cost_model, measure)[0], None))
         for limit in limits:
             if limit.name not in cost_model.measures:
                 continue
@@ -91,8 +93,13 @@ class Allocator:
             if unit == 0:  # no level changes this measure
                 self._fixed_costs_fit &= room >= 0
                 continue
-            known = self._axes.get(costs)
-            self._axes[costs] = room // unit if known is None else min(known, room // unit)
+            most = room // unit
+            for k, (known, capacity) in enumerate(self._axes):
+                if known == costs:
+                    self._axes[k] = (known, most if capacity is None else min(capacity, most))
+                    break
+            else:
+                self._axes.append((costs, most))
 
     @property
     def exact(self) -> bool:
@@ -122,10 +129,11 @@ class Allocator:
 
     def _grid(self, levels: list[list[int]]) -> list[_Axis] | None:
         """The axes for these levels, or None where an axis alone proves that a limit cannot be kept."""
-        axes = [_shifted(self.space, costs, capacity, levels) for costs, capacity in self._axes.items()]
+        axes = [_shifted(self.space, costs, capacity, levels) for costs, capacity in self._axes]
         if not self._fixed_costs_fit or any(axis.capacity < 0 for axis in axes):
             return None
-        room = min(CELLS, self._work // sum(map(len, levels)))
+        steps = max((sum(len(levels[i]) * len(rows) for i, rows in enumerate(axis.costs)) for axis in axes), default=1)
+        room = min(CELLS, self._work // steps)
         for left, axis in zip(range(len(axes), 0, -1), sorted(axes, key=lambda a: a.capacity), strict=True):
             axis.unit = -(-(axis.capacity + 1) // max(2, int(room ** (1 / left))))
             room = max(1, room // axis.cells)
@@ -142,12 +150,13 @@ class _Axis:
     """One axis of the grid, counted from the least reachable cost.
 
     Attributes:
-        costs: What each level adds, at least 0: the least of its subtree is taken off, that of its followers added.
+        costs: What each level adds, at least 0: the least of its subtree is taken off, that of its followers added. Only contexts
+            that the allowed levels lead to.
         capacity: Largest total; negative where the limit cannot be kept.
         unit: Cost of one cell.
     """
 
-    costs: list[list[int]]
+    costs: Rows
     capacity: int
     unit: int = 1
 
@@ -155,9 +164,11 @@ class _Axis:
     def cells(self) -> int:
         return self.capacity // self.unit + 1
 
-    def shifts(self) -> list[list[int]]:
+    def shifts(self) -> Rows:
         """Cells by which each level moves the table; rounded up, so that limits stay hard."""
-        return self.costs if self.unit == 1 else [[-(-cost // self.unit) for cost in row] for row in self.costs]
+        if self.unit == 1:
+            return self.costs
+        return [{context: [-(-cost // self.unit) for cost in row] for context, row in rows.items()} for rows in self.costs]
 
 
 class _Table:
@@ -168,28 +179,41 @@ class _Table:
         self._shape = tuple(axis.cells for axis in axes) or (1,)
         self._shifts = [axis.shifts() for axis in axes]
         self._index_type = np.min_scalar_type(max(len(d.levels) for d in space.decisions))
-        self._chosen: dict[tuple[int, bool], NDArray[np.unsignedinteger]] = {}  # (decision, silencing) -> level by cell
-        self._silent: dict[int, NDArray[np.bool_]] = {}
+        self._chosen: dict[tuple[int, Context, int | None], NDArray[np.unsignedinteger]] = {}  # by branch: level by cell
+        self._taken: dict[tuple[int, Context], NDArray[np.unsignedinteger]] = {}  # number of the branch by cell
+        self._branches = [self._by_branch(i) for i in range(len(levels))]
         self.values = np.zeros(self._shape)
         for i in space.roots:
-            self.values = self._after(i, self.values)
+            self.values = self._after(i, self.values, ())
 
-    def _after(self, i: int, before: NDArray[np.float64]) -> NDArray[np.float64]:
-        silencing = self._space.decisions[i].silencing if self._space.children[i] else frozenset()
-        follow = self._choose(i, before, False, [level for level in self._levels[i] if level not in silencing])
-        for child in self._space.children[i]:
-            follow = self._after(child, follow)
-        if not silencing:
-            return follow
-        alone = self._choose(i, before, True, [level for level in self._levels[i] if level in silencing])
-        self._silent[i] = (alone < follow).ravel()
-        return np.minimum(alone, follow)
+    def _by_branch(self, i: int) -> dict[int | None, list[int]]:
+        branches = self._space.decisions[i].branches if self._space.children[i] else (0,) * len(self._space.decisions[i].levels)
+        found: dict[int | None, list[int]] = {}
+        for level in self._levels[i]:
+            found.setdefault(branches[level], []).append(level)
+        return found
 
-    def _choose(self, i: int, before: NDArray[np.float64], silencing: bool, levels: list[int]) -> NDArray[np.float64]:
+    def _after(self, i: int, before: NDArray[np.float64], context: Context) -> NDArray[np.float64]:
+        best: NDArray[np.float64] | None = None
+        for number, (branch, levels) in enumerate(self._branches[i].items()):
+            values = self._choose(i, before, context, branch, levels)
+            for child in self._space.children[i] if branch is not None else ():
+                assert branch is not None
+                values = self._after(child, values, (*context, branch))
+            if best is None:
+                best = values
+                continue
+            taken = self._taken.setdefault((i, context), np.zeros(values.size, np.uint8))
+            taken[(values < best).ravel()] = number
+            best = np.minimum(best, values)
+        assert best is not None
+        return best
+
+    def _choose(self, i: int, before: NDArray[np.float64], context: Context, branch: int | None, levels: list[int]) -> NDArray[np.float64]:
         best = np.full(self._shape, np.inf)
         chosen = np.zeros(self._shape, self._index_type)
         for level in levels:
-            shifts = [shifts[i][level] for shifts in self._shifts] or [0]
+            shifts = [shifts[i][context][level] for shifts in self._shifts] or [0]
             if any(shift >= size for shift, size in zip(shifts, self._shape, strict=True)):
                 continue
             to = tuple(slice(shift, None) for shift in shifts)
@@ -198,7 +222,7 @@ class _Table:
             better = candidate < best[to]
             np.copyto(best[to], candidate, where=better)
             np.copyto(chosen[to], level, where=better, casting="unsafe")
-        self._chosen[i, silencing] = chosen.ravel()
+        self._chosen[i, context, branch] = chosen.ravel()
         return best
 
     def choices(self, cells: Cells) -> list[tuple[int, ...]]:
@@ -207,50 +231,61 @@ class _Table:
         at = cells.copy()
         everyone = np.arange(len(cells))
         for i in reversed(self._space.roots):
-            self._back(i, at, everyone, found)
+            self._back(i, at, everyone, found, ())
         return [tuple(row) for row in found.tolist()]
 
-    def _back(self, i: int, at: Cells, rows: Cells, found: NDArray[np.intp]) -> None:
+    def _back(self, i: int, at: Cells, rows: Cells, found: NDArray[np.intp], context: Context) -> None:
         """Walks `rows` back over decision `i` and what follows it: writes their levels, takes their cost off `at`."""
-        silent = self._silent[i][at[rows]] if i in self._silent else np.zeros(len(rows), bool)
-        for silencing, part in ((True, rows[silent]), (False, rows[~silent])):
+        taken = self._taken[i, context][at[rows]] if (i, context) in self._taken else np.zeros(len(rows), np.uint8)
+        jump = self._jump(i, context)
+        for number, branch in enumerate(self._branches[i]):
+            part = rows[taken == number]
             if part.size == 0:
                 continue
-            if not silencing:
-                for child in reversed(self._space.children[i]):
-                    self._back(child, at, part, found)
-            level = self._chosen[i, silencing][at[part]]
+            for child in reversed(self._space.children[i]) if branch is not None else ():
+                assert branch is not None
+                self._back(child, at, part, found, (*context, branch))
+            level = self._chosen[i, context, branch][at[part]]
             found[part, i] = level
-            at[part] -= self._jump(i)[level]
+            at[part] -= jump[level]
 
-    def _jump(self, i: int) -> Cells:
+    def _jump(self, i: int, context: Context) -> Cells:
         """How far each level of a decision moves a flat cell."""
         jump = np.zeros(len(self._space.decisions[i].levels), np.intp)
         for k, shifts in enumerate(self._shifts):
-            jump += np.array(shifts[i], np.intp) * prod(self._shape[k + 1 :])
+            jump += np.array(shifts[i][context], np.intp) * prod(self._shape[k + 1 :])
         return jump
 
 
-def integer_costs(space: SearchSpace, cost_model: CostModel, name: str) -> tuple[tuple[tuple[int, ...], ...], Fraction]:
-    """The costs of all levels against dense as coprime integers, and the unit they count; 0 where all are zero."""
+def integer_costs(space: SearchSpace, cost_model: CostModel, name: str) -> tuple[Rows, Fraction]:
+    """The costs of all levels on top of their ancestors as coprime integers, and the unit they count; 0 where all are zero."""
     form = cost_model.measures[name]
-    costs = [[form.change(cost) for cost in d.costs] for d in space.decisions]
-    denominator = lcm(*(c.denominator for row in costs for c in row))
-    factor = gcd(*(int(c * denominator) for row in costs for c in row))
+    costs = [{context: [form.change(cost) for cost in row] for context, row in d.costs.items()} for d in space.decisions]
+    every = [cost for rows in costs for row in rows.values() for cost in row]
+    denominator = lcm(*(cost.denominator for cost in every))
+    factor = gcd(*(int(cost * denominator) for cost in every))
     unit = Fraction(factor, denominator)
-    return tuple(tuple(int(c / unit) if factor else 0 for c in row) for row in costs), unit
+    whole = [{context: tuple(int(c / unit) if factor else 0 for c in row) for context, row in rows.items()} for rows in costs]
+    return whole, unit
 
 
-def _shifted(space: SearchSpace, costs: Sequence[Sequence[int]], capacity: int | None, levels: list[list[int]]) -> _Axis:
-    count = len(space.decisions)
-    least, most = [0] * count, [0] * count
-    shifted: list[list[int]] = [[]] * count
-    for i in reversed(range(count)):  # children come after their parents
-        low, high = sum(least[c] for c in space.children[i]), sum(most[c] for c in space.children[i])
-        silencing = space.decisions[i].silencing
-        lows = [cost + (0 if level in silencing else low) for level, cost in enumerate(costs[i])]
-        least[i] = min(lows[level] for level in levels[i])
-        most[i] = max(costs[i][level] + (0 if level in silencing else high) for level in levels[i])
-        shifted[i] = [cost - least[i] for cost in lows]
-    floor, ceiling = sum(least[i] for i in space.roots), sum(most[i] for i in space.roots)
+def _shifted(space: SearchSpace, costs: Rows, capacity: int | None, levels: list[list[int]]) -> _Axis:
+    shifted: list[dict[Context, list[int]]] = [{} for _ in space.decisions]
+
+    def span(i: int, context: Context) -> tuple[int, int]:
+        """The least and the most that decision `i` and those below it cost."""
+        branches, row = space.decisions[i].branches, costs[i][context]
+        low: dict[int | None, int] = {None: 0}
+        high: dict[int | None, int] = {None: 0}
+        for branch in {branches[level] for level in levels[i]}:
+            if branch is not None:
+                below = [span(child, (*context, branch)) for child in space.children[i]]
+                low[branch], high[branch] = sum(least for least, _ in below), sum(most for _, most in below)
+        lows = {level: row[level] + low[branches[level]] for level in levels[i]}
+        least = min(lows.values())
+        shifted[i][context] = [lows.get(level, least) - least for level in range(len(row))]
+        return least, max(row[level] + high[branches[level]] for level in levels[i])
+
+    ends = [span(i, ()) for i in space.roots]
+    floor, ceiling = sum(least for least, _ in ends), sum(most for _, most in ends)
     return _Axis(shifted, (ceiling if capacity is None else min(capacity, ceiling)) - floor)

@@ -56,9 +56,10 @@ def _descended(form: Form, model: DamageModel, ledger: Ledger, start: Sequence[i
     allowed = np.array(
         [first + level for first, levels, on in zip(model.first, near, free, strict=True) if on for level in levels], np.intp
     )
-    features = _promising(allowed[~model.forbidden[allowed]], form, model, ledger, found)
+    every = ledger.costs(start)
+    features = _promising(allowed[~model.forbidden[allowed]], form, model, every, found)
     decision, level = model.decision[features], model.level[features]
-    pairs, costs, slack = form.pairs(features), ledger.costs[:, decision, level], ledger.slack(start)
+    pairs, costs, slack = form.pairs(features), every[:, decision, level], ledger.slack(start)
     apart = decision[:, None] != decision
     for _ in range(_STEPS if features.size else 0):
         gains = form.gains(model.features(found.tolist()))[features]
@@ -85,13 +86,13 @@ def _in_force(decision: Integers, level: Integers, found: Integers) -> Integers:
     return place[decision]
 
 
-def _promising(features: Integers, form: Form, model: DamageModel, ledger: Ledger, found: Integers) -> Integers:
+def _promising(features: Integers, form: Form, model: DamageModel, costs: NDArray[np.int64], found: Integers) -> Integers:
     """The features whose moves save most damage per cost, or cost per damage, with those in force beside them."""
-    if len(features) <= _FEATURES or not len(ledger.costs):
+    if len(features) <= _FEATURES or not len(costs):
         return features
     decision, level = model.decision[features], model.level[features]
     gains = form.gains(model.features(found.tolist()))[features]
-    cost = ledger.costs[0, decision, level].astype(float)
+    cost = costs[0, decision, level].astype(float)
     now = _in_force(decision, level, found)
     gain, cost = gains - gains[now], cost - cost[now]
     rate = np.where(cost == 0, np.inf, gain / np.abs(np.where(cost == 0, 1, cost)))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from autoeff.search.allocators.dp import Allocator, integer_costs
 from autoeff.search.limits import Limit
 from autoeff.spaces.costs import CostModel
-from autoeff.spaces.space import SearchSpace
+from autoeff.spaces.space import Context, SearchSpace
 
 __all__ = ["Ledger"]
 
@@ -23,31 +23,39 @@ class Ledger:
 
     Attributes:
         space: The decisions.
-        costs: Change against dense, [limits, decisions, levels] in coprime integers; padded with zeros.
         capacity: Largest total change that each limit allows, [limits].
     """
 
     def __init__(self, space: SearchSpace, cost_model: CostModel, limits: Sequence[Limit]) -> None:
         self.space = space
         self._allocator = Allocator(space, cost_model, limits)
-        widest = max(len(d.levels) for d in space.decisions)
-        rows, capacity = [], []
+        self._widest = max(len(d.levels) for d in space.decisions)
+        costs, capacity = [], []
         for limit in limits:
             if limit.name not in cost_model.measures:
                 continue
-            costs, unit = integer_costs(space, cost_model, limit.name)
+            rows, unit = integer_costs(space, cost_model, limit.name)
             if unit == 0:  # no level changes this measure, so nothing here can keep or break the limit
                 continue
-            rows.append([list(row) + [0] * (widest - len(row)) for row in costs])
+            costs.append(rows)
             capacity.append((limit.bound - cost_model.dense(limit.name)) // unit)
-        self.costs: Integers = np.array(rows, np.int64).reshape(len(rows), len(space.decisions), widest)
         self.capacity: Integers = np.array(capacity, np.int64)
+        self._costs = [  # by decision and context: [limits, levels], padded with zeros
+            {context: self._padded([rows[i][context] for rows in costs]) for context in d.costs} for i, d in enumerate(space.decisions)
+        ]
+        self._dense = self._at([(0,) * len(next(iter(d.costs))) for d in space.decisions])
         self._all = np.arange(len(space.decisions))
+
+    def costs(self, indices: Sequence[int]) -> Integers:
+        """What every level adds to its ancestors as they are in `indices`, [limits, decisions, levels]; zeros for inert decisions."""
+        contexts = self.space.contexts(indices)
+        if all(context is not None and not any(context) for context in contexts):
+            return self._dense
+        return self._at(contexts)
 
     def slack(self, indices: Sequence[int]) -> Integers:
         """What the limits leave, [limits]; negative where one is broken."""
-        active = np.array(self.space.active(indices))
-        left: Integers = self.capacity - (self.costs[:, self._all, np.asarray(indices)] * active).sum(1)
+        left: Integers = self.capacity - self.costs(indices)[:, self._all, np.asarray(indices)].sum(1)
         return left
 
     def feasible(self, indices: Sequence[int]) -> bool:
@@ -83,7 +91,7 @@ class Ledger:
             rng.shuffle(open_)
             fitting = []
             for i in open_:
-                if found[i] == 0 or not self._on(found, i):
+                if found[i] == 0 or self.space.context(found, i) is None:
                     continue
                 found[i] -= 1
                 after = self._after(found, i, found[i] + 1, slack)
@@ -99,15 +107,19 @@ class Ledger:
         """The slack once decision `i` went from level `before` to that of `indices`."""
         if self.space.children[i]:
             return self.slack(indices)
-        return slack + self.costs[:, i, before] - self.costs[:, i, indices[i]] if self._on(indices, i) else slack
+        if (context := self.space.context(indices, i)) is None:
+            return slack
+        costs = self._costs[i][context]
+        left: Integers = slack + costs[:, before] - costs[:, indices[i]]
+        return left
 
-    def _on(self, indices: Sequence[int], i: int) -> bool:
-        parent = self.space.decisions[i].parent
-        while parent is not None:
-            if indices[parent] in self.space.decisions[parent].silencing:
-                return False
-            parent = self.space.decisions[parent].parent
-        return True
+    def _at(self, contexts: Sequence[Context | None]) -> Integers:
+        zeros = np.zeros((len(self.capacity), self._widest), np.int64)
+        rows = [zeros if context is None else costs[context] for costs, context in zip(self._costs, contexts, strict=True)]
+        return np.stack(rows, 1)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Integers:
+        return np.array([[*row, *[0] * (self._widest - len(row))] for row in rows], np.int64).reshape(len(rows), self._widest)
 
     def _least_harm(self) -> tuple[int, ...]:
         """Any configuration within the limits, where single steps down led to none."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoeff.spaces.configuration import Level
-from autoeff.spaces.knob import Cost, Kind, Knob, Undo, swap
+from autoeff.spaces.knob import Cost, Kind, Knob
+from autoeff.spaces.material import Material
 from autoeff.spaces.quantizer import Quantizer, make_quantizer
 from autoeff.spaces.sites import BYTES_DENSE, Site, Structure
 
@@ -59,21 +59,17 @@ class Bits(Knob):
             return {}
         return {"linear_bytes": self._packed_bytes(site, int(level)) - BYTES_DENSE * site.parameters}
 
-    def build(self, site: Site, level: Level, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        packed = {linear.name: self._quantizer.quantize(weights[linear.name], int(level)) for linear in site.linears}
+    def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
+        packed = {name: self._quantizer.quantize(weight, int(level)) for name, weight in material.weights.items()}
         return {f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()}
 
-    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        decoded: dict[str, Tensor] = {}
-        for linear in site.linears:
-            prefix = f"{linear.name}."
-            parts = {name.removeprefix(prefix): tensor for name, tensor in packed.items() if name.startswith(prefix)}
-            weight = self._quantizer.dequantize(parts, int(level), linear.in_features, dtype)
-            decoded[f"{prefix}weight"] = weight.T.contiguous() if linear.transposed else weight
-        return decoded
-
-    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
-        return swap(model, decoded)
+    def transform(self, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
+        values: dict[str, Tensor] = {}
+        for name, weight in material.weights.items():
+            prefix = f"{name}."
+            parts = {key.removeprefix(prefix): tensor for key, tensor in packed.items() if key.startswith(prefix)}
+            values[name] = self._quantizer.dequantize(parts, int(level), weight.shape[1], weight.dtype)
+        return material.with_weights(values)
 
     def kernel(self, site: Site, level: Level) -> str | None:
         return None if level == _DENSE else "dequantize_wq"
@@ -83,4 +79,4 @@ class Bits(Knob):
         return make_quantizer(self.quantizer, group_size=self.group_size, symmetric=self.symmetric)
 
     def _packed_bytes(self, site: Site, bits: int) -> int:
-        return sum(self._quantizer.packed_bytes(linear.out_features, linear.in_features, bits) for linear in site.linears)
+        return sum(self._quantizer.packed_bytes(linear.rows, linear.in_features, bits) for linear in site.linears)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import Cost, Kind, Knob, Undo, swap
@@ -39,14 +39,13 @@ class Skip(Knob):
     def cost(self, site: Site, level: Level) -> Cost:
         if level == "keep":
             return {}
-        saved = {"linear_bytes": -BYTES_DENSE * site.parameters, "flops_per_token": -2 * site.parameters}
+        saved = {"linear_bytes": -BYTES_DENSE * site.parameters, "flops_per_token": -2 * site.parameters_per_token}
         return saved | ({"kv_bytes_per_token": -site.kv_bytes} if site.kv_bytes else {})
 
     def silences(self, site: Site, level: Level) -> bool:
         return level == "skip"
 
-    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
+    def apply(self, model: nn.Module, site: Site, level: Level) -> Undo:
         if level == "keep":
             return swap(model, {})
-        output = model.get_submodule(str(site.output))
-        return swap(model, {f"{site.output}.{name}": torch.zeros_like(p) for name, p in output.named_parameters(recurse=False)})
+        return swap(model, {name: torch.zeros_like(model.get_parameter(name)) for name in site.outputs})

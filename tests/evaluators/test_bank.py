@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from autoeff.errors import InputError
-from autoeff.evaluators.bank import Bank, Statistics
+from autoeff.evaluators.bank import Bank, Chain, Statistics, Step
 from autoeff.spaces.knobs.bits import Bits
+from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Linear, Site
 
 SITE = Site("block.0.up+down", "linears", 0, (Linear("block.0.up", 40, 24, False), Linear("block.0.down", 24, 40, True)))
+NAMES = [linear.name for linear in SITE.linears]
 
 
 def weights(name: str) -> Tensor:
@@ -29,9 +31,12 @@ def bank(
     keep_bytes: int = 1 << 20,
     weight: Callable[[str], Tensor] = weights,
     model: str = "model",
-    dtype: torch.dtype = torch.float16,
 ) -> Bank:
-    return Bank(folder, model, dtype, weight, lambda tensor: tensor.float(), keep_bytes)
+    return Bank(folder, model, {linear.name: linear for linear in SITE.linears}, weight, lambda tensor: tensor.float(), keep_bytes)
+
+
+def step(level: int, knob: Bits = Bits(), site: Site = SITE) -> Chain:  # noqa: B008  (frozen)
+    return (Step(knob, site, level),)
 
 
 def files(folder: Path) -> list[Path]:
@@ -40,9 +45,9 @@ def files(folder: Path) -> list[Path]:
 
 def test_a_level_is_built_once_and_found_by_another_bank(tmp_path: Path) -> None:
     first = bank(tmp_path)
-    built = first.packed(Bits(), SITE, 4)
+    built = first.packed(step(4))
     again = bank(tmp_path, weight=lambda name: pytest.fail("built again"))
-    found = again.packed(Bits(), SITE, 4)
+    found = again.packed(step(4))
     assert (first.built, again.built) == (1, 0)
     assert built.keys() == found.keys()
     assert all(torch.equal(built[name], found[name]) for name in built)
@@ -50,34 +55,36 @@ def test_a_level_is_built_once_and_found_by_another_bank(tmp_path: Path) -> None
 
 def test_model_settings_level_and_site_are_told_apart(tmp_path: Path) -> None:
     store = bank(tmp_path)
-    store.packed(Bits(), SITE, 4)
-    store.packed(Bits(), SITE, 3)
-    store.packed(Bits(group_size=32), SITE, 4)
-    store.packed(Bits(), Site("block.0.up", "linears", 0, SITE.linears[:1]), 4)
-    bank(tmp_path, model="another").packed(Bits(), SITE, 4)
+    store.packed(step(4))
+    store.packed(step(3))
+    store.packed(step(4, Bits(group_size=32)))
+    store.packed(step(4, site=Site("block.0.up", "linears", 0, SITE.linears[:1])))
+    bank(tmp_path, model="another").packed(step(4))
     assert len(files(tmp_path)) == 5
 
 
 def test_statistics_are_part_of_the_name_only_for_knobs_that_read_them(tmp_path: Path) -> None:
     class Calibrated(Bits):
-        needs = frozenset({"input_norm"})
+        @property
+        def needs(self) -> frozenset[str]:
+            return frozenset({"input_norm"})
 
     for digest in ("text a", "text b"):
         store = bank(tmp_path)
         store.statistics = Statistics(digest, {"block.0.up.input_norm": torch.ones(40)})
-        store.packed(Bits(), SITE, 4)
-        store.packed(Calibrated(), SITE, 4)
+        store.packed(step(4))
+        store.packed(step(4, Calibrated()))
     assert len(files(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
 def test_a_cut_entry_is_built_again(tmp_path: Path, kept: int) -> None:
-    built = bank(tmp_path).packed(Bits(), SITE, 4)
+    built = bank(tmp_path).packed(step(4))
     (path,) = files(tmp_path)
     data = path.read_bytes()
     path.write_bytes(data[:kept])
     again = bank(tmp_path)
-    found = again.packed(Bits(), SITE, 4)
+    found = again.packed(step(4))
     assert again.built == 1
     assert all(torch.equal(built[name], found[name]) for name in built)
     assert path.read_bytes() == data
@@ -85,22 +92,23 @@ def test_a_cut_entry_is_built_again(tmp_path: Path, kept: int) -> None:
 
 def test_decoded_levels_are_kept_until_memory_is_short(tmp_path: Path) -> None:
     store = bank(tmp_path)
-    assert store.decoded(Bits(), SITE, 4) is store.decoded(Bits(), SITE, 4)
+    assert store.decoded(step(4), NAMES) is store.decoded(step(4), NAMES)
     short = bank(tmp_path, keep_bytes=1)
-    four = short.decoded(Bits(), SITE, 4)
-    short.decoded(Bits(), SITE, 3)
-    assert short.decoded(Bits(), SITE, 4) is not four
+    four = short.decoded(step(4), NAMES)
+    short.decoded(step(3), NAMES)
+    assert short.decoded(step(4), NAMES) is not four
 
 
 def test_decoded_levels_are_in_the_compute_dtype(tmp_path: Path) -> None:
-    assert {t.dtype for t in bank(tmp_path).decoded(Bits(), SITE, 4).values()} == {torch.float32}
+    assert {t.dtype for t in bank(tmp_path).decoded(step(4), NAMES).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_decoded_levels_have_the_values_of_the_store_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    store = bank(tmp_path, dtype=dtype)
-    expected = Bits().decode(SITE, 8, store.packed(Bits(), SITE, 8), dtype)
-    found = store.decoded(Bits(), SITE, 8)
+    store = bank(tmp_path, weight=lambda name: weights(name).to(dtype))
+    material = Material({name: weights(name).to(dtype) for name in NAMES})
+    expected = {f"{name}.weight": w for name, w in Bits().transform(8, store.packed(step(8)), material).weights.items()}
+    found = store.decoded(step(8), NAMES)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name].float()) for name in expected)
 
@@ -108,7 +116,7 @@ def test_decoded_levels_have_the_values_of_the_store_dtype(tmp_path: Path, dtype
 def test_two_processes_may_build_the_same_bank(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; import test_bank as t;"
-        f"s = t.bank(Path({str(tmp_path)!r})); [s.packed(t.Bits(group_size=g), t.SITE, b) for g in (8, 16, 32) for b in (2, 3, 4)]"
+        f"s = t.bank(Path({str(tmp_path)!r})); [s.packed(t.step(b, t.Bits(group_size=g))) for g in (8, 16, 32) for b in (2, 3, 4)]"
     )
     both = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(2)]
     errors = [process.communicate()[1].decode() for process in both]
@@ -116,11 +124,11 @@ def test_two_processes_may_build_the_same_bank(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 9
     assert not list(tmp_path.rglob(".building-*"))
     check = bank(tmp_path, weight=lambda name: pytest.fail("an entry was damaged"))
-    check.packed(Bits(group_size=8), SITE, 2)
+    check.packed(step(2, Bits(group_size=8)))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InputError, match="cannot write the level bank .* set AUTOEFF_HOME"):
-        bank(blocked).packed(Bits(), SITE, 4)
+        bank(blocked).packed(step(4))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import Cost, Kind, Knob, Undo, swap
+from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Site, Structure
 
 __all__ = ["Faulty", "Noise"]
@@ -44,21 +45,16 @@ class Noise(Knob):
     def cost(self, site: Site, level: Level) -> Cost:
         return {"linear_bytes": -int(level) * len(site.linears)} if level else {}
 
-    def build(self, site: Site, level: Level, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
         noisy: dict[str, Tensor] = {}
-        for linear in site.linears:
-            weight = weights[linear.name]
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{linear.name} {self.seed}".encode()))
+        for name, weight in material.weights.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {self.seed}".encode()))
             noise = torch.randn(weight.shape, generator=generator) * weight.float().std() * int(level) / 100
-            noisy[f"{linear.name}.weight"] = (weight.float() + noise).to(weight.dtype)
+            noisy[f"{name}.weight"] = (weight.float() + noise).to(weight.dtype)
         return noisy
 
-    def decode(self, site: Site, level: Level, packed: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        weights = {f"{linear.name}.weight": linear.transposed for linear in site.linears}
-        return {name: (packed[name].T.contiguous() if transposed else packed[name]).to(dtype) for name, transposed in weights.items()}
-
-    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
-        return swap(model, decoded)
+    def transform(self, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
+        return material.with_weights({name: packed[f"{name}.weight"] for name in material.weights})
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Faulty(Knob):
         i = self.levels(site).index(level)
         return {"flops_per_token": -i} if i else {}
 
-    def apply(self, model: nn.Module, site: Site, level: Level, decoded: Mapping[str, Tensor]) -> Undo:
+    def apply(self, model: nn.Module, site: Site, level: Level) -> Undo:
         if level == "segfault":
             ctypes.string_at(0)
         if level == "hog":

@@ -20,11 +20,13 @@ BITS = (16, 8, 6, 4, 3, 2)
 
 def make(trials: int, *limits: str, linears: int = 6, skips: int = 2, windows: int = 8, **fields: Any) -> Problem:
     decisions = [
-        Decision(f"s{i}", "skip", i, ("keep", "skip"), ({}, {"linear_bytes": -400}), None, frozenset({1}), uniform=False)
+        Decision(f"s{i}", "skip", i, ("keep", "skip"), {(): ({}, {"linear_bytes": -400})}, None, (0, None), uniform=False)
         for i in range(skips)
     ]
     costs = tuple({"linear_bytes": 25 * b - 400} if b < 16 else {} for b in BITS)
-    decisions += [Decision(f"l{i}", "bits", i, BITS, costs, i if i < skips else None) for i in range(linears)]
+    decisions += [
+        Decision(f"l{i}", "bits", i, BITS, {(0,): costs} if i < skips else {(): costs}, i if i < skips else None) for i in range(linears)
+    ]
     size = linears * 400
     dense = {
         "linear_bytes": size,

@@ -23,9 +23,9 @@ DENSE = {
 }
 SPACE = SearchSpace(
     (
-        Decision("a", "skip", 0, ("keep", "skip"), ({}, {"linear_bytes": -600, "kv_bytes_per_token": -4}), None, frozenset({1})),
-        Decision("a.x", "bits", 0, (16, 4), ({}, {"linear_bytes": -450}), parent=0),
-        Decision("b", "bits", 1, (16, 4), ({}, {"linear_bytes": -300})),
+        Decision("a", "skip", 0, ("keep", "skip"), {(): ({}, {"linear_bytes": -600, "kv_bytes_per_token": -4})}, None, (0, None)),
+        Decision("a.x", "bits", 0, (16, 4), {(0,): ({}, {"linear_bytes": -450})}, parent=0),
+        Decision("b", "bits", 1, (16, 4), {(): ({}, {"linear_bytes": -300})}),
     ),
     DENSE,
 )
@@ -91,7 +91,7 @@ def test_feasible_is_exact_to_the_byte(bound: int, indices: tuple[int, int, int]
 
 def test_limits_that_exclude_each_other_are_refused_together() -> None:
     levels: tuple[dict[str, int], ...] = ({}, {"linear_bytes": -600}, {"kv_bytes_per_token": -4})
-    costs = CostModel(SearchSpace((Decision("a", "k", 0, (0, 1, 2), levels),), DENSE), batch=1, context=1)
+    costs = CostModel(SearchSpace((Decision("a", "k", 0, (0, 1, 2), {(): levels}),), DENSE), batch=1, context=1)
     alone = [parse_limit(text, costs) for text in ("linear_bytes<=0.5x", "kv_bytes<=2")]
     for limit in alone:
         check_reachable([limit], costs)

@@ -27,7 +27,7 @@ COST = "linear_bytes"
 
 def bits(block: int, site: str, parent: int | None) -> Decision:
     costs = tuple({"linear_bytes": (level - 16) * WEIGHTS // 8} if level < 16 else {} for level in LEVELS)
-    return Decision(f"model.layers.{block}.{site}", "bits", block, LEVELS, costs, parent)
+    return Decision(f"model.layers.{block}.{site}", "bits", block, LEVELS, {(): costs} if parent is None else {(0,): costs}, parent)
 
 
 def space() -> SearchSpace:
@@ -35,7 +35,7 @@ def space() -> SearchSpace:
     for block in range(BLOCKS):
         skipped: tuple[Mapping[str, int], ...] = ({}, {"linear_bytes": -4 * WEIGHTS})
         skip = len(decisions)
-        decisions.append(Decision(f"model.layers.{block}.self_attn", "skip", block, ("keep", "skip"), skipped, None, frozenset({1})))
+        decisions.append(Decision(f"model.layers.{block}.self_attn", "skip", block, ("keep", "skip"), {(): skipped}, None, (0, None)))
         decisions += [bits(block, site, skip) for site in ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj")]
         decisions.append(bits(block, "mlp.down_proj", None))
     linear = 3 * BLOCKS * WEIGHTS

@@ -118,7 +118,9 @@ def test_a_run_whose_values_would_differ_does_not_go_on(spec: Spec, settings: Se
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(InputError, match=rf"hardware changed from cpu x{threads} to cpu x{threads + 1}; set OMP_NUM_THREADS={threads}$"):
+        with pytest.raises(
+            InputError, match=rf"hardware changed from cpu x{threads} to cpu x{threads + 1}; set OMP_NUM_THREADS={threads}$"
+        ):
             resume(tmp_path / "run", settings)
     finally:
         torch.set_num_threads(threads)

@@ -29,11 +29,11 @@ def problem() -> Problem:
     decisions = []
     for block in range(3):
         decisions.append(
-            Decision(f"b{block}", "skip", block, ("keep", "skip"), ({}, {"linear_bytes": -3200}), None, frozenset({1}), uniform=False)
+            Decision(f"b{block}", "skip", block, ("keep", "skip"), {(): ({}, {"linear_bytes": -3200})}, None, (0, None), uniform=False)
         )
         for name, size in (("up", 1000), ("down", 600)):
             costs = tuple({"linear_bytes": size * b // 8 - 2 * size} if b < 16 else {} for b in BITS)
-            decisions.append(Decision(f"b{block}.{name}", "bits", block, BITS, costs, parent=3 * block))
+            decisions.append(Decision(f"b{block}.{name}", "bits", block, BITS, {(0,): costs}, parent=3 * block))
     dense = {
         "linear_bytes": 9600,
         "linear_parameters": 4800,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoeff.spaces.configuration import Configuration
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import Knob
+from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Structure, find_structure
 from autoeff.spaces.space import SearchSpace, SpaceSpec, build_space
 
@@ -32,7 +33,11 @@ def _counted(
     for site in structure.sites:
         if site.kind == "linears" and site.linears[0].name not in skipped:
             bits = configuration.levels[f"{site.name}:bits"]
-            parts = knobs["bits"].build(site, bits, weights, {}) if bits != 16 else {name: weights[name] for name in _names(site)}
+            parts = (
+                knobs["bits"].build(site, bits, Material(weights).of(_names(site)))
+                if bits != 16
+                else {name: weights[name] for name in _names(site)}
+            )
             linear_bytes += sum(tensor.nbytes for tensor in parts.values())
             flops += sum(2 * weights[name].numel() for name in _names(site))
         if site.kind == "attention" and site.linears[0].name not in skipped and model.config.model_type != "bert":
@@ -90,9 +95,9 @@ def test_change_of_a_decision_adds_up(make_structure: Callable[..., Structure]) 
     space, _ = build_space(make_structure(2), SpaceSpec({"bits": {}, "skip": {}}))
     costs = CostModel(space, batch=2, context=9)
     indices = space.sample(random.Random(1))
-    active = space.active(indices)
+    contexts = space.contexts(indices)
     for name, form in costs.measures.items():
-        changes = [form.change(d.costs[i]) for d, i, on in zip(space.decisions, indices, active, strict=True) if on]
+        changes = [form.change(d.costs[c][i]) for d, i, c in zip(space.decisions, indices, contexts, strict=True) if c is not None]
         assert costs.exact(name, indices) == costs.dense(name) + sum(changes)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from autoeff.spaces.configuration import Level
-from autoeff.spaces.knob import KINDS, Knob, Undo, make_knob
+from autoeff.spaces.knob import KINDS, Knob, Undo, make_knob, swap
+from autoeff.spaces.material import Material, dense_weight
 from autoeff.spaces.sites import Site, Structure, find_structure
 from autoeff.spaces.space import SpaceSpec, build_space
 
@@ -49,13 +50,29 @@ def _output(model: nn.Module) -> Tensor:
     return output.last_hidden_state if model.get_output_embeddings() is None else output.logits
 
 
-def _decoded(model: nn.Module, knob: Knob, site: Site, level: Level) -> dict[str, Tensor]:
+def _material(model: nn.Module, site: Site) -> Material:
+    return Material({linear.name: dense_weight(model.get_parameter(linear.weight).detach().half(), linear) for linear in site.linears})
+
+
+def _values(knob: Knob, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
     """As the bank does it: built from 16-bit weights, stored, read back."""
-    weights = {}
-    for linear in site.linears:
-        weight = model.get_submodule(linear.name).weight.detach().half()
-        weights[linear.name] = weight.T.contiguous() if linear.transposed else weight
-    return knob.decode(site, level, load(save(knob.build(site, level, weights, {}))), torch.float16)
+    if not knob.of_values:
+        return {}
+    changed = knob.transform(
+        level, load(save({name: tensor.contiguous() for name, tensor in knob.build(site, level, material).items()})), material
+    )
+    return {linear.weight: changed.parameter(linear) for linear in site.linears}
+
+
+def _put(model: nn.Module, knob: Knob, site: Site, level: Level, material: Material) -> Undo:
+    undo_values = swap(model, _values(knob, site, level, material))
+    undo_rest = knob.apply(model, site, level)
+
+    def undo() -> None:
+        undo_rest()
+        undo_values()
+
+    return undo
 
 
 def _state(model: nn.Module) -> dict[str, tuple[int, int, Tensor]]:
@@ -109,7 +126,7 @@ def test_dense_level_is_an_exact_identity(knob: Knob, model: nn.Module, structur
         dense = knob.levels(site)[0]
         assert not knob.silences(site, dense)
         assert knob.kernel(site, dense) is None
-        knob.apply(model, site, dense, {})
+        knob.apply(model, site, dense)
     _assert_same(before, model)
     assert torch.equal(_output(model), output)
 
@@ -117,7 +134,7 @@ def test_dense_level_is_an_exact_identity(knob: Knob, model: nn.Module, structur
 def test_building_is_deterministic(knob: Knob, model: nn.Module, structure: Structure) -> None:
     site = knob.sites(structure)[-1]
     for level in knob.levels(site)[1:]:
-        one, two = (_decoded(model, knob, site, level) for _ in range(2))
+        one, two = (_values(knob, site, level, _material(model, site)) for _ in range(2))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -126,7 +143,7 @@ def test_every_level_changes_the_model_and_is_undone_bit_exactly(knob: Knob, mod
     before, dense = _state(model), _output(model)
     for site in knob.sites(structure)[:4]:
         for level in knob.levels(site)[1:]:
-            undo = knob.apply(model, site, level, _decoded(model, knob, site, level))
+            undo = _put(model, knob, site, level, _material(model, site))
             assert _output(model).isfinite().all()
             assert not torch.equal(_output(model), dense), (site.name, level)
             undo()
@@ -148,6 +165,7 @@ def test_random_walks_end_where_they_began(family: str, seed: int, make_model: C
     structure = find_structure(model)
     before, dense = _state(model), _output(model)
     moves = [(knob, site) for knob in (make_knob("bits", {"group_size": 8}), make_knob("skip", {})) for site in knob.sites(structure)]
+    materials = {site.name: _material(model, site) for site in structure.sites}
     stacks: dict[str, list[Undo]] = {}  # by the sublayer whose parameters are touched
     sublayer = {linear.name: site.name for site in structure.sites if site.kind != "linears" for linear in site.linears}
     for _ in range(40):
@@ -157,16 +175,10 @@ def test_random_walks_end_where_they_began(family: str, seed: int, make_model: C
             stack.pop()()
         else:
             level = rng.choice(knob.levels(site)[1:])
-            stack.append(knob.apply(model, site, level, _decoded_of(before, knob, site, level)))
+            stack.append(_put(model, knob, site, level, materials[site.name]))
     assert not torch.equal(_output(model), dense)
     for stack in rng.sample(list(stacks.values()), len(stacks)):
         while stack:
             stack.pop()()
     _assert_same(before, model)
     assert torch.equal(_output(model), dense)
-
-
-def _decoded_of(state: Mapping[str, tuple[int, int, Tensor]], knob: Knob, site: Site, level: Level) -> dict[str, Tensor]:
-    weights = {linear.name: state[f"{linear.name}.weight"][2].half() for linear in site.linears}
-    weights = {linear.name: weights[linear.name].T if linear.transposed else weights[linear.name] for linear in site.linears}
-    return knob.decode(site, level, knob.build(site, level, weights, {}), torch.float16)

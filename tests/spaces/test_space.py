@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from autoeff.errors import InputError
 from autoeff.spaces import space as module
-from autoeff.spaces.knob import Kind, Knob, make_knob, swap
+from autoeff.spaces.knob import Kind, Knob, make_knob
 from autoeff.spaces.sites import Structure
-from autoeff.spaces.space import Decision, SearchSpace, SpaceSpec, build_space
+from autoeff.spaces.space import Context, Decision, SearchSpace, SpaceSpec, build_space
 
 MakeStructure = Callable[..., Structure]
 BOTH = {"bits": {}, "skip": {}}
@@ -30,17 +30,21 @@ def _space(structure: Structure, knobs: dict[str, dict[str, object]] = BOTH, **o
     return build_space(structure, SpaceSpec(knobs, **options))[0]
 
 
+def _below(decision: Decision) -> list[Context]:
+    return [(*context, branch) for context in decision.costs for branch in {*decision.branches} if branch is not None]
+
+
 @st.composite
 def spaces(draw: st.DrawFn) -> SearchSpace:
-    """Spaces of at most six decisions: random levels, parents and silencing levels."""
+    """Spaces of at most six decisions: random levels, parents and branches."""
     decisions: list[Decision] = []
     for i in range(draw(st.integers(1, 6))):
         levels = draw(st.integers(2, 3))
-        parents = [p for p, d in enumerate(decisions) if d.silencing]
-        parent = draw(st.sampled_from([None, *parents]))
-        silencing = frozenset(draw(st.sets(st.integers(1, levels - 1), max_size=levels - 1)))
-        costs = tuple({"linear_bytes": -draw(st.integers(1, 9)) * step} if step else {} for step in range(levels))
-        decisions.append(Decision(f"site{i}", "knob", i, tuple(range(levels)), costs, parent, silencing))
+        parent = draw(st.sampled_from([None, *range(i)]))
+        branches = (0, *(draw(st.sampled_from([0, 1, None])) for _ in range(levels - 1)))
+        contexts = [()] if parent is None else _below(decisions[parent])
+        costs = {c: tuple({"linear_bytes": -draw(st.integers(1, 9)) * step} if step else {} for step in range(levels)) for c in contexts}
+        decisions.append(Decision(f"site{i}", "knob", i, tuple(range(levels)), costs, parent, branches))
     return SearchSpace(tuple(decisions), {"linear_bytes": 1000})
 
 
@@ -85,7 +89,7 @@ def test_samples_are_normalised_and_repeatable(space: SearchSpace, seed: int) ->
 
 
 def test_every_level_is_drawn() -> None:
-    space = SearchSpace((Decision("a", "k", 0, (0, 1, 2), ({}, {}, {})),), {})
+    space = SearchSpace((Decision("a", "k", 0, (0, 1, 2), {(): ({}, {}, {})}),), {})
     rng = random.Random(0)
     assert {space.sample(rng)[0] for _ in range(100)} == {0, 1, 2}
 
@@ -192,7 +196,7 @@ def test_unknown_decisions_and_levels_are_refused(make_structure: MakeStructure)
         ("", "a YAML mapping is expected, got NoneType"),
         ("{format: 1", "not YAML: "),
         ("{format: 1, dense: {}}", "not a search space as this version writes it: KeyError"),
-        ("{format: 1, dense: {}, decisions: [{site: a, levels: [1], costs: [], silencing: []}]}", "not a search space"),
+        ("{format: 1, dense: {}, decisions: [{site: a, levels: [1], costs: [], branches: []}]}", "not a search space"),
     ],
 )
 def test_text_that_is_no_space_is_refused(text: str, message: str) -> None:
@@ -216,9 +220,6 @@ class _Budget(Knob):
 
     def cost(self, site, level):
         return {}
-
-    def apply(self, model, site, level, decoded):
-        return swap(model, {})
 
 
 def test_what_silences_comes_first_at_a_site(make_structure: MakeStructure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autoeff.search.allocators.dp import Allocator, front, solve
 from autoeff.search.limits import Limit, feasible
 from autoeff.spaces.costs import CostModel
-from autoeff.spaces.space import Decision, SearchSpace
+from autoeff.spaces.space import Context, Decision, SearchSpace
 
 Table = list[list[float]]
 NAMES = ("linear_bytes", "kv_bytes_per_token", "flops_per_token")
@@ -28,20 +28,22 @@ DENSE = {
 }
 
 
+def contexts_below(decision: Decision) -> list[Context]:
+    return [(*context, branch) for context in decision.costs for branch in {*decision.branches} if branch is not None]
+
+
 @st.composite
 def spaces(draw: st.DrawFn) -> tuple[SearchSpace, Table]:
-    """Up to five decisions of up to four levels; some can silence those after them."""
+    """Up to five decisions of up to four levels; some can silence those after them, or change what their levels cost."""
     decisions: list[Decision] = []
     table: Table = []
-    parents: list[int] = []
     for i in range(draw(st.integers(1, 5))):
         levels = draw(st.integers(1, 4))
-        costs = tuple({n: -draw(st.integers(0, 20)) for n in NAMES} if level else {} for level in range(levels))
-        parent = draw(st.sampled_from([None, *parents]))
-        silencing = frozenset({levels - 1}) if levels > 1 and draw(st.booleans()) else frozenset[int]()
-        decisions.append(Decision(f"s{i}", "k", i, tuple(range(levels)), costs, parent, silencing))
-        if silencing:
-            parents.append(i)
+        parent = draw(st.sampled_from([None, *range(i)]))
+        branches = (0, *(draw(st.sampled_from([0, 0, 1, None])) for _ in range(levels - 1)))
+        contexts = [()] if parent is None else contexts_below(decisions[parent])
+        costs = {c: tuple({n: -draw(st.integers(-3, 20)) for n in NAMES} if level else {} for level in range(levels)) for c in contexts}
+        decisions.append(Decision(f"s{i}", "k", i, tuple(range(levels)), costs, parent, branches))
         table.append([0.0, *(draw(st.sampled_from([0.5, 1.0, 2.0, 4.0, inf])) for _ in range(levels - 1))])
     return SearchSpace(tuple(decisions), DENSE), table
 
@@ -118,7 +120,7 @@ def test_a_coarse_grid_keeps_the_limits_too(made: tuple[SearchSpace, Table], wan
 
 def test_three_hundred_decisions_are_solved_exactly() -> None:
     decisions = tuple(
-        Decision(f"s{i}", "bits", i, (16, 8, 4), ({}, {"linear_bytes": -1000 * (1 + i % 3)}, {"linear_bytes": -1500 * (1 + i % 3)}))
+        Decision(f"s{i}", "bits", i, (16, 8, 4), {(): ({}, {"linear_bytes": -1000 * (1 + i % 3)}, {"linear_bytes": -1500 * (1 + i % 3)})})
         for i in range(300)
     )
     space = SearchSpace(decisions, DENSE | {"linear_bytes": 4000 * 300})
@@ -131,7 +133,7 @@ def test_three_hundred_decisions_are_solved_exactly() -> None:
     assert found is not None
     assert feasible([limit], costs, found)
     # every decision saves at most 3 bytes a unit of damage more than the greedy order by rate would: the relaxation bounds it
-    rates = sorted((t[1] / -d.costs[1]["linear_bytes"], -d.costs[1]["linear_bytes"]) for t, d in zip(table, decisions, strict=True))
+    rates = sorted((t[1] / -d.alone[1]["linear_bytes"], -d.alone[1]["linear_bytes"]) for t, d in zip(table, decisions, strict=True))
     bound, left = 0.0, 400_000
     for rate, saved in rates:
         bound, left = bound + rate * min(saved, left), left - min(saved, left)

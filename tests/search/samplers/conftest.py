@@ -90,12 +90,13 @@ def toy() -> Callable[..., Toy]:
                 parent = len(decisions)
                 cost = {"linear_bytes": -2 * sum(sizes[:2])}
                 decisions.append(
-                    Decision(f"b{block}.attn", "skip", block, ("keep", "skip"), ({}, cost), None, frozenset({1}), uniform=False)
+                    Decision(f"b{block}.attn", "skip", block, ("keep", "skip"), {(): ({}, cost)}, None, (0, None), uniform=False)
                 )
                 alone.append([0.0, rng.lognormvariate(-1.5, 0.8)] + [0.0] * (len(levels) - 2))
             for k, size in enumerate(sizes):
                 costs = tuple({"linear_bytes": size * b // 8 - 2 * size} if b < 16 else {} for b in levels)
-                decisions.append(Decision(f"b{block}.{k}", "bits", block, levels, costs, parent if k < 2 else None))
+                above = parent if k < 2 else None
+                decisions.append(Decision(f"b{block}.{k}", "bits", block, levels, {() if above is None else (0,): costs}, above))
                 alone.append([0.0, *(rng.lognormvariate(-2.5 - 1.5 * (b - 3), 0.5) for b in levels[1:])])
                 parameters += size
         dense = {

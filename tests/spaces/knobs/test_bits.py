@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
-from autoeff.spaces.knob import make_knob
+from autoeff.spaces.knob import make_knob, swap
 from autoeff.spaces.knobs.bits import Bits
+from autoeff.spaces.material import Material
 from autoeff.spaces.quantizer import make_quantizer
 from autoeff.spaces.sites import Linear, Site, Structure, find_structure
 
@@ -25,6 +26,12 @@ def _weights(site: Site) -> dict[str, Tensor]:
     return {linear.name: torch.randn(linear.out_features, linear.in_features, generator=generator).half() for linear in site.linears}
 
 
+def _parameters(knob: Bits, site: Site, level: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    material = Material(weights)
+    changed = knob.transform(level, knob.build(site, level, material), material)
+    return {linear.weight: changed.parameter(linear) for linear in site.linears}
+
+
 @pytest.mark.parametrize("settings", [{}, {"group_size": 8}, {"group_size": 1024, "symmetric": True}, {"group_size": 32}])
 @pytest.mark.parametrize("shapes", [[(4, 64)], [(3, 63), (5, 63)], [(2, 341)], [(1, 1)], [(7, 4)]])
 def test_cost_is_the_bytes_of_the_packed_tensors_against_sixteen_bits(settings: dict[str, object], shapes: list[tuple[int, int]]) -> None:
@@ -32,7 +39,7 @@ def test_cost_is_the_bytes_of_the_packed_tensors_against_sixteen_bits(settings: 
     weights = _weights(site)
     dense = sum(weight.nbytes for weight in weights.values())
     for level in knob.levels(site)[1:]:
-        packed = knob.build(site, level, weights, {})
+        packed = knob.build(site, level, Material(weights))
         assert knob.cost(site, level) == {"linear_bytes": sum(tensor.nbytes for tensor in packed.values()) - dense}
 
 
@@ -69,12 +76,11 @@ def test_decoded_weights_are_those_of_the_quantizer_in_the_layout_of_the_module(
     transposed: bool, symmetric: bool, dtype: torch.dtype
 ) -> None:
     knob, site = Bits(group_size=16, symmetric=symmetric), _site((6, 40), (9, 40), transposed=transposed)
-    weights = _weights(site)
+    weights = {name: weight.to(dtype) for name, weight in _weights(site).items()}
     quantizer = make_quantizer("rtn", group_size=16, symmetric=symmetric)
     for level in knob.levels(site)[1:]:
-        packed = knob.build(site, level, weights, {})
-        assert {name.rpartition(".")[0] for name in packed} == set(weights)
-        decoded = knob.decode(site, level, packed, dtype)
+        assert {name.rpartition(".")[0] for name in knob.build(site, level, Material(weights))} == set(weights)
+        decoded = _parameters(knob, site, level, weights)
         for name, weight in weights.items():
             expected = quantizer.dequantize(quantizer.quantize(weight, level), level, 40, dtype)
             found = decoded.pop(f"{name}.weight")
@@ -87,7 +93,7 @@ def test_decoded_weights_are_those_of_the_quantizer_in_the_layout_of_the_module(
 def test_linears_whose_names_begin_alike_are_kept_apart() -> None:
     site = Site("b", "linears", 0, tuple(Linear(f"b.l{i}", 16, n, False) for i, n in ((1, 3), (10, 5))))
     knob = Bits(group_size=8)
-    decoded = knob.decode(site, 4, knob.build(site, 4, _weights(site), {}), torch.float16)
+    decoded = _parameters(knob, site, 4, _weights(site))
     assert {name: tuple(tensor.shape) for name, tensor in decoded.items()} == {"b.l1.weight": (3, 16), "b.l10.weight": (5, 16)}
 
 
@@ -101,27 +107,27 @@ def test_applied_model_computes_with_the_decoded_weights(family: str, make_model
             weights[linear.name] = (stored.T if linear.transposed else stored).half()
             values = quantizer.dequantize(quantizer.quantize(weights[linear.name], 4), 4, linear.in_features)
             stored.copy_(values.T if linear.transposed else values)
-        knob.apply(model, site, 4, knob.decode(site, 4, knob.build(site, 4, weights, {}), torch.float16))
+        swap(model, _parameters(knob, site, 4, weights))
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         assert torch.equal(model(tokens)[0], twin(tokens)[0])
         assert not torch.equal(model(tokens)[0], make_model(family)(tokens)[0])
 
 
-def test_apply_copies_nothing_where_the_dtype_agrees() -> None:
+def test_values_are_put_in_without_a_copy_where_the_dtype_agrees() -> None:
     model = nn.Module()
     model.linear = nn.Linear(16, 4, bias=False, dtype=torch.float16)
     site = Site("linear", "linears", 0, (Linear("linear", 16, 4, False),))
     knob = Bits(group_size=8)
-    decoded = knob.decode(site, 4, knob.build(site, 4, {"linear": model.linear.weight.detach()}, {}), torch.float16)
-    knob.apply(model, site, 4, decoded)
+    decoded = _parameters(knob, site, 4, {"linear": model.linear.weight.detach()})
+    swap(model, decoded)
     assert model.linear.weight.data_ptr() == decoded["linear.weight"].data_ptr()
 
 
 def test_bfloat16_weights_can_be_built() -> None:
     site = _site((4, 64))
     weights = {name: weight.bfloat16() for name, weight in _weights(site).items()}
-    decoded = Bits().decode(site, 8, Bits().build(site, 8, weights, {}), torch.bfloat16)
+    decoded = _parameters(Bits(), site, 8, weights)
     assert torch.allclose(decoded["block.linear0.weight"].float(), weights["block.linear0"].float(), atol=0.02)
 
 

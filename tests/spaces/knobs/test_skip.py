@@ -38,7 +38,7 @@ def test_skipping_is_removing_the_branch(family: str, make_model: MakeModel) -> 
     for site in Skip().sites(find_structure(model)):
         # BERT adds the residual inside the sublayer; elsewhere the whole sublayer is the branch
         expected = _silenced(model, str(site.output) if family == "bert" else site.name)
-        undo = Skip().apply(model, site, "skip", {})
+        undo = Skip().apply(model, site, "skip")
         assert torch.equal(_output(model), expected)
         assert not torch.equal(expected, dense)
         undo()
@@ -48,7 +48,7 @@ def test_skipping_is_removing_the_branch(family: str, make_model: MakeModel) -> 
 def test_skipping_everything_leaves_embeddings_and_head(make_model: MakeModel) -> None:
     model = make_model("llama")
     for site in Skip().sites(find_structure(model)):
-        Skip().apply(model, site, "skip", {})
+        Skip().apply(model, site, "skip")
     with torch.no_grad():
         expected = model.lm_head(model.model.norm(model.model.embed_tokens(TOKENS)))
     assert torch.equal(_output(model), expected)
@@ -58,7 +58,7 @@ def test_bias_of_the_output_projection_is_silenced_too(make_model: MakeModel) ->
     model = make_model("gpt2")
     assert model.transformer.h[0].mlp.c_proj.bias.abs().max() > 0
     site = next(site for site in find_structure(model).sites if site.kind == "ffn")
-    Skip().apply(model, site, "skip", {})
+    Skip().apply(model, site, "skip")
     assert not model.transformer.h[0].mlp.c_proj.bias.any()
     assert not model.transformer.h[0].mlp.c_proj.weight.any()
     assert model.transformer.h[0].mlp.c_fc.weight.any()
@@ -84,5 +84,5 @@ def test_only_skip_silences(make_structure: Callable[..., Structure]) -> None:
 def test_zeros_have_the_dtype_of_the_model(dtype: torch.dtype, make_model: MakeModel) -> None:
     model = make_model("llama").to(dtype)
     site = Skip().sites(find_structure(model))[0]
-    Skip().apply(model, site, "skip", {})
+    Skip().apply(model, site, "skip")
     assert model.get_submodule(str(site.output)).weight.dtype == dtype

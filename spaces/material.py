@@ -1,0 +1,99 @@
+"""What levels work on: the linears of a sublayer, as the levels in force so far have left them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from autoeff.spaces.sites import Linear
+
+__all__ = ["Material", "dense_weight"]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Linears by name. Rows are outputs N, columns are inputs K; both may be fewer than in the model.
+
+    Attributes:
+        weights: 16-bit values [N, K]; zero where pruned.
+        masks: bool [N, K], True where kept; linears without one keep every weight.
+        rows: Outputs of the dense linear that are left, int64 [N]; linears without an entry have all.
+        columns: The same of its inputs, int64 [K].
+        statistics: Calibration statistics by `<linear>.<statistic>`: every axis of length K runs along the columns.
+    """
+
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def of(self, linears: Collection[str]) -> Material:
+        """Some of the linears."""
+        parts = (self.weights, self.masks, self.rows, self.columns)
+        weights, masks, rows, columns = ({name: part[name] for name in linears if name in part} for part in parts)
+        statistics = {name: tensor for name, tensor in self.statistics.items() if name.rpartition(".")[0] in linears}
+        return Material(weights, masks, rows, columns, statistics)
+
+    def needed(self, linear: str) -> dict[str, Tensor]:
+        """The statistics of one linear by their bare names."""
+        prefix = f"{linear}."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.statistics.items() if name.rpartition(".")[0] == linear}
+
+    def with_weights(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> Material:
+        """The same with other values, and other masks where given, for some linears."""
+        return replace(self, weights={**self.weights, **weights}, masks={**self.masks, **(masks or {})})
+
+    def cut(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> Material:
+        """The linears with only these outputs and inputs left.
+
+        Args:
+            rows: Places among the present rows, ascending, int64; linears without an entry keep all.
+            columns: The same among the present columns.
+        """
+
+        def chosen(tensor: Tensor, name: str) -> Tensor:
+            tensor = tensor[rows[name]] if name in rows else tensor
+            return tensor[:, columns[name]] if name in columns else tensor
+
+        def composed(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            places = {name: before[name][place] if name in before else place for name, place in now.items() if name in self.weights}
+            return {**before, **places}
+
+        statistics = {}
+        for name, tensor in self.statistics.items():
+            linear = name.rpartition(".")[0]
+            if (place := columns.get(linear)) is not None:
+                k = self.weights[linear].shape[1]
+                for axis in [axis for axis, size in enumerate(tensor.shape) if size == k]:
+                    tensor = tensor.index_select(axis, place)
+            statistics[name] = tensor
+        return Material(
+            {name: chosen(weight, name) for name, weight in self.weights.items()},
+            {name: chosen(mask, name) for name, mask in self.masks.items()},
+            composed(self.rows, rows),
+            composed(self.columns, columns),
+            statistics,
+        )
+
+    def parameter(self, linear: Linear) -> Tensor:
+        """The weight as the model's parameter has it: dense shape and layout; what was cut is zero."""
+        weight, shape = self.weights[linear.name], (linear.rows, linear.in_features)
+        if weight.shape != shape:
+            rows = self.rows.get(linear.name, torch.arange(shape[0]))
+            whole = weight.new_zeros(shape)
+            whole[rows[:, None], self.columns.get(linear.name, torch.arange(shape[1]))] = weight
+            weight = whole
+        if linear.experts:
+            return weight.view(linear.experts, linear.out_features, linear.in_features)
+        return weight.T.contiguous() if linear.transposed else weight
+
+
+def dense_weight(parameter: Tensor, linear: Linear) -> Tensor:
+    """The weight [N, K] (experts stacked along N) of a parameter in the model's layout."""
+    if linear.experts:
+        return parameter.flatten(0, 1)
+    return parameter.T if linear.transposed else parameter
