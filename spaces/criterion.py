@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoeff.errors import InputError
-from autoeff.spaces.plugins import plugin, plugins
+from autoeff.spaces.plugins import plugins
 from autoeff.spaces.quantizer import NO_STATISTICS
 
 __all__ = ["Criterion", "Pattern", "Pruned", "ScoreCriterion", "known_criteria", "make_criterion"]

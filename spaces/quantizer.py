@@ -51,8 +51,8 @@ class Codes:
 class Quantizer(ABC):
     """Base of every quantizer.
 
-    Under a mask (bool [N, K], True = kept, equally many in every row, at least 1) only the kept codes are stored. Groups still run along the
-    K inputs of the dense weight, so that scales stand where they stood.
+    Under a mask (bool [N, K], True = kept, equally many in every row, at least 1) only the kept codes are stored. Groups still run
+    along the K inputs of the dense weight, so that scales stand where they stood.
 
     Attributes:
         name: As written in `--set bits.quantizer=`.
