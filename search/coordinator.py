@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from autoeff.errors import AutoeffError, InputError
+from autoeff.errors import AutoeffError, CandidateError, InputError, RunnerLost
 from autoeff.evaluators.loading import load_tokenizer
 from autoeff.search.guests import DamageTable, finalists, preamble, table_form
 from autoeff.search.results import Results, all_trials
@@ -32,6 +32,7 @@ __all__ = ["Coordinator", "Progress"]
 
 _PROMPT_TOKENS = 48
 _COMPLETION_TOKENS = 48
+_COMPLETION_TRIES = 3  # runners that may be lost meanwhile
 _FRONT_CONFIRMED = 12
 
 
@@ -207,10 +208,21 @@ class Coordinator:
         prompt = str(load_tokenizer(self._plan.preparation.facts).decode(ids, skip_special_tokens=True))
         texts = {"prompt": prompt}
         for name, trial in named.items():
-            if trial is not None:
-                message = {"kind": "complete", "levels": dict(trial.configuration.levels), "prompt": prompt, "tokens": _COMPLETION_TOKENS}
-                texts[name] = str(self._runner.ask(message)["text"])
+            if trial is not None and (text := self._completed(trial, prompt)) is not None:
+                texts[name] = text
         return texts
+
+    def _completed(self, trial: Trial, prompt: str) -> str | None:
+        """The prompt with its continuation; None where that fails, which is no reason to lose a report."""
+        message = {"kind": "complete", "levels": dict(trial.configuration.levels), "prompt": prompt, "tokens": _COMPLETION_TOKENS}
+        for _ in range(_COMPLETION_TRIES):
+            try:
+                return str(self._runner.ask(message)["text"])
+            except RunnerLost:
+                continue
+            except CandidateError:
+                return None
+        return None
 
     def _ask(self, study: Study) -> Asked | None:
         started = time.perf_counter()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from autoeff.evaluators.evaluator import Evaluator
 from autoeff.search.coordinator import Coordinator, Progress
 from autoeff.search.job import JobSpec
 from autoeff.search.run import Result, export, plan, resume, start
+from autoeff.search.runner_process import RunnerProcess
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import JobState
 from autoeff.search.storage.store import Store
@@ -127,6 +130,23 @@ def test_a_run_whose_values_would_differ_does_not_go_on(spec: Spec, settings: Se
     (tmp_path / "text.txt").write_text("other words\n" * 500)
     with pytest.raises(InputError, match="search text changed"):
         resume(tmp_path / "run", settings)
+
+
+def test_a_runner_that_is_killed_while_it_completes_text_is_replaced(
+    spec: Spec, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, killed = RunnerProcess._exchange, []
+
+    def murderous(self: RunnerProcess, message: Mapping[str, Any], *args: Any) -> Any:
+        if message["kind"] == "complete" and not killed and self.pid is not None:
+            killed.append(self.pid)
+            os.kill(self.pid, signal.SIGKILL)
+        return exchange(self, message, *args)
+
+    monkeypatch.setattr(RunnerProcess, "_exchange", murderous)
+    result = start(spec(budget={"trials": 40}), tmp_path / "run", settings)
+    assert killed
+    assert set(result.summary["completions"]) == {"prompt", "dense", "uniform", "found"}
 
 
 def test_a_finished_run_is_only_reported_again(spec: Spec, settings: Settings, tmp_path: Path) -> None:
