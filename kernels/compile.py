@@ -1,13 +1,16 @@
 """Compiles every Triton kernel for Hopper (sm_90) on a machine without a GPU, and says what it takes of the chip.
 
-    python -m autoeff.kernels.compile
+    python -m autoeff.kernels.compile [--json]
 
-A kernel module takes part by a function `hopper_cases`. What compiling cannot show: speed, races and numbers.
+A kernel module takes part by a function `hopper_cases`, which yields every kernel x width x dtype x committed configuration. A row is
+refused if it spills, needs more shared memory than a program may have, or lacks `wgmma` where its tile is large enough for it.
+What compiling cannot show: speed, races and numbers.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -25,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 
-__all__ = ["SHARED_BYTES", "Resources", "compile_all", "hopper", "resources"]
+__all__ = ["SHARED_BYTES", "Case", "Resources", "Row", "cases", "compile_case", "hopper", "resources"]
 
 SHARED_BYTES = 232_448
 """Shared memory that one program may use on sm_90; Triton checks it only at launch."""
@@ -50,6 +53,45 @@ class Resources:
     @property
     def fits(self) -> bool:
         return self.spill_bytes == 0 and self.shared_bytes <= SHARED_BYTES
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compiled: one launch, its tensors on the meta device.
+
+    Attributes:
+        name: Of the kernel.
+        config: What distinguishes the case from others of the kernel.
+        kernel, grid, arguments, options: Of the launch.
+        tensor_cores: Whether `wgmma` must be there: a product whose left tile has at least 64 rows.
+    """
+
+    name: str
+    config: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    tensor_cores: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A compiled case and its verdict."""
+
+    case: Case
+    used: Resources
+
+    @property
+    def passes(self) -> bool:
+        return self.used.fits and (self.used.wgmma or not self.case.tensor_cores)
+
+    def as_json(self) -> str:
+        used = self.used
+        return json.dumps({
+            "kernel": self.case.name, "config": self.case.config, "registers": used.registers, "spill": used.spill_bytes,
+            "shared_bytes": used.shared_bytes, "wgmma": used.wgmma,
+        })  # fmt: skip
 
 
 @contextmanager
@@ -90,13 +132,18 @@ def resources(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], op
     )
 
 
-def compile_all() -> Iterator[tuple[str, Resources]]:
-    """Label and resources of every case of every kernel module beside this one."""
+def cases() -> Iterator[Case]:
+    """Every case of every kernel module beside this one."""
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if info.name != "compile":
             module = importlib.import_module(f"autoeff.kernels.{info.name}")
-            for label, kernel, grid, arguments, options in getattr(module, "hopper_cases", lambda: ())():
-                yield label, resources(kernel, grid, arguments, options)
+            for case in getattr(module, "hopper_cases", lambda: ())():
+                yield Case(*case)
+
+
+def compile_case(case: Case) -> Row:
+    """What the case takes of the chip."""
+    return Row(case, resources(case.kernel, case.grid, case.arguments, case.options))
 
 
 class _Hopper(DriverBase):  # type: ignore[misc]
@@ -135,14 +182,21 @@ def _number(pattern: str, log: str) -> int:
     return int(found[1])
 
 
-def _main() -> int:
+def _main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--json"]):
+        print("usage: python -m autoeff.kernels.compile [--json]", file=sys.stderr)  # noqa: T201
+        return 2
     failed = 0
-    for label, used in compile_all():
-        failed += not used.fits
-        verdict = "ok  " if used.fits else "FAIL"
-        print(f"{verdict} {label}: {used.registers} registers, {used.spill_bytes} B spilled, {used.shared_bytes} B shared")  # noqa: T201
+    for row in map(compile_case, cases()):
+        failed += not row.passes
+        used = row.used
+        text = (
+            f"{'ok  ' if row.passes else 'FAIL'} {row.case.name}, {row.case.config}: {used.registers} registers, "
+            f"{used.spill_bytes} B spilled, {used.shared_bytes} B shared{', wgmma' if used.wgmma else ''}"
+        )
+        print(row.as_json() if arguments else text, flush=True)  # noqa: T201
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(_main(sys.argv[1:]))

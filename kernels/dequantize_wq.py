@@ -40,7 +40,8 @@ except ImportError:  # there is no Triton for macOS; packing, the reference and 
     triton = None
 
 __all__ = [
-    "PLANES", "UNIT", "dequantize", "flops", "hopper_cases", "launch", "moved_bytes", "pack", "packed_bytes", "reference", "unpack",
+    "PLANES", "UNIT", "check", "dequantize", "flops", "hopper_cases", "launch", "moved_bytes", "pack", "packed_bytes", "reference",
+    "unpack", "words_of",
 ]  # fmt: skip
 
 PLANES: Mapping[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
@@ -148,7 +149,8 @@ def dequantize(
         ValueError: A shape, dtype or device that does not belong to the others.
         RuntimeError: The tensors are on a GPU and Triton is not installed.
     """
-    _check(planes, scale, minimum, bits, k, group, out_dtype)
+    _check_out(out_dtype)
+    check(planes, scale, minimum, bits, k, group)
     if scale.is_cuda:
         out = torch.empty(scale.shape[0], k, dtype=out_dtype, device=scale.device)
         launch(planes, scale, minimum, bits, k, group, out)
@@ -169,7 +171,8 @@ def launch(planes: Mapping[str, Tensor], scale: Tensor, minimum: Tensor | None, 
         ValueError: As in `dequantize`.
         RuntimeError: Triton is not installed.
     """
-    _check(planes, scale, minimum, bits, k, group, out.dtype)
+    _check_out(out.dtype)
+    check(planes, scale, minimum, bits, k, group)
     if tuple(out.shape) != (scale.shape[0], k) or out.device != scale.device or not out.is_contiguous():
         raise ValueError(f"out must be contiguous {(scale.shape[0], k)} on {scale.device}: got {tuple(out.shape)} on {out.device}")
     if triton is None:
@@ -179,8 +182,8 @@ def launch(planes: Mapping[str, Tensor], scale: Tensor, minimum: Tensor | None, 
         _dequantize_kernel[grid](*arguments, **options)
 
 
-def hopper_cases() -> Iterator[tuple[str, Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]]:
-    """Every variant of the kernel for `autoeff.kernels.compile`: label, kernel, grid, arguments on the meta device, options."""
+def hopper_cases() -> Iterator[tuple[str, str, Any, Any, Any, Any, bool]]:
+    """Every variant for `autoeff.kernels.compile`, in the order of its `Case`."""
     n, group = 1024, 64
     for bits, widths in PLANES.items():
         # the last one has a ragged group and rows that are not whole units
@@ -188,8 +191,21 @@ def hopper_cases() -> Iterator[tuple[str, Any, tuple[int, int], tuple[Any, ...],
             planes = {f"plane{p}": torch.empty(n, _row_bytes(k, p), dtype=torch.uint8, device="meta") for p in widths}
             scale = torch.empty(n, -(-k // group), dtype=torch.float16, device="meta")
             out = torch.empty(n, k, dtype=dtype, device="meta")
-            label = f"dequantize_wq {bits} bit, {'symmetric' if symmetric else 'asymmetric'}, {dtype}, K = {k}"
-            yield label, _dequantize_kernel, *_arguments(planes, scale, None if symmetric else scale, bits, k, group, out)
+            label = f"{bits} bit, {'symmetric' if symmetric else 'asymmetric'}, {dtype}, K = {k}; one configuration"
+            yield (
+                "dequantize_wq",
+                label,
+                _dequantize_kernel,
+                *_arguments(planes, scale, None if symmetric else scale, bits, k, group, out),
+                False,
+            )
+
+
+def words_of(planes: Mapping[str, Tensor], bits: int, k: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """The low and the high plane as `load_fields` reads them (the same one twice if there is one), and its constants."""
+    whole = k % UNIT == 0
+    words = [planes[f"plane{p}"].view(_UNIT_DTYPE.get(p, torch.uint8) if whole else torch.uint8) for p in PLANES[bits]]
+    return (words[0], words[-1]), {"LOW_P": PLANES[bits][0], "HIGH_P": PLANES[bits][1] if len(words) == 2 else 0, "WHOLE": whole}
 
 
 def _widths(bits: int) -> tuple[int, ...]:
@@ -224,11 +240,13 @@ def _spread(words: Tensor, p: int) -> Tensor:
     return (units | units << 8 - p) & ((1 << p) - 1) * 0x0101010101010101
 
 
-def _check(
-    planes: Mapping[str, Tensor], scale: Tensor, minimum: Tensor | None, bits: int, k: int, group: int, out_dtype: torch.dtype
-) -> None:
-    if out_dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"out_dtype must be float16 or bfloat16: got {out_dtype}")
+def _check_out(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"out_dtype must be float16 or bfloat16: got {dtype}")
+
+
+def check(planes: Mapping[str, Tensor], scale: Tensor, minimum: Tensor | None, bits: int, k: int, group: int) -> None:
+    """Raises ValueError where the packed tensors of a weight do not belong together."""
     if group < UNIT or group % UNIT:
         raise ValueError(f"group must be a positive multiple of {UNIT}: got {group}")
     n = scale.shape[0]
@@ -250,13 +268,11 @@ def _arguments(
 ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, positional arguments and constants of a launch."""
     n, units = out.shape[0], -(-k // UNIT)
-    whole = k % UNIT == 0
-    words = [planes[f"plane{p}"].view(_UNIT_DTYPE.get(p, torch.uint8) if whole else torch.uint8) for p in PLANES[bits]]
-    high_p = PLANES[bits][1] if len(words) == 2 else 0
-    arguments = (words[0], words[-1], scale, scale if minimum is None else minimum, out, n, k, units, scale.shape[1])
-    constants = {
-        "LOW_P": PLANES[bits][0], "HIGH_P": high_p, "GROUP_U": group // UNIT, "ZERO": 1 << bits - 1 if minimum is None else 0,
-        "WHOLE": whole, "BLOCK_N": _BLOCK_N, "BLOCK_U": _BLOCK_U, "num_warps": _WARPS,
+    words, constants = words_of(planes, bits, k)
+    arguments = (*words, scale, scale if minimum is None else minimum, out, n, k, units, scale.shape[1])
+    constants |= {
+        "GROUP_U": group // UNIT, "ZERO": 1 << bits - 1 if minimum is None else 0,
+        "BLOCK_N": _BLOCK_N, "BLOCK_U": _BLOCK_U, "num_warps": _WARPS,
     }  # fmt: skip
     return (triton.cdiv(n, _BLOCK_N), triton.cdiv(units, _BLOCK_U)), arguments, constants
 
@@ -264,9 +280,11 @@ def _arguments(
 if triton is not None:
 
     @triton.jit
-    def _load_fields(plane, row, unit, mask, inside, k, units, P: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The fields of width P of a tile of units, int32 [BLOCK_N, BLOCK_U, 8]; `mask` is true for units, `inside` for values."""
-        j = tl.arange(0, 8)[None, None, :]
+    def load_fields(plane, row, unit, mask, inside, j, k, units, P: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The fields of width P of a tile of units, int32 [BLOCK_N, BLOCK_U, 8]; `mask` is true for units, `inside` for values.
+
+        `j` is 0 .. 7 as [1, 1, 8], made by the caller: how the compiler lays out the tile depends on where these numbers come from.
+        """
         if P == 8:
             fields = tl.load(plane + ((row * k + unit * 8)[:, :, None] + j), mask=inside, other=0).to(tl.int32)
         else:
@@ -292,11 +310,12 @@ if triton is not None:
         row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None].to(tl.int64)  # row * k may pass 2^31
         unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U))[None, :]
         mask = (row < n) & (unit < units)
-        column = (unit * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
+        j = tl.arange(0, 8)[None, None, :]
+        column = (unit * 8)[:, :, None] + j
         inside = mask[:, :, None] & (column < k)
-        code = _load_fields(low, row, unit, mask, inside, k, units, LOW_P, WHOLE)
+        code = load_fields(low, row, unit, mask, inside, j, k, units, LOW_P, WHOLE)
         if HIGH_P:
-            code = code | (_load_fields(high, row, unit, mask, inside, k, units, HIGH_P, WHOLE) << LOW_P)
+            code = code | (load_fields(high, row, unit, mask, inside, j, k, units, HIGH_P, WHOLE) << LOW_P)
         at = row * groups + unit // GROUP_U
         step = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32)[:, :, None]
         if ZERO:
