@@ -10,9 +10,10 @@ from autoeff.console import print_pairs, print_table
 from autoeff.spaces.measurements import measure
 
 if TYPE_CHECKING:
+    from autoeff.search.compare import Comparison
     from autoeff.search.resolve import Resolution
 
-__all__ = ["print_resolution"]
+__all__ = ["print_comparison", "print_resolution"]
 
 Row = Mapping[str, Any]
 
@@ -42,6 +43,51 @@ def print_resolution(resolution: Resolution) -> None:
     print_pairs({"limits": ", ".join(resolution.limits), "answer": resolution.reason, "digest": resolution.chosen["digest"]})
     sys.stdout.write("\n")
     print_table(["decision", "level"], resolution.chosen["configuration"].items())
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """What each run found, the best of each at common budgets, and the settings that differ."""
+    quality, held_out = comparison.quality, f"{comparison.quality}_held_out"
+    cost = comparison.cost
+    names = [run["run"] for run in comparison.runs]
+    figures = list(dict.fromkeys([cost, "avg_bits", quality, held_out]))
+
+    def cells(trial: Row | None) -> list[object]:
+        if trial is None:
+            return [None] * (1 + len(figures))
+        values = {**trial["costs"], quality: trial[quality], held_out: trial[held_out]}
+        return [trial["trial"], *(None if values.get(name) is None else measure(name).text(values[name]) for name in figures)]
+
+    print_table(
+        ["run", "state", "limits", "evaluations", "found trial", *figures],
+        [[r["run"], r["state"], ", ".join(r["limits"]), f"{r['evaluations']:.4g}", *cells(r["found"])] for r in comparison.runs],
+        left=3,
+    )
+    sys.stdout.write("\n")
+    print_table(
+        [f"best {quality} within", *names, "winner"],
+        [
+            [
+                budget["budget"],
+                *(None if trial is None else measure(quality).text(trial[quality]) for trial in budget["best"]),
+                budget["winner"] or "equal",
+            ]
+            for budget in comparison.budgets
+        ],
+    )
+    sys.stdout.write("\n")
+    if comparison.settings:
+        shown = ([_setting(value) for value in values] for values in comparison.settings.values())
+        print_table(["setting", *names], [[name, *values] for name, values in zip(comparison.settings, shown, strict=True)])
+    else:
+        sys.stdout.write("no setting differs\n")
+    sys.stdout.write(f"\n{len(comparison.decisions)} decisions of the found configurations differ\n")
+    for notice in comparison.notices:
+        sys.stdout.write(f"{notice}\n")
+
+
+def _setting(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _text(measurements: Mapping[str, Row], name: str) -> str | None:

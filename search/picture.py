@@ -14,13 +14,16 @@ from matplotlib.ticker import FuncFormatter
 
 from autoeff.spaces.measurements import measure
 
-__all__ = ["Guest", "Picture", "draw_png", "draw_svg"]
+__all__ = ["Guest", "Picture", "draw_fronts", "draw_png", "draw_svg"]
 
 _INK = {"ink": "#1c2330", "muted": "#6b7382", "line": "#d9dee7", "found": "#1d63d8", "guest": "#b4531a"}
 """Colours on white. In the SVG each stands for a CSS variable of the same name, so that the page can turn dark."""
 _ORIGINS = {"table": "#9aa3b2", "random": "#c9b458", "additive": "#57a773", "searched": "#6f9ceb", "given": "#b08cc9"}
 _LABELS = {"dense": ((-7, 6), "right"), "uniform": ((7, 6), "left"), "additive": ((-8, 4), "right"), "found": ((8, -13), "left")}
 _MARKS = {"dense": "P", "uniform": "s", "additive": "D", "random": "^", "found": "*"}
+_RUNS = (_INK["found"], _INK["guest"], "#2e8b57", "#8e44ad", "#b8860b", _INK["muted"])
+_DASHES = ("solid", "dashed", "dotted")
+"""Runs in one picture: colours, and dashes where there are more runs than colours."""
 _MARGIN = 1.7
 """Factor below the least quality at which the axis ends."""
 _SIZES = {"found": 190, "dense": 70}
@@ -87,6 +90,37 @@ def draw_svg(picture: Picture) -> str:
     for name, colour in _INK.items():
         text = text.replace(colour, f"var(--{name})")
     return text[text.index("<svg") :]
+
+
+def draw_fronts(quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """Fronts over each other as a PNG on white, 1,600 pixels wide.
+
+    Args:
+        quality: Name of the measurement on the logarithmic axis.
+        cost: Name of the measurement on the other one.
+        fronts: (cost, quality) by name of the run; what is not above zero has no place on the axis.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 5.6), layout="constrained")
+        axes = figure.subplots()
+        _clean(axes)
+        axes.set_yscale("log")
+        for i, (name, points) in enumerate(fronts.items()):
+            if shown := sorted(_positive(points)):
+                xs, ys = zip(*shown, strict=True)
+                style = {"color": _RUNS[i % len(_RUNS)], "linestyle": _DASHES[i // len(_RUNS) % len(_DASHES)]}
+                axes.plot(xs, ys, linewidth=1.4, drawstyle="steps-post", marker=".", markersize=6, label=name, **style)
+        axes.set_ylabel(f"{quality}, {measure(quality).unit}")
+        _label_cost(axes, cost)
+        if axes.lines:
+            axes.legend(loc="upper right", frameon=False, fontsize=8.5)
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+    return buffer.getvalue()
 
 
 def _saved(picture: Picture, form: str, **options: Any) -> bytes:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ class Searched:
     loose: Path
     tight: Path
 
-    def rows(self, folder: Path) -> list[dict[str, object]]:
+    def rows(self, folder: Path) -> list[dict[str, Any]]:
         with self.opened() as store:
             trials = store.trials(json.loads((folder / "run.json").read_text())["job"])
             return [trial.to_json() for trial in trials]

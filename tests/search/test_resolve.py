@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,10 @@ from autoeff.search.runs import open_run
 from autoeff.search.standing import problem_of
 from autoeff.search.storage.records import JobState
 
-from .conftest import TIGHT, Searched
+TIGHT = "linear_bytes<=0.30x"  # the limit of the other run of the fixture `searched`
 
 
-def test_measured_proposals_are_as_good_as_a_fresh_search(searched: Searched) -> None:
+def test_measured_proposals_are_as_good_as_a_fresh_search(searched: Any) -> None:
     run = open_run(searched.tight, searched.settings)
     with run.store as store:
         problem = problem_of(store.job(run.job_id))
@@ -31,7 +32,7 @@ def test_measured_proposals_are_as_good_as_a_fresh_search(searched: Searched) ->
     assert "kl_held_out" in found.measured["measurements"]
 
 
-def test_measuring_adds_trials_and_changes_none(searched: Searched) -> None:
+def test_measuring_adds_trials_and_changes_none(searched: Any) -> None:
     before = searched.rows(searched.loose)
     run = open_run(searched.loose, searched.settings)
     with run.store as store:
@@ -41,7 +42,7 @@ def test_measuring_adds_trials_and_changes_none(searched: Searched) -> None:
     after = searched.rows(searched.loose)
     assert after[: len(before)] == before
     assert (job.state, job.result, job.coordinator) == (JobState.SUCCEEDED, result, None)
-    added = [row for row in after[len(before) :] if "kl" in row["measurements"]]  # type: ignore[operator]
+    added = [row for row in after[len(before) :] if "kl" in row["measurements"]]
     assert [row["trial"] for row in added] == [row["trial"] for row in found.proposals]
     assert {(row["origin"], row["label"]) for row in added} == {("given", TIGHT)}
     again = resolve(searched.loose, [TIGHT], searched.settings)
@@ -49,7 +50,7 @@ def test_measuring_adds_trials_and_changes_none(searched: Searched) -> None:
     assert again.measured["measurements"]["kl"]["value"] == min(row["measurements"]["kl"]["value"] for row in found.proposals)
 
 
-def test_a_prediction_keeps_the_limits_exactly_and_is_marked(searched: Searched) -> None:
+def test_a_prediction_keeps_the_limits_exactly_and_is_marked(searched: Any) -> None:
     found = resolve(searched.loose, [TIGHT, "kv_bytes<=0.7x"], searched.settings)
     run = open_run(searched.loose, searched.settings)
     with run.store as store:
@@ -66,7 +67,7 @@ def test_a_prediction_keeps_the_limits_exactly_and_is_marked(searched: Searched)
     assert found.predicted["digest"] == problem.space.at(indices).digest
 
 
-def test_the_better_one_is_the_answer_only_beyond_doubt(searched: Searched) -> None:
+def test_the_better_one_is_the_answer_only_beyond_doubt(searched: Any) -> None:
     found = resolve(searched.loose, [TIGHT], searched.settings)
     assert found.measured is not None
     expected, best = found.predicted["measurements"]["kl"], found.measured["measurements"]["kl"]["value"]
@@ -76,7 +77,7 @@ def test_the_better_one_is_the_answer_only_beyond_doubt(searched: Searched) -> N
     assert replace(found, answer="measured").chosen is found.measured
 
 
-def test_a_running_search_answers_once_its_table_is_measured(searched: Searched) -> None:
+def test_a_running_search_answers_once_its_table_is_measured(searched: Any) -> None:
     run = open_run(searched.loose, searched.settings)
     with run.store as store:
         problem, trials = problem_of(store.job(run.job_id)), all_trials(store, run.job_id)
@@ -89,7 +90,7 @@ def test_a_running_search_answers_once_its_table_is_measured(searched: Searched)
         Resolver(problem, trials[:last], limits)
 
 
-def test_without_evaluations_in_company_damages_add_up(searched: Searched) -> None:
+def test_without_evaluations_in_company_damages_add_up(searched: Any) -> None:
     run = open_run(searched.loose, searched.settings)
     with run.store as store:
         problem, trials = problem_of(store.job(run.job_id)), all_trials(store, run.job_id)
@@ -115,17 +116,17 @@ def test_without_evaluations_in_company_damages_add_up(searched: Searched) -> No
         (["linear_bytes<0.1x"], "upper bound"),
     ],
 )
-def test_bad_limits_are_refused(searched: Searched, limits: list[str], word: str) -> None:
+def test_bad_limits_are_refused(searched: Any, limits: list[str], word: str) -> None:
     with pytest.raises(InputError, match=word):
         resolve(searched.loose, limits, searched.settings)
 
 
-def test_an_unreachable_limit_names_the_least(searched: Searched) -> None:
+def test_an_unreachable_limit_names_the_least(searched: Any) -> None:
     with pytest.raises(UnreachableLimit, match=r"the least weight_bytes of this space is 0\.\d{4}x"):
         resolve(searched.loose, ["weight_bytes<=0.01x"], searched.settings)
 
 
-def test_trials_are_not_added_to_a_search_that_goes_on(searched: Searched) -> None:
+def test_trials_are_not_added_to_a_search_that_goes_on(searched: Any) -> None:
     with sqlite3.connect(searched.settings.home / "autoeff.db") as database:
         database.execute("UPDATE job SET state = 'paused'")
     database.close()
