@@ -140,7 +140,7 @@ class Bank:
         statistics = {name: tensors[name] for linear in linears for need in needs if (name := f"{linear}.{need}") in tensors}
         material = Material({name: self._weights(name) for name in linears}, statistics=statistics)
         for i, step in enumerate(chain):
-            material = step.knob.transform(step.level, self.packed(chain[: i + 1]), material)
+            material = step.knob.transform(step.site, step.level, self.packed(chain[: i + 1]), material)
         return material
 
     def _facts(self, chain: Chain) -> dict[str, object]:

@@ -27,8 +27,8 @@ def inverse_factor(hessian: Tensor, device: torch.device) -> Tensor:
     """The upper Cholesky factor U [K, K] of the inverse of the damped Hessian, float32 on `device`.
 
     0.01 times the mean of the diagonal is added to it, and ten times as much up to three times where that is not positive
-    definite. A dead column (an input that was always 0) gets the mean, so that nothing flows to or from it. The factor is found in
-    float64, as the square of the condition number of X leaves float32 few digits; it needs 24 K^2 bytes for a moment.
+    definite. Dead inputs (that were always 0) are not counted in the mean; nothing flows to or from them. The factor is found in
+    float64, as the square of the condition number of X leaves float32 few digits; it needs 32 K^2 bytes for a moment.
 
     Args:
         hessian: float [K, K], symmetric; its scale does not matter.
@@ -41,9 +41,8 @@ def inverse_factor(hessian: Tensor, device: torch.device) -> Tensor:
     diagonal = damped.diagonal()
     if not bool(damped.isfinite().all()):
         raise InputError(f"a hessian {list(hessian.shape)} holds NaN or infinity; the dense model overflows on the calibration text")
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    diagonal[dead] = mean
+    alive = diagonal[diagonal != 0]
+    mean = float(alive.mean()) if len(alive) else 1.0
     added = 0.0
     for damping in _DAMPING:
         diagonal += (damping - added) * mean

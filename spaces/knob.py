@@ -83,10 +83,11 @@ class Knob(ABC):
         """
         return {}
 
-    def transform(self, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
+    def transform(self, site: Site, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
         """The linears as this level leaves them: cut, masked, or with the values that the stored codes stand for.
 
         Args:
+            site: Where.
             level: Not the dense one.
             packed: What `build` returned.
             material: As given to `build`; it may hold some of the site's linears only.

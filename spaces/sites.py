@@ -41,6 +41,7 @@ class Linear:
         transposed: True where the weight is stored [K, N] (GPT-2's Conv1D) instead of [N, K].
         experts: E where the weight is a parameter [E, N, K] that holds a map for each expert; else 0.
         experts_per_token: Experts that a token is sent to.
+        kept: Weights that every row keeps; None for all. Only knobs set it, for those that come after them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Linear:
     transposed: bool = False
     experts: int = 0
     experts_per_token: int = 0
+    kept: int | None = None
 
     @property
     def weight(self) -> str:
@@ -65,6 +67,11 @@ class Linear:
     def parameters(self) -> int:
         """Weight elements of all experts; the bias is not searchable and not counted."""
         return self.in_features * self.rows
+
+    @property
+    def kept_parameters(self) -> int:
+        """Weight elements that are not pruned."""
+        return self.rows * (self.in_features if self.kept is None else self.kept)
 
     @property
     def parameters_per_token(self) -> int:

@@ -292,6 +292,11 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
         knob, levels = knobs[name], _levels(knobs[name], site, spec)
         if len(levels) < 2:
             continue
+        if knob.needs and any(linear.experts for linear in site.linears):
+            raise InputError(
+                f"knob {name} needs {', '.join(sorted(knob.needs))}, which is not collected for experts ({site.name}); "
+                "exclude such sites, or choose a method that needs no text"
+            )
         parent = deepest.get(site.linears[0].name) if site.linears else None
         contexts = {(): {}} if parent is None else shapes[parent]
         seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}

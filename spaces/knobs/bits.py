@@ -49,6 +49,10 @@ class Bits(Knob):
     def sites(self, structure: Structure) -> Sequence[Site]:
         return [site for site in structure.sites if site.kind == "linears"]
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return self._quantizer.needs
+
     def levels(self, site: Site) -> tuple[Level, ...]:
         """16 and every lower width that saves bytes; with few inputs the scales can weigh more than the bits saved."""
         dense = BYTES_DENSE * site.parameters
@@ -57,18 +61,22 @@ class Bits(Knob):
     def cost(self, site: Site, level: Level) -> Cost:
         if level == _DENSE:
             return {}
-        return {"linear_bytes": self._packed_bytes(site, int(level)) - BYTES_DENSE * site.parameters}
+        kept = sum(linear.kept_parameters for linear in site.linears)
+        return {"linear_bytes": self._packed_bytes(site, int(level)) - BYTES_DENSE * kept}
 
     def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
-        packed = {name: self._quantizer.quantize(weight, int(level)) for name, weight in material.weights.items()}
+        packed = {
+            name: self._quantizer.quantize(weight, int(level), material.masks.get(name), material.needed(name))
+            for name, weight in material.weights.items()
+        }
         return {f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()}
 
-    def transform(self, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
+    def transform(self, site: Site, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
         values: dict[str, Tensor] = {}
         for name, weight in material.weights.items():
             prefix = f"{name}."
             parts = {key.removeprefix(prefix): tensor for key, tensor in packed.items() if key.startswith(prefix)}
-            values[name] = self._quantizer.dequantize(parts, int(level), weight.shape[1], weight.dtype)
+            values[name] = self._quantizer.dequantize(parts, int(level), weight.shape[1], weight.dtype, material.masks.get(name))
         return material.with_weights(values)
 
     def kernel(self, site: Site, level: Level) -> str | None:
@@ -79,4 +87,4 @@ class Bits(Knob):
         return make_quantizer(self.quantizer, group_size=self.group_size, symmetric=self.symmetric)
 
     def _packed_bytes(self, site: Site, bits: int) -> int:
-        return sum(self._quantizer.packed_bytes(linear.rows, linear.in_features, bits) for linear in site.linears)
+        return sum(self._quantizer.packed_bytes(linear.rows, linear.in_features, bits, linear.kept) for linear in site.linears)

@@ -107,7 +107,7 @@ def test_decoded_levels_are_in_the_compute_dtype(tmp_path: Path) -> None:
 def test_decoded_levels_have_the_values_of_the_store_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     store = bank(tmp_path, weight=lambda name: weights(name).to(dtype))
     material = Material({name: weights(name).to(dtype) for name in NAMES})
-    expected = {f"{name}.weight": w for name, w in Bits().transform(8, store.packed(step(8)), material).weights.items()}
+    expected = {f"{name}.weight": w for name, w in Bits().transform(SITE, 8, store.packed(step(8)), material).weights.items()}
     found = store.decoded(step(8), NAMES)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name].float()) for name in expected)

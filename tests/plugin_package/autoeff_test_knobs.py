@@ -53,7 +53,7 @@ class Noise(Knob):
             noisy[f"{name}.weight"] = (weight.float() + noise).to(weight.dtype)
         return noisy
 
-    def transform(self, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
+    def transform(self, site: Site, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
         return material.with_weights({name: packed[f"{name}.weight"] for name in material.weights})
 
 

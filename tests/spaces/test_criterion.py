@@ -65,9 +65,14 @@ def test_every_run_keeps_exactly_its_number(name: str, pattern: tuple[int, int],
     assert (found.weight[~found.mask] == 0).all()
 
 
-@pytest.mark.parametrize("pattern", [Pattern(3), Pattern(1, 3)])
-def test_of_equal_scores_the_first_stay(pattern: Pattern) -> None:
-    assert pattern.mask(torch.ones(2, 9)).int().tolist() == 2 * [[1, 1, 1, 0, 0, 0, 0, 0, 0] if pattern.of is None else 3 * [1, 0, 0]]
+@pytest.mark.parametrize("of", [None, 3, 1500])
+def test_of_equal_scores_the_first_stay(of: int | None) -> None:
+    run = of or 6000
+    scores = torch.randint(0, 3, (2, 6000), generator=torch.Generator().manual_seed(0)).float()
+    mask = Pattern(run // 3, of).mask(scores).reshape(-1, run)
+    for row, kept in zip(scores.reshape(-1, run).tolist(), mask, strict=True):
+        first = sorted(range(run), key=lambda j: (-row[j], j))[: run // 3]
+        assert set(kept.nonzero()[:, 0].tolist()) == set(first)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,7 +23,11 @@ from autoeff.spaces.space import SpaceSpec, build_space
 ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "bits": ("bits", {"group_size": 8}),
     "bits, symmetric": ("bits", {"group_size": 16, "symmetric": True}),
+    "bits, gptq": ("bits", {"group_size": 8, "quantizer": "gptq"}),
     "skip": ("skip", {}),
+    "sparsity": ("sparsity", {}),
+    "sparsity, 2:4": ("sparsity", {"pattern": "2:4", "criterion": "magnitude"}),
+    "sparsity, sparsegpt": ("sparsity", {"criterion": "sparsegpt"}),
     "third party": ("noise", {"seed": 3}),
 }
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -51,16 +55,17 @@ def _output(model: nn.Module) -> Tensor:
 
 
 def _material(model: nn.Module, site: Site) -> Material:
-    return Material({linear.name: dense_weight(model.get_parameter(linear.weight).detach().half(), linear) for linear in site.linears})
+    weights = {linear.name: dense_weight(model.get_parameter(linear.weight).detach().half(), linear) for linear in site.linears}
+    known = {linear.name: {"input_norm": torch.ones(k), "hessian": torch.eye(k)} for linear in site.linears for k in [linear.in_features]}
+    return Material(weights, statistics={f"{name}.{key}": tensor for name, items in known.items() for key, tensor in items.items()})
 
 
 def _values(knob: Knob, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
     """As the bank does it: built from 16-bit weights, stored, read back."""
     if not knob.of_values:
         return {}
-    changed = knob.transform(
-        level, load(save({name: tensor.contiguous() for name, tensor in knob.build(site, level, material).items()})), material
-    )
+    stored = {name: tensor.contiguous() for name, tensor in knob.build(site, level, material).items()}
+    changed = knob.transform(site, level, load(save(stored)), material)
     return {linear.weight: changed.parameter(linear) for linear in site.linears}
 
 

@@ -28,7 +28,7 @@ def _weights(site: Site) -> dict[str, Tensor]:
 
 def _parameters(knob: Bits, site: Site, level: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     material = Material(weights)
-    changed = knob.transform(level, knob.build(site, level, material), material)
+    changed = knob.transform(site, level, knob.build(site, level, material), material)
     return {linear.weight: changed.parameter(linear) for linear in site.linears}
 
 
