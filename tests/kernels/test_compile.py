@@ -24,6 +24,10 @@ def test_every_kernel_compiles_for_hopper_and_fits(rows: list[Any]) -> None:
     variants = Counter(row.case.name for row in rows)
     assert variants == {
         "dequantize_wq": 5 * 5,  # widths; dtypes x symmetry, and a ragged one
+        "linear_24 left": 2,  # dtypes
+        "linear_lowrank expand": 2,
+        "linear_lowrank fused": 2 * 2,  # dtypes x ranks
+        "linear_lowrank shrink": 2,
         "linear_wq gemv": 5 * 2,  # widths x dtypes
         "linear_wq left": 5 * 2,
     }
