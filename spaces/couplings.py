@@ -229,6 +229,8 @@ class _Probe:
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         stand_ins = {id(tensor): _stand_in(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._model: Any = copy.deepcopy(model, stand_ins).eval()
+        if getattr(config := getattr(self._model, "config", None), "pad_token_id", None) is not None:
+            vars(config)["pad_token_id"] = None  # models that find it among the tokens ask for a mask
         self._blocks = structure.blocks
         widths = [0] * len(structure.blocks)
         for site in structure.sites:

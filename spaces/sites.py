@@ -184,7 +184,7 @@ class _Run:
 
 def _linears(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """The linears under `path` that can be decided about."""
-    chosen = {id(part) for _, mixture in _mixtures(module, path) for part in _choosers(mixture)}
+    chosen = {id(part) for _, mixture in _mixtures(module, path) for chooser in _choosers(mixture) for part in chooser.modules()}
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear | Conv1D) and id(child) not in chosen:
             yield f"{path}.{name}", child
@@ -205,11 +205,11 @@ def _mixtures(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _choosers(mixture: nn.Module) -> Iterator[nn.Module]:
-    """A mixture's router, which has an output for each expert, and the gate of its shared expert, which has one."""
+    """A mixture's router, whose weights have a row for each expert, and the gate of its shared expert, which has one row."""
     sizes = {parameter.shape[0] for _, experts in _experts(mixture, "") for parameter in experts.parameters(recurse=False)} | {1}
     for child in mixture.children():
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] in sizes:
+        matrices = [parameter for parameter in child.parameters() if parameter.dim() == 2]
+        if matrices and all(matrix.shape[0] in sizes for matrix in matrices):
             yield child
 
 
@@ -236,7 +236,7 @@ def _refuse_unknown_parts(block: nn.Module, path: str) -> None:
             raise InputError(f"cannot understand {name}: a list of linears inside a block (experts?)")
     for name, experts in _experts(block, path):
         _refuse_unknown_experts(name, experts)
-    chosen = {id(chooser.weight) for _, mixture in _mixtures(block, path) for chooser in _choosers(mixture)}
+    chosen = {id(weight) for _, mixture in _mixtures(block, path) for chooser in _choosers(mixture) for weight in chooser.parameters()}
     stacked = {id(parameter) for _, experts in _experts(block, path) for parameter in experts.parameters(recurse=False)}
     for name, parameter in block.named_parameters(prefix=path):
         if parameter.dim() >= 2 and name.rpartition(".")[0] not in linears and id(parameter) not in chosen | stacked:
@@ -301,12 +301,20 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
     options = {"use_cache": True} if "use_cache" in signature(model.forward).parameters else {}
     for name, experts in mixed:
         experts.forward = instead(name, experts)
+    config: Any = getattr(model, "config", None)
+    padding = getattr(config, "pad_token_id", None)
     try:
+        if padding is not None:
+            # some models look for it among the tokens, which have no values on the meta device; set past the checks of strict classes
+            vars(config)["pad_token_id"] = None
         with torch.no_grad():
             output = model(input_ids=tokens, **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"cannot understand {type(model).__name__}: it does not run on token ids alone: {error}") from error
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"cannot understand {type(model).__name__}: it does not run on token ids alone: {reason[0][:200]}") from error
     finally:
+        if padding is not None:
+            vars(config)["pad_token_id"] = padding
         for handle in handles:
             handle.remove()
         for _, experts in mixed:
@@ -314,11 +322,16 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
     if given and getattr(output, "logits", given[-1]) is not given[-1]:
         raise InputError(f"cannot understand {type(model).__name__}: it changes the logits that its head gives (caps or scales them?)")
     cache = getattr(output, "past_key_values", None)
-    return runs, [0 if cache is None else _bytes_per_token(cache.layers[i]) for i in range(len(blocks))]
+    layers = [None] * len(blocks) if cache is None else list(getattr(cache, "layers", []))
+    if len(layers) != len(blocks):
+        raise InputError(f"cannot understand {type(model).__name__}: its cache has {len(layers)} layers, it has {len(blocks)} blocks")
+    return runs, [_bytes_per_token(layer) for layer in layers]
 
 
 def _bytes_per_token(layer: Any) -> int:
-    """Keys and values [B=1, H, T, D] of one token, as the model itself keeps them."""
+    """Keys and values [B=1, H, T, D] of one token, as the model itself keeps them; layers that attend to nothing keep none."""
+    if getattr(layer, "keys", None) is None:
+        return 0
     return sum(int(kept.numel() // kept.shape[-2]) for kept in (layer.keys, layer.values)) * BYTES_DENSE
 
 

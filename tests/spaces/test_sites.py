@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AutoModel, AutoModelForCausalLM, GptOssConfig, T5Config
+from transformers import AlbertConfig, AutoModel, AutoModelForCausalLM, Ernie4_5_MoeConfig, GptOssConfig, T5Config
 
 from autoeff.errors import InputError
 from autoeff.spaces.knob import swap
@@ -221,6 +221,13 @@ def test_cache_bytes_are_keys_and_values_of_a_token(name: str, expected: int, us
     assert {site.kv_bytes for site in structure.sites if site.kind != "attention"} == {0}
 
 
+@pytest.mark.parametrize("padding", [0, 5, None])
+def test_padding_id_does_not_matter_and_stays(padding: int | None, tiny_model: MakeModel) -> None:
+    model = tiny_model("gpt2", "meta", pad_token_id=padding)
+    assert find_structure(model) == find_structure(tiny_model("gpt2"))
+    assert model.config.pad_token_id == padding  # type: ignore[union-attr]
+
+
 def test_tracing_leaves_nothing_behind(every_family: str, tiny_model: MakeModel) -> None:
     model = tiny_model(every_family)
     find_structure(model)
@@ -228,6 +235,14 @@ def test_tracing_leaves_nothing_behind(every_family: str, tiny_model: MakeModel)
 
 
 _TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_router_may_hold_its_linear_and_more() -> None:
+    config = Ernie4_5_MoeConfig(**_TINY, num_key_value_heads=2, moe_num_experts=4, moe_k=2, moe_intermediate_size=24)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    ffn = next(site for site in find_structure(model).sites if site.name == "model.layers.1.mlp")
+    assert {linear.name.split(".")[4] for linear in ffn.linears} == {"experts", "shared_experts"}
 
 
 def test_experts_of_another_form_are_refused_by_name() -> None:
