@@ -51,7 +51,8 @@ def inverse_factor(hessian: Tensor, device: torch.device) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
             identity = torch.eye(len(damped), dtype=damped.dtype, device=device)
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1).float()
     raise InputError(
         f"a hessian {list(hessian.shape)} is not positive definite, even with {_DAMPING[-1]:g} times its mean diagonal added; "
         "calibrate on other text, or use a rule that needs no hessian"

@@ -99,7 +99,8 @@ class Quantizer(ABC):
         """
         if missing := sorted(self.needs - statistics.keys()):
             raise ValueError(f"quantizer {self.name} needs the statistic {missing[0]!r}; got {', '.join(sorted(statistics)) or 'none'}")
-        kept = None if mask is None else _kept_per_row(mask, weight)
+        if mask is not None:
+            _kept_per_row(mask, weight)
         values = weight.float() if mask is None else weight.float().masked_fill(~mask, 0.0)
         least, greatest = (float(end) for end in torch.aminmax(values))
         if not (isfinite(least) and isfinite(greatest)):  # NaN shows in both ends
@@ -107,7 +108,7 @@ class Quantizer(ABC):
         if max(-least, greatest) > LARGEST:
             values = values.clamp(-LARGEST, LARGEST)
         found = self.codes(values, bits, mask, statistics)
-        codes = found.codes if mask is None else found.codes[mask].reshape(len(weight), kept)
+        codes = found.codes if mask is None else found.codes[mask].reshape(len(weight), -1)
         packed = dequantize_wq.pack(codes, bits) | {"scale": found.scale}
         return packed if found.minimum is None else packed | {"minimum": found.minimum}
 

@@ -49,7 +49,9 @@ class GPTQ(Quantizer):
             nearest = group.nearest(rest[0])
             codes[:, column] = nearest
             values = group.values(nearest)
-            return values if pruned is None else values.masked_fill_(pruned[column], 0.0)
+            if pruned is not None:
+                values.masked_fill_(pruned[column], 0.0)
+            return values
 
         compensated(weight[:, order], factor, fix)
         return Codes(codes, grid.scale[:, :, 0], None if grid.minimum is None else grid.minimum[:, :, 0])
