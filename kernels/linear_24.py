@@ -5,9 +5,9 @@ A weight [N, K] (K a multiple of 4) is kept as
     values   [N, K / 2] in float16 or bfloat16: the two kept of each four, in the order of their places
     places   uint8 [N, ceil(K / 8)]: 4 bits for each four, low bits first: place of the first value + 4 * place of the second, in 0 .. 3
 
-On CUDA few rows go through `left`: the tile is spread out in registers as the left operand of the (dense) tensor core; what is saved is memory
-traffic, 1.125 instead of 2 bytes a weight, not arithmetic. Many rows: spread out once, then the library's product. On the CPU the weight
-is spread out at every call: the format saves memory there, not time. The weights are not rounded; sums are float32.
+On CUDA few rows go through `left`: the tile is spread out in registers as the left operand of the (dense) tensor core; what is saved is
+memory traffic, 1.125 instead of 2 bytes a weight, not arithmetic. Many rows: spread out once, then the library's product. On the CPU the
+weight is spread out at every call: the format saves memory there, not time. The weights are not rounded; sums are float32.
 
 Source: the 2:4 pattern, Mishra et al. 2021 (arXiv:2104.08378).
 """

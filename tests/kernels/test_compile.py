@@ -23,6 +23,8 @@ def test_every_kernel_compiles_for_hopper_and_fits(rows: list[Any]) -> None:
     assert {row.as_json() for row in rows if not row.passes} == set()
     variants = Counter(row.case.name for row in rows)
     assert variants == {
+        "attention_decode join": 2,  # dtypes
+        "attention_decode part": 4 * 2,  # widths x dtypes
         "dequantize_wq": 5 * 5,  # widths; dtypes x symmetry, and a ragged one
         "linear_24 left": 2,  # dtypes
         "linear_lowrank expand": 2,
