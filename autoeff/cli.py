@@ -106,6 +106,7 @@ def search(
     trials: Annotated[int | None, _option("Search", "Budget in full-token evaluations; default 300.")] = None,
     timeout: Annotated[str | None, _option("Search", "Budget of wall time: 90s, 20m, 2h.", metavar="TIME")] = None,
     sampler: Annotated[str | None, _option("Search", "Who proposes; default additive.")] = None,
+    table_only: Annotated[bool | None, _option("Search", "Measure the damage table and stop there.", "--table-only")] = None,
     seed: Annotated[int | None, _option("Search", "Draws the windows and everything random; default 0.")] = None,
     device: Annotated[str | None, _option("Search", "cpu, cuda or cuda:N; default cpu.")] = None,
     config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
@@ -264,6 +265,65 @@ def resolve(
         print_json(resolution.to_json())
     else:
         print_resolution(resolution)
+
+
+@app.command()
+def sensitivity(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL|RUN", show_default=False, help="A model to measure, or a run whose table is shown.")
+    ] = None,
+    data: Annotated[str | None, _option("Text", "Text to measure on, as in search.")] = None,
+    windows: Annotated[int | None, _option("Text", "Windows of text (sentences for encoders); 0 takes all.")] = None,
+    length: Annotated[int | None, _option("Text", "Tokens per window.")] = None,
+    draw: Annotated[str | None, _option("Text", "Which windows: random, first, or their starts.", metavar="random|first|N,N…")] = None,
+    knobs: Annotated[str | None, _option("Space", "Knobs to measure; default bits.", metavar="NAME,NAME…")] = None,
+    settings: Annotated[
+        list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
+    ] = None,
+    include: Annotated[list[str] | None, _option("Space", "Only decisions (site:knob) like this; may be repeated.", metavar="GLOB")] = None,
+    exclude: Annotated[list[str] | None, _option("Space", "No decisions like this; may be repeated.", metavar="GLOB")] = None,
+    levels: Annotated[
+        list[str] | None, _option("Space", "Only these levels where decisions match; may be repeated.", metavar="GLOB=LEVEL,LEVEL…")
+    ] = None,
+    seed: Annotated[int | None, _option("Run", "Draws the windows; default 0.")] = None,
+    device: Annotated[str | None, _option("Run", "cpu, cuda or cuda:N; default cpu.")] = None,
+    config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
+    out: Annotated[
+        Path | None, _option("Run", "New folder for the run; default runs/<model>-<time>. Of a RUN: folder for the picture.", metavar="DIR")
+    ] = None,
+    form: Format = Form.TABLE,
+) -> None:
+    """Measures, or shows, what each level of each decision costs in quality alone, the worst first."""
+    from autoeff.search.sensitivity import full_table, is_run, write_damage
+    from autoeff.search.sensitivity import sensitivity as of_run
+    from autoeff.search.settings import Settings
+
+    machine = Settings.read()
+    picture = None
+    if model is not None and is_run(model, machine):
+        given = [name for name, value in ctx.params.items() if value and name not in ("model", "out", "form")]
+        if given:
+            raise InputError(f"{model} is a run, whose table is measured already; --{given[0].replace('_', '-')} is for a model")
+        found = of_run(model, machine)
+        picture = None if out is None else write_damage(found, out, machine)
+    else:
+        from autoeff.search.job import JobSpec
+        from autoeff.search.run import default_folder
+
+        spec = JobSpec.parse(job_fields(ctx.params, {} if config is None else JobSpec.read(config)))
+        folder = default_folder(spec.model) if out is None else out
+        with _resumable(folder), Watcher() as watcher:
+            found = full_table(spec, folder, machine, watcher.watch)
+        picture = write_damage(found, folder, machine)
+    if form is Form.JSON:
+        print_json(found.to_json() | {"picture": None if picture is None else str(picture)})
+        return
+    from autoeff.tables import print_sensitivity
+
+    print_sensitivity(found)
+    if picture is not None:
+        print_pairs({"picture": picture})
 
 
 @app.command()

@@ -12,8 +12,9 @@ from autoeff.spaces.measurements import measure
 if TYPE_CHECKING:
     from autoeff.search.compare import Comparison
     from autoeff.search.resolve import Resolution
+    from autoeff.search.sensitivity import Sensitivity
 
-__all__ = ["print_comparison", "print_resolution"]
+__all__ = ["print_comparison", "print_resolution", "print_sensitivity"]
 
 Row = Mapping[str, Any]
 
@@ -84,6 +85,31 @@ def print_comparison(comparison: Comparison) -> None:
     sys.stdout.write(f"\n{len(comparison.decisions)} decisions of the found configurations differ\n")
     for notice in comparison.notices:
         sys.stdout.write(f"{notice}\n")
+
+
+def print_sensitivity(found: Sensitivity) -> None:
+    """Every level of every decision, the worst first; then the sums over blocks and over sites."""
+    quality = found.quality
+
+    def text(damage: float | None) -> str:
+        return "fails" if damage is None else measure(quality).text(damage)
+
+    sys.stdout.write(f"{quality} lost by each level alone: {found.form}\n\n")
+    print_table(
+        ["decision", "level", f"{quality} alone", "spread", "method", "trial"],
+        [
+            [r["decision"], r["level"], text(r["damage"]), None if r["spread"] is None else f"{r['spread']:.2g}", r["method"], r["trial"]]
+            for r in found.rows
+        ],
+    )
+    for name, title, sums in (("site", "in all blocks together", found.sites), ("block", "at all sites of a block together", found.blocks)):
+        sys.stdout.write("\n")
+        print_table(
+            [name, "knob", "level", f"sum of {quality}", "decisions"],
+            [[row[name], row["knob"], row["level"], text(row["damage"]), row["decisions"]] for row in sums],
+            title=title,
+            left=2,
+        )
 
 
 def _setting(value: object) -> str:

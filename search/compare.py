@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autoeff.errors import InputError
+from autoeff.search.job import JobSpec
 from autoeff.search.limits import Limit
 from autoeff.search.pareto import non_dominated
 from autoeff.search.results import Results, all_trials
@@ -216,7 +217,11 @@ def _decisions(sides: Sequence[_Side]) -> dict[str, list[Any]]:
 
 def _settings(sides: Sequence[_Side]) -> dict[str, list[Any]]:
     """The fields of the jobs that differ, and the facts of machine and package that values depend on."""
-    facts = [dict(_flat(side.job.spec)) | {name: side.job.preflight.get(name) for name in ("hardware", "torch")} for side in sides]
+    facts = [
+        dict(_flat(JobSpec.parse(side.job.spec).model_dump(mode="json")))
+        | {name: side.job.preflight.get(name) for name in ("hardware", "torch")}
+        for side in sides
+    ]
     names = dict.fromkeys(name for fact in facts for name in fact)
     return {name: [fact.get(name) for fact in facts] for name in names if any(fact.get(name) != facts[0].get(name) for fact in facts)}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoeff.errors import AutoeffError, CandidateError, InputError, RunnerLost
 from autoeff.evaluators.loading import load_tokenizer
-from autoeff.search.guests import DamageTable, finalists, preamble, table_form
+from autoeff.search.guests import DamageTable, finalists, preamble, table_candidates, table_form
 from autoeff.search.results import Results, all_trials
 from autoeff.search.runner_process import RunnerProcess
 from autoeff.search.samplers.problem import Candidate, Problem
@@ -90,6 +90,9 @@ class Coordinator:
         self._full = {split: len(passages.ids) for split, passages in plan.preparation.passages.items()}
         self._quality = plan.preparation.quality
         self._problem: Problem = plan.problem
+        self._budget = float(plan.problem.trials)
+        if plan.spec.table_only:
+            self._budget = 1.0 + sum(candidate.windows for candidate in table_candidates(plan.problem)) / plan.problem.windows
         self._fence = 0
         self._stored: list[Trial] = []
         self._trials: list[Trial] = []
@@ -154,26 +157,31 @@ class Coordinator:
 
     def _search(self) -> dict[str, Any]:
         self._phase = "baselines"
-        guests = preamble(self._problem)
+        table_only = self._plan.spec.table_only
+        guests = preamble(self._problem, table_only=table_only)
         batch = next(guests)
         with suppress(StopIteration):
             while True:
                 batch = guests.send([self._evaluate(candidate).value(self._quality) for candidate in batch])
-        self._phase = "search"
-        study = Study(self._problem, self._plan.spec.sampler)
-        for trial in self._trials:
-            study.tell(trial)
-        while (asked := self._ask(study)) is not None and self._affordable(asked.candidate):
-            study.tell(self._evaluate(asked.candidate, state=asked.state))
-        self._phase = "confirming"
-        self._confirm()
+        if not table_only:
+            self._phase = "search"
+            study = Study(self._problem, self._plan.spec.sampler)
+            for trial in self._trials:
+                study.tell(trial)
+            while (asked := self._ask(study)) is not None and self._affordable(asked.candidate):
+                study.tell(self._evaluate(asked.candidate, state=asked.state))
+            self._phase = "confirming"
+            self._confirm()
         self._report("reporting")
         results = self._results()
         form = table_form(self._problem.space, self._problem.trials, self._problem.windows)
         table = DamageTable.measured(self._problem, self._known())
+        summary = results.summary(table, form)
+        if table_only:  # nothing was searched, so nothing was found, and nothing missed
+            summary |= {"state": "feasible", "front": [], "found": None, "closest": None}
         return {
-            **results.summary(table, form),
-            "completions": self._completions(results),
+            **summary,
+            "completions": None if table_only else self._completions(results),
             "seconds": time.monotonic() - self._started,
             "evaluations": self._used,
             "overhead_ms": {name: median(values) * 1e3 for name, values in self._overhead.items() if values},
@@ -326,9 +334,9 @@ class Coordinator:
     def _seconds_left(self, used: float) -> float | None:
         """At the pace of this process since its first evaluation; None before there is one."""
         fresh = sum(trial.cost for trial in self._trials[len(self._stored) + 1 :])
-        if not fresh or self._first_done is None or used > self._problem.trials:
+        if not fresh or self._first_done is None or used > self._budget:
             return None
-        return max(0.0, (time.monotonic() - self._first_done) / fresh * (self._problem.trials - used))
+        return max(0.0, (time.monotonic() - self._first_done) / fresh * (self._budget - used))
 
     def _keep_lease(self) -> None:
         if time.monotonic() - self._renewed > self._settings.lease_s / 3:
@@ -350,7 +358,7 @@ class Coordinator:
                 done=len(self._trials) if done is None else done,
                 total=total,
                 used=used,
-                budget=float(self._problem.trials),
+                budget=self._budget,
                 best=results.quality(within[0]) if within else None,
                 quality=self._quality,
                 front=len(results.front()),

@@ -16,7 +16,17 @@ from autoeff.search.samplers.ledger import Ledger
 from autoeff.search.samplers.problem import Candidate, Problem, stream
 from autoeff.spaces.space import Decision, SearchSpace
 
-__all__ = ["DamageTable", "TableForm", "finalists", "minimum_trials", "preamble", "table_form"]
+__all__ = [
+    "DamageTable",
+    "Key",
+    "TableForm",
+    "finalists",
+    "full_table_trials",
+    "minimum_trials",
+    "preamble",
+    "table_candidates",
+    "table_form",
+]
 
 TableForm = Literal["full", "quarter", "cheap"]
 """Every level on all windows; every level on a quarter of them; two levels of each decision on a quarter of them."""
@@ -41,29 +51,36 @@ def table_form(space: SearchSpace, trials: int, windows: int) -> TableForm:
     return next((form for form in _FORMS if 3 * _table_cost(space, form, windows) <= trials), "cheap")
 
 
+def full_table_trials(space: SearchSpace) -> int:
+    """The least budget whose table takes the full form."""
+    return -(-3 * _table_cost(space, "full", 1) // 1)
+
+
 def minimum_trials(space: SearchSpace, windows: int) -> int:
     """The least budget in full-token equivalents: dense, uniform levels, the cheap table and five more."""
     return 1 + len(space.uniform()) + -(-_table_cost(space, "cheap", windows) // 1) + _AFTER_TABLE
 
 
-def preamble(problem: Problem) -> Generator[list[Candidate], Sequence[float | None], None]:
+def preamble(problem: Problem, *, table_only: bool = False) -> Generator[list[Candidate], Sequence[float | None], None]:
     """Yields the guests in batches, and takes back the quality of each batch, in its order; None stands for a failure.
 
     The batches are: dense and every uniform level; the damage table; the additive optimum at each operating point; random
-    configurations within the limits of each operating point, `min(32, N/5)` in all and at most half of what is left.
+    configurations within the limits of each operating point, `min(32, N/5)` in all and at most half of what is left. With
+    `table_only` they are dense and the damage table.
     """
     known: dict[Key, float | None] = {}
     full = problem.windows
     zero = tuple([0] * len(problem.space.decisions))
     uniform = [(problem.space.indices(c.levels), name) for name, c in problem.space.uniform().items()]
-    batch = [Candidate(zero, full, "dense"), *(Candidate(indices, full, "uniform", name) for indices, name in uniform)]
+    dense = Candidate(zero, full, "dense")
+    batch = [dense, *(Candidate(indices, full, "uniform", name) for indices, name in uniform)]
     batch_of: list[Callable[[], list[Candidate]]] = [
-        lambda: batch,
+        lambda: [dense] if table_only else batch,
         lambda: table_candidates(problem),
         lambda: _additive(problem, known),
         lambda: _random(problem, sum((Fraction(windows, full) for _, windows in known), Fraction(0))),
     ]
-    for make in batch_of:
+    for make in batch_of[:2] if table_only else batch_of:
         candidates = make()
         values = yield candidates
         known.update({(c.indices, c.windows): value for c, value in zip(candidates, values, strict=True)})

@@ -91,6 +91,7 @@ class JobSpec(_Strict):
     limits: tuple[str, ...] = Field(default=(), description="Hard limits, e.g. weight_bytes<=0.30x.")
     budget: Budget = Field(default=Budget(), description="When to stop.")
     sampler: str = Field(default="additive", description="Who proposes.")
+    table_only: bool = Field(default=False, description="Measure the dense model and the damage table, and search nothing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Draws the windows and everything random.")
     batch: int = Field(default=1, ge=1, description="Sequences decoded together, for cache and read costs.")
     context: int | None = Field(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from autoeff.spaces.measurements import measure
 
-__all__ = ["Guest", "Picture", "draw_fronts", "draw_png", "draw_svg"]
+__all__ = ["Guest", "Picture", "draw_damage", "draw_fronts", "draw_png", "draw_svg"]
 
 _INK = {"ink": "#1c2330", "muted": "#6b7382", "line": "#d9dee7", "found": "#1d63d8", "guest": "#b4531a"}
 """Colours on white. In the SVG each stands for a CSS variable of the same name, so that the page can turn dark."""
@@ -24,6 +26,9 @@ _MARKS = {"dense": "P", "uniform": "s", "additive": "D", "random": "^", "found":
 _RUNS = (_INK["found"], _INK["guest"], "#2e8b57", "#8e44ad", "#b8860b", _INK["muted"])
 _DASHES = ("solid", "dashed", "dotted")
 """Runs in one picture: colours, and dashes where there are more runs than colours."""
+_HARM = LinearSegmentedColormap.from_list("harm", ["white", "#f6d7c3", _INK["guest"], "#5a2408"])
+_DARK = 0.6
+"""Share of the darkest colour from which text is white."""
 _MARGIN = 1.7
 """Factor below the least quality at which the axis ends."""
 _SIZES = {"found": 190, "dense": 70}
@@ -108,12 +113,44 @@ def draw_fronts(quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[flo
         for i, (name, points) in enumerate(fronts.items()):
             if shown := sorted(_positive(points)):
                 xs, ys = zip(*shown, strict=True)
-                style = {"color": _RUNS[i % len(_RUNS)], "linestyle": _DASHES[i // len(_RUNS) % len(_DASHES)]}
-                axes.plot(xs, ys, linewidth=1.4, drawstyle="steps-post", marker=".", markersize=6, label=name, **style)
+                colour, dash = _RUNS[i % len(_RUNS)], _DASHES[i // len(_RUNS) % len(_DASHES)]
+                axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.4, drawstyle="steps-post", marker=".", markersize=6, label=name)
         axes.set_ylabel(f"{quality}, {measure(quality).unit}")
         _label_cost(axes, cost)
         if axes.lines:
             axes.legend(loc="upper right", frameon=False, fontsize=8.5)
+        return _png(figure)
+
+
+def draw_damage(title: str, maps: Sequence[Mapping[str, Any]]) -> bytes:
+    """Grids of blocks by places as a PNG on white, one below the other, the more harm the darker.
+
+    Args:
+        title: Above all of them.
+        maps: From `report.damage_maps`.
+    """
+    columns, rows = max(len(m["places"]) for m in maps), sum(len(m["blocks"]) for m in maps)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2 + 0.5 * columns, 0.6 + 0.26 * rows + 2.4 * len(maps)), layout="constrained")
+        figure.suptitle(title, fontsize=10)
+        grids = figure.subplots(len(maps), 1, squeeze=False, height_ratios=[len(m["blocks"]) + 1 for m in maps])[:, 0]
+        for axes, grid in zip(grids, maps, strict=True):
+            cells = [[None if cell is None else cell["share"] for cell in row] for _, row in grid["blocks"]]
+            axes.imshow(
+                [[math.nan if share is None else share for share in row] for row in cells], cmap=_HARM, vmin=0, vmax=1, aspect="auto"
+            )
+            for y, (_, row) in enumerate(grid["blocks"]):
+                for x, cell in enumerate(row):
+                    if cell is not None:
+                        ink = "white" if cell["share"] > _DARK else _INK["ink"]
+                        axes.text(x, y, cell["text"], ha="center", va="center", fontsize=6.5, color=ink)
+            axes.set_xlim(-0.5, columns - 0.5)  # cells of one width in every grid
+            axes.set_title(grid["title"], loc="left", fontsize=10)
+            axes.set_ylabel("block")
+            axes.set_yticks(range(len(cells)), [str(block) for block, _ in grid["blocks"]], fontsize=7)
+            axes.set_xticks(range(len(grid["places"])), grid["places"], rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
         return _png(figure)
 
 

@@ -20,7 +20,7 @@ from autoeff.search.storage.records import Job
 from autoeff.spaces.measurements import measure
 from autoeff.spaces.space import Decision, SearchSpace
 
-__all__ = ["picture_of", "verdict", "write_report"]
+__all__ = ["damage_maps", "picture_of", "verdict", "write_report"]
 
 Row = Mapping[str, Any]
 _FAILURES_SHOWN = 20
@@ -50,7 +50,7 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
         front_svg=draw_svg(picture),
         chosen="best" if spec.limits else summary["found"] or "TRIAL",
         maps=_level_maps(space, rows, summary),
-        damage=_damage_map(space, summary),
+        damage=damage_maps(space, summary["table"]["damage"]),
         failures=_failures(rows),
     )
     paths = folder / "front.png", folder / "report.html"
@@ -152,9 +152,12 @@ def _level_maps(space: SearchSpace, rows: Sequence[Row], summary: Row) -> list[d
     return maps
 
 
-def _damage_map(space: SearchSpace, summary: Row) -> list[dict[str, Any]]:
-    """For every knob a grid of blocks by places and levels, each cell the quality lost by that level alone."""
-    damage: Mapping[str, Mapping[str, float | None]] = summary["table"]["damage"]
+def damage_maps(space: SearchSpace, damage: Mapping[str, Mapping[str, float | None]]) -> list[dict[str, Any]]:
+    """For every knob a grid of blocks by places and levels, each cell the quality lost by that level alone.
+
+    Each is a title, `places`, and `blocks`: pairs of a block and its cells (None, or text, title, and share of the darkest on a
+    logarithmic scale). `damage` is by decision key and level; None is a level that failed alone.
+    """
     values = [value for levels in damage.values() for value in levels.values() if value is not None and value > 0]
     if not values:
         return []

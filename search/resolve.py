@@ -19,7 +19,7 @@ import numpy as np
 
 from autoeff.errors import InputError
 from autoeff.search.allocators.dp import Allocator
-from autoeff.search.guests import DamageTable, table_candidates
+from autoeff.search.guests import table_candidates
 from autoeff.search.limits import Limit, check_reachable, parse_limit
 from autoeff.search.results import Results, all_trials, rows_of
 from autoeff.search.runs import open_run
@@ -29,6 +29,7 @@ from autoeff.search.samplers.evidence import Evaluation, Evidence, Indices
 from autoeff.search.samplers.ledger import Ledger
 from autoeff.search.samplers.neighbourhood import Neighbourhood
 from autoeff.search.samplers.problem import Candidate, Problem, stream
+from autoeff.search.sensitivity import known_table
 from autoeff.search.settings import Settings
 from autoeff.search.standing import problem_of
 from autoeff.search.storage.records import Job, Trial
@@ -174,17 +175,11 @@ class Resolver:
 
     def __init__(self, problem: Problem, trials: Sequence[Trial], limits: Sequence[Limit]) -> None:
         self.problem = problem
+        table, _ = known_table(problem, trials)
         evaluations = [_evaluation(problem, trial) for trial in trials if trial.split == "search" and trial.state.terminal]
-        known = {(e.indices, e.windows): e.value for e in evaluations}
-        wanted = [(c.indices, c.windows) for c in table_candidates(problem)]
-        if missing := sum(key not in known for key in wanted):
-            raise InputError(
-                f"this job has measured {len(wanted) - missing} of the {len(wanted)} levels of its damage table, and nothing can be "
-                "predicted before; `autoeff resume` goes on with it"
-            )
-        self._singles = {indices for indices, _ in wanted}
+        self._singles = {c.indices for c in table_candidates(problem)}
         self._evidence = Evidence(problem, evaluations)
-        self._model = DamageModel(problem.space, DamageTable.measured(problem, known).damage)
+        self._model = DamageModel(problem.space, table.damage)
         self._ledger = Ledger(problem.space, problem.cost_model, limits)
         self._allocator = Allocator(problem.space, problem.cost_model, limits, work=_WORK)
         self._place = Neighbourhood(problem, self._model, limits)

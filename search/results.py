@@ -134,7 +134,7 @@ class Results:
             "front": [trial.number for trial in self.front()],
             "found": None if first is None else first.number,
             "closest": None if first is not None else self._closest(),
-            "table": {"form": form, "damage": self._damage(table)},
+            "table": {"form": form, "damage": self.damage(table)},
             "additivity": self.additivity(table),
         }
 
@@ -155,7 +155,8 @@ class Results:
         kept = [t for t in self.full.values() if t.feasible]
         return min(kept, key=self.quality).number if kept else None
 
-    def _damage(self, table: DamageTable) -> dict[str, dict[str, float | None]]:
+    def damage(self, table: DamageTable) -> dict[str, dict[str, float | None]]:
+        """The table by decision key and level; None where the level alone fails."""
         return {
             decision.key: {str(level): value if value < inf else None for level, value in zip(decision.levels, row, strict=True)}
             for decision, row in zip(self.problem.space.decisions, table.damage, strict=True)
