@@ -39,7 +39,7 @@ class GPTQ(Quantizer):
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         factor = inverse_factor(hessian[order][:, order], weight.device)
         groups = [grid.at((slice(None), g, 0)) for g in range(grid.scale.shape[1])]
-        columns = order.tolist()
+        columns: list[int] = order.tolist()
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         pruned = None if mask is None else ~mask.T.contiguous()
 
