@@ -77,6 +77,17 @@ def test_the_better_one_is_the_answer_only_beyond_doubt(searched: Any) -> None:
     assert replace(found, answer="measured").chosen is found.measured
 
 
+@pytest.mark.parametrize("text", ["linear_bytes<=0.35x", "linear_bytes<=0.32x", TIGHT, "linear_bytes<=0.25x"])
+def test_nothing_measured_within_the_limits_is_better_than_what_is_predicted(searched: Any, text: str) -> None:
+    run = open_run(searched.loose, searched.settings)
+    with run.store as store:
+        problem, trials = problem_of(store.job(run.job_id)), all_trials(store, run.job_id)
+    limits = [parse_limit(text, problem.cost_model)]
+    best = Results(problem, trials).within(limits)[0].value("kl")
+    assert best is not None
+    assert Resolver(problem, trials, limits).prediction().value <= 1.02 * best  # the model repeats what it learnt to a per cent or so
+
+
 def test_a_running_search_answers_once_its_table_is_measured(searched: Any) -> None:
     run = open_run(searched.loose, searched.settings)
     with run.store as store:
