@@ -13,9 +13,11 @@ from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, 
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import Passages, make_passages
 from autoeff.spaces.configuration import digest_of
-from autoeff.spaces.knob import Knob
+from autoeff.spaces.couplings import coupled
+from autoeff.spaces.knob import Knob, known_knobs
 from autoeff.spaces.sites import Structure, find_structure
 from autoeff.spaces.space import SearchSpace, build_space
+from autoeff.spaces.units import UnitKnob
 
 __all__ = ["EVALUATOR_VERSION", "Preparation", "device_of", "prepare"]
 
@@ -32,6 +34,7 @@ class Preparation:
         space: Decisions with exact costs.
         knobs: By name.
         passages: Search and held-out text.
+        left_out: Sublayers whose units cannot be cut, and why.
         digest: Names everything that a quality value depends on besides configuration, split and windows.
     """
 
@@ -41,6 +44,7 @@ class Preparation:
     knobs: Mapping[str, Knob]
     passages: Mapping[Literal["search", "held_out"], Passages]
     device: torch.device
+    left_out: Mapping[str, str]
     digest: str
 
     @property
@@ -51,7 +55,10 @@ class Preparation:
     @property
     def notices(self) -> list[str]:
         """What the user must be told once."""
-        return [*self.facts.notices, *(n for p in self.passages.values() for n in p.notices)]
+        sublayers = {knob.sublayer for knob in self.knobs.values() if isinstance(knob, UnitKnob)}
+        whole = [site.name for site in self.structure.sites if site.kind in sublayers and site.name in self.left_out]
+        kept = [f"{whole[0]} keeps all its units ({len(whole)} sublayers in all do): {self.left_out[whole[0]]}"] if whole else []
+        return [*self.facts.notices, *kept, *(n for p in self.passages.values() for n in p.notices)]
 
     def report(self) -> dict[str, Any]:
         """The preflight as plain data, stored with the job."""
@@ -83,7 +90,11 @@ def prepare(setup: EvaluationSetup) -> Preparation:
     device = device_of(setup.device)
     facts = inspect_model(resolve_model(setup.model))
     check_memory(facts, device)
-    structure = find_structure(skeleton(facts), untie=setup.space.untie)
+    model = skeleton(facts)
+    structure = find_structure(model, untie=setup.space.untie)
+    left_out: Mapping[str, str] = {}
+    if any(knob.coupled for name, knob in known_knobs().items() if name in setup.space.knobs):
+        structure, left_out = coupled(model, structure)
     space, knobs = build_space(structure, setup.space)
     tokenizer = load_tokenizer(facts)
     passages = make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed)
@@ -97,7 +108,7 @@ def prepare(setup: EvaluationSetup) -> Preparation:
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
         }
     )
-    return Preparation(facts, structure, space, knobs, passages, device, digest)
+    return Preparation(facts, structure, space, knobs, passages, device, left_out, digest)
 
 
 def device_of(name: str) -> torch.device:

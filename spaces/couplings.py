@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,31 +21,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
-from autoeff.spaces.sites import Linear, Site, Structure
+from autoeff.spaces.sites import Coupling, Linear, Site, Structure
 
-__all__ = ["Coupling", "Couplings", "find_couplings"]
+__all__ = ["Couplings", "coupled", "find_couplings"]
 
 _TOKENS = 2  # a lone token is a special case in some attention code
 _ELEMENTS = 1 << 22  # that the linears of a block give in a pass: 16 MB
 _BATCH = 512
 _SPLITS = 3
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """The units of a sublayer: without the rows and columns of one of them the others compute what they did.
-
-    Attributes:
-        site: Name of the sublayer's site.
-        units: How many units U there are, in the order of their first columns.
-        rows: Outputs of the sublayer's first linears (and elements of their biases) by name, ascending, int64 [U, r].
-        columns: Inputs of its last linear by name, ascending, int64 [U, c]; over all units each input occurs once.
-    """
-
-    site: str
-    units: int
-    rows: Mapping[str, Tensor]
-    columns: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,6 +42,13 @@ class Couplings:
 
     found: Mapping[str, Coupling]
     left_out: Mapping[str, str]
+
+
+def coupled(model: nn.Module, structure: Structure) -> tuple[Structure, Mapping[str, str]]:
+    """The structure with a coupling at every sublayer that has one, and why the others have none, by name of the site."""
+    couplings = find_couplings(model, structure)
+    sites = tuple(replace(site, coupling=couplings.found.get(site.name)) for site in structure.sites)
+    return replace(structure, sites=sites), couplings.left_out
 
 
 def find_couplings(model: nn.Module, structure: Structure) -> Couplings:
@@ -98,7 +88,7 @@ def _coupling(probe: _Probe, site: Site) -> Coupling | str:
         if probe.reached(site, output, torch.zeros(1, output.out_features, dtype=torch.bool)).any():
             raise _LeftOutError(f"inputs of {output.name} are NaN although nothing is")
         find = _links if site.kind == "ffn" else _links_one_by_one
-        return _units(site.name, producers, output, {linear.name: find(probe, site, linear) for linear in producers})
+        return _units(producers, output, {linear.name: find(probe, site, linear) for linear in producers})
     except _LeftOutError as reason:
         return str(reason)
 
@@ -109,7 +99,7 @@ def _moved(answer: Coupling | str, source: Site, target: Site) -> Coupling | str
         return answer
     names = {a.name: b.name for a, b in zip(source.linears, target.linears, strict=True)}
     rows, columns = ({names[name]: tensor for name, tensor in part.items()} for part in (answer.rows, answer.columns))
-    return Coupling(target.name, answer.units, rows, columns)
+    return Coupling(answer.units, rows, columns)
 
 
 def _plans(blocks: Sequence[nn.Module]) -> list[str]:
@@ -182,7 +172,7 @@ def _digits(count: int) -> Tensor:
     return torch.stack([torch.arange(count) >= half, *((place >> bit & 1).bool() for bit in range(max(1, (half - 1).bit_length())))])
 
 
-def _units(site: str, producers: Sequence[Linear], output: Linear, links: Mapping[str, Tensor]) -> Coupling:
+def _units(producers: Sequence[Linear], output: Linear, links: Mapping[str, Tensor]) -> Coupling:
     """The connected parts of rows and columns.
 
     Every column takes the least column that it shares a row with, until nothing changes.
@@ -208,7 +198,7 @@ def _units(site: str, producers: Sequence[Linear], output: Linear, links: Mappin
         chosen[linear.name] = _of_each_unit(of_row, units, linear.name)
     if units == 1:
         raise _LeftOutError(f"all inputs of {output.name} depend on each other")
-    return Coupling(site, units, chosen, {output.name: _of_each_unit(unit, units, output.name)})
+    return Coupling(units, chosen, {output.name: _of_each_unit(unit, units, output.name)})
 
 
 def _of_each_unit(unit: Tensor, units: int, name: str) -> Tensor:

@@ -107,7 +107,13 @@ class Criterion(ABC):
 
 @dataclass(frozen=True)
 class ScoreCriterion(Criterion):
-    """A criterion that keeps the weights of greatest score and leaves them as they are."""
+    """A criterion that keeps the weights of greatest score and leaves them as they are.
+
+    Attributes:
+        power: Of scores when those of a unit are summed: 2 where they are like lengths, 1 where they are like losses.
+    """
+
+    power: ClassVar[int] = 2
 
     @abstractmethod
     def scores(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ class Knob(ABC):
         kind: Fixes the order at one site, see `KINDS`.
         conflicts: Names of knobs that may not be in the same space.
         uniform: Whether "the same level everywhere" is a configuration that people use, hence a baseline.
+        coupled: Whether its sites are those whose units `couplings.py` has found.
         beside: Parts of what `build` returns that stay stored when a later knob stores the values, such as a mask.
     """
 
@@ -46,6 +47,7 @@ class Knob(ABC):
     kind: ClassVar[Kind]
     conflicts: ClassVar[frozenset[str]] = frozenset()
     uniform: ClassVar[bool] = True
+    coupled: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = frozenset()
 
     @property

@@ -11,8 +11,8 @@ The model may live on the meta device: only shapes are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from inspect import signature
 from itertools import takewhile
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from autoeff.errors import InputError
 
-__all__ = ["BYTES_DENSE", "Linear", "Site", "Structure", "find_structure"]
+__all__ = ["BYTES_DENSE", "Coupling", "Linear", "Site", "Structure", "find_structure"]
 
 BYTES_DENSE = 2  # dense = 16 bit, whatever the checkpoint stores
 _TRACE_TOKENS = 4
@@ -80,6 +80,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Coupling:
+    """The units of a sublayer: without the rows and columns of one of them the others compute what they did.
+
+    Attributes:
+        units: How many units U there are, in the order of their first columns.
+        rows: Outputs of the sublayer's first linears (and elements of their biases) by name, ascending, int64 [U, r].
+        columns: Inputs of its last linear by name, ascending, int64 [U, c]; over all units each input occurs once.
+    """
+
+    units: int
+    rows: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Site:
     """A place that one decision of a knob can be about.
 
@@ -92,6 +107,7 @@ class Site:
         kv_bytes: Cache bytes per token and sequence at 16 bit; attention of decoders only.
         outputs: Names of the parameters (weights and biases) of every projection that writes to the residual stream: with zeros
             in all of them the sublayer adds nothing; sublayers only.
+        coupling: Its units, where `couplings.py` was asked and found some; sublayers only.
     """
 
     name: str
@@ -101,6 +117,7 @@ class Site:
     output: str | None = None
     kv_bytes: int = 0
     outputs: tuple[str, ...] = ()
+    coupling: Coupling | None = field(default=None, compare=False, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -135,9 +152,6 @@ class Structure:
     def linears(self) -> tuple[Linear, ...]:
         """Every searchable linear once."""
         return tuple(linear for site in self.sites if site.kind == "linears" for linear in site.linears)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:

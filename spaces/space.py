@@ -287,7 +287,8 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
     _check_globs(spec, pairs, knobs)
     decisions: list[Decision] = []
     shapes: list[dict[Context, Mapping[str, Linear]]] = []  # of each decision: by its context and branch, the linears as it leaves them
-    deepest: dict[str, int] = {}  # linear name -> index of the last decision with branches that is about it
+    branching: dict[str, int] = {}  # linear name -> index of the last decision with branches that is about it
+    shaping: dict[str, int] = {}  # the same, with those that make its values too: they are undone together
     for site, name in pairs:
         knob, levels = knobs[name], _levels(knobs[name], site, spec)
         if len(levels) < 2:
@@ -297,7 +298,8 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
                 f"knob {name} needs {', '.join(sorted(knob.needs))}, which is not collected for experts ({site.name}); "
                 "exclude such sites, or choose a method that needs no text"
             )
-        parent = deepest.get(site.linears[0].name) if site.linears else None
+        above = shaping if knob.of_values else branching
+        parent = above.get(site.linears[0].name) if site.linears else None
         contexts = {(): {}} if parent is None else shapes[parent]
         seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}
         branches = _branches(knob, site, levels)
@@ -311,8 +313,11 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
                 for branch, level in followed.items()
             }
         )
+        latest = dict.fromkeys((linear.name for linear in site.linears), len(decisions) - 1)
         if set(branches) != {0}:
-            deepest.update(dict.fromkeys((linear.name for linear in site.linears), len(decisions) - 1))
+            branching.update(latest)
+        if set(branches) != {0} or knob.of_values:
+            shaping.update(latest)
     if not decisions:
         raise InputError(f"the space is empty: include, exclude and levels leave nothing to decide for {', '.join(knobs) or 'no knob'}")
     return SearchSpace(tuple(decisions), _dense(structure)), knobs
@@ -330,16 +335,16 @@ def _branches(knob: Knob, site: Site, levels: Sequence[Level]) -> tuple[int | No
 
 
 def _pairs(structure: Structure, knobs: Mapping[str, Knob]) -> list[tuple[Site, str]]:
-    """Site and knob of every decision; at one site those that silence others come first, then the order of the kinds.
+    """Site and knob of every decision; at one site those that silence others come first, then the order of the kinds, masks before codes.
 
     The order in which the user names the knobs plays no part, so the same knobs are the same space.
     """
     position = {site.name: i for i, site in enumerate(structure.sites)}
 
-    def order(pair: tuple[Site, str]) -> tuple[int, bool, int, str]:
+    def order(pair: tuple[Site, str]) -> tuple[int, bool, int, bool, str]:
         site, name = pair
         silences = any(knobs[name].silences(site, level) for level in knobs[name].levels(site))
-        return position[site.name], not silences, KINDS.index(knobs[name].kind), name
+        return position[site.name], not silences, KINDS.index(knobs[name].kind), not knobs[name].beside, name
 
     return sorted(((site, name) for name, knob in knobs.items() for site in knob.sites(structure)), key=order)
 
@@ -373,5 +378,5 @@ def _dense(structure: Structure) -> dict[str, int]:
         "other_bytes": (structure.parameters - linear) * BYTES_DENSE,
         "lookup_bytes": structure.lookup_parameters * BYTES_DENSE,
         "kv_bytes_per_token": sum(site.kv_bytes for site in structure.sites),
-        "flops_per_token": 2 * (linear + structure.head_parameters),
+        "flops_per_token": 2 * (sum(item.parameters_per_token for item in structure.linears) + structure.head_parameters),
     }

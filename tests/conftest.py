@@ -146,6 +146,15 @@ def tiny_model(tiny_config: Callable[..., Any]) -> Callable[..., nn.Module]:
     return make
 
 
+@pytest.fixture
+def stored_family(every_family: str, tiny_model: Callable[..., nn.Module], tmp_path: Path) -> Path:
+    """A directory with the tiny model of each family in turn, in float16, and a tokenizer."""
+    folder = tmp_path / every_family
+    tiny_model(every_family, vocab_size=160).half().save_pretrained(folder)  # type: ignore[operator]
+    _tiny_tokenizer(encoder=every_family in ("bert", "roberta")).save_pretrained(folder)
+    return folder
+
+
 def _tiny_tokenizer(*, encoder: bool) -> PreTrainedTokenizerFast:
     """Bytes and a few merges; puts `<s>` in front, encoders also `</s>` behind. The first ids are <s> </s> <pad>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

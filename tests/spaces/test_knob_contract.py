@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import KINDS, Knob, Undo, make_knob, swap
 from autoeff.spaces.material import Material, dense_weight
 from autoeff.spaces.sites import Site, Structure, find_structure
@@ -28,6 +29,8 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "sparsity": ("sparsity", {}),
     "sparsity, 2:4": ("sparsity", {"pattern": "2:4", "criterion": "magnitude"}),
     "sparsity, sparsegpt": ("sparsity", {"criterion": "sparsegpt"}),
+    "width": ("width", {}),
+    "heads": ("heads", {"criterion": "magnitude"}),
     "third party": ("noise", {"seed": 3}),
 }
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -45,7 +48,7 @@ def model(family: str, make_model: Callable[..., nn.Module]) -> nn.Module:
 
 @pytest.fixture
 def structure(model: nn.Module) -> Structure:
-    return find_structure(model)
+    return coupled(model, find_structure(model))[0]
 
 
 def _output(model: nn.Module) -> Tensor:
