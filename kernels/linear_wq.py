@@ -85,7 +85,7 @@ class CpuWeight:
     activation read twice): what is narrower than a field is not faster here. Time grows with M: above 8 rows a dense bfloat16 product wins.
 
     Rounded to bfloat16, beside the result: the scale, and the minimum after the codes are centred (for 6 and 8 bits as the sum of two
-    bfloat16 numbers). The scale's rounding moves all weights of a group together by at most 2^-9 of their distance from the centre.
+    bfloat16 numbers). The scale's rounding moves all weights of a group together by at most 2^-8 of their distance from the centre.
 
     Args:
         weight: On the CPU; its group must be a multiple of 32.
@@ -138,7 +138,7 @@ class CpuWeight:
         if x.dtype != torch.bfloat16 or x.shape[-1] != self.k:
             raise ValueError(f"x must be bfloat16 [..., {self.k}]: got {x.dtype} {tuple(x.shape)}")
         if self._plain and x.dim() == 2:  # no view, no slice: at small sizes each costs as much as the product
-            y = torch._weight_int4pack_mm_for_cpu(x, self._packed, self._group, self._scale_and_zero)
+            y = torch._weight_int4pack_mm_for_cpu(x.contiguous(), self._packed, self._group, self._scale_and_zero)
             return y if bias is None else y + bias
         rows = x.reshape(-1, self.k)
         if self._missing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def label(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in config.items() if name != "kernel")
 
 
-@cache  # by sizes: a model has few
+@lru_cache(maxsize=4096)
 def _nearest(op: str, m: int, n: int, k: int, device: str) -> Mapping[str, Any]:
     entries = configurations(op, device)
     rows = min((entry["m"] for entry in entries if entry["m"] >= m), default=max(entry["m"] for entry in entries))

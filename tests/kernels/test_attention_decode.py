@@ -1,7 +1,7 @@
 """Decode attention against float64 on the same stored cache.
 
 Limits (relative Frobenius error; twice that for the worst head): the result and the probabilities are rounded once, for packed keys the
-scaled query too, each by at most u = 2^-11 (fp16) or 2^-8 (bf16) halved, about u / sqrt(3) on average. Scores stay below 8 here, so
+scaled query too, each by at most u = 2^-11 (fp16) or 2^-8 (bf16), about u / sqrt(3) on average. Scores stay below 8 here, so
 that the error of the query moves a probability by at most 8 u. On the CPU a packed cache is also rounded when it is decoded. 1e-3 and
 6e-3 for 16 bits, twice that for packed caches, whose numbers are larger than what they add up to.
 """

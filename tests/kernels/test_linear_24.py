@@ -56,6 +56,8 @@ def test_format_is_the_documented_one() -> None:
     packed = pack(torch.tensor([[0, 5, 0, 6, 7, 0, 0, 0, 0, 0, 8, 9]]).half())
     assert packed.values.tolist() == [[5, 6, 7, 0, 8, 9]]
     assert packed.places.tolist() == [[(1 | 3 << 2) | (0 | 1 << 2) << 4, 2 | 3 << 2]]
+    single = pack(torch.tensor([[0, 0, 0, 7]]).half())  # filled up with a zero, in the order of places
+    assert (single.values.tolist(), single.places.tolist()) == ([[0, 7]], [[0 | 3 << 2]])
 
 
 def test_a_weight_costs_nine_sixteenths() -> None:

@@ -1,7 +1,7 @@
 """The low-rank pair against float64.
 
-Limits (relative Frobenius error; twice that for the worst row): V x and the result are rounded once each to u = 2^-11 (fp16) or 2^-8 (bf16)
-spacing halves, on average u / sqrt(3) of themselves; errors of V x average out over R. Together below 1e-3 and 6e-3; float32 below 1e-6.
+Limits (relative Frobenius error; twice that for the worst row): V x and the result are rounded once each, by at most u = 2^-11 (fp16) or
+2^-8 (bf16), on average u / sqrt(3) of themselves; errors of V x average out over R. Together below 1e-3 and 6e-3; float32 below 1e-6.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The low-bit linear against float64 on the same packed weight.
 
-Limits, as the relative Frobenius error (and twice that for the worst row): a 16-bit number is off by at most u = 2^-11 (fp16) or 2^-8 / 2
+Limits, as the relative Frobenius error (and twice that for the worst row): a 16-bit number is off by at most u = 2^-11 (fp16) or 2^-8
 (bf16), about u / sqrt(3) on average. The result is rounded once, a weight at most three times (its scale or minimum, the product, the sum),
 independently, so the mean error stays below 2 u / sqrt(3) = 5.6e-4 or 4.5e-3; the limits 1e-3 and 6e-3 leave the rest to chance.
 """
@@ -69,15 +69,28 @@ def test_packed_cpu_kernel_gives_the_exact_product(m: int, n: int, k: int, group
     _assert_near(packed(x), reference(x, weight), LIMIT[torch.bfloat16])
 
 
-def test_packed_cpu_kernel_rounds_a_centred_minimum() -> None:
-    """The minimum of 2 bits is -1.5 scales, that of the kernel's 4-bit fields would be 6.5: a larger number to round."""
-    weight = _weight(64, 256, 2, 64)
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_cpu_kernel_rounds_as_it_says(bits: int) -> None:
+    """Weight by weight: bfloat16 moves a number by at most 2^-8 of itself; the scale's part grows with the distance from the centre.
+
+    The minimum of 2 bits is -1.5 scales, that of the kernel's 4-bit fields would be 6.5: without centring this fails.
+    """
+    weight = _weight(64, 256, bits, 64)
     assert weight.minimum is not None
-    exact, x = reference(torch.eye(256), weight), torch.eye(256).bfloat16()
-    away = (CpuWeight(weight)(x).double() - exact).abs()
-    step = weight.scale.double().repeat_interleave(64, 1).T
-    bound = 2.0**-8 * (2 * step + (weight.minimum.double().repeat_interleave(64, 1).T + 2 * step).abs() + exact.abs())
-    assert bool((away <= bound).all())
+    step, minimum = (table.double().repeat_interleave(64, 1).T for table in (weight.scale, weight.minimum))
+    exact, centre = reference(torch.eye(256), weight), minimum + 2.0 ** (bits - 1) * step
+    if bits <= 4:
+        moved = (exact - centre).abs() + centre.abs()
+    else:  # high and low field apart, at most 16 steps in opposite directions; the centre in two numbers
+        moved = (exact - centre).abs() + 16 * step + 2.0**-8 * (centre + 8 * step).abs()
+    away = (CpuWeight(weight)(torch.eye(256).bfloat16()).double() - exact).abs()
+    assert bool((away <= 2.0**-8 * 1.01 * (moved + exact.abs())).all())  # 1.01: rounding is of what was rounded already
+
+
+def test_strided_activations_are_taken() -> None:
+    weight, x = _weight(32, 64, 4, 32), _input(3, 128, torch.bfloat16)[:, ::2]
+    for found in (linear(x, weight), linear(x, CpuWeight(weight))):
+        _assert_near(found, reference(x, weight), LIMIT[torch.bfloat16])
 
 
 def test_leading_dimensions_are_kept() -> None:
