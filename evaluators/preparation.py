@@ -12,11 +12,12 @@ from autoeff.errors import InputError
 from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, memory_needed, resolve_model, skeleton
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import Passages, make_passages
+from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob, known_knobs
 from autoeff.spaces.sites import Structure, find_structure
-from autoeff.spaces.space import SearchSpace, build_space
+from autoeff.spaces.space import SearchSpace
 from autoeff.spaces.units import UnitKnob
 
 __all__ = ["EVALUATOR_VERSION", "Preparation", "device_of", "prepare"]

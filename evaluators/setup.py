@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autoeff.evaluators.text import TextSpec
+from autoeff.spaces.build import SpaceSpec
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement, Split
-from autoeff.spaces.space import SpaceSpec
 
 __all__ = ["EvaluationRequest", "EvaluationSetup", "measurement_from_json", "measurement_to_json"]
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from autoeff.errors import InputError
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import TextSpec
+from autoeff.spaces.build import SpaceSpec
 from autoeff.spaces.configuration import Level
-from autoeff.spaces.space import SpaceSpec
 
 __all__ = ["Budget", "Data", "JobSpec", "Space"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.space import SpaceSpec
+from autoeff.spaces.build import SpaceSpec
 
 TEXT = "the dog sat on the mat and the cat ate the hat while all the others went there again and again\n" * 60
 

@@ -11,7 +11,7 @@ import torch
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.space import SpaceSpec
+from autoeff.spaces.build import SpaceSpec
 
 KNOBS = {
     "bits": {"group_size": 16},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -146,3 +148,9 @@ def test_trials_are_not_added_to_a_search_that_goes_on(searched: Any) -> None:
     with pytest.raises(InputError, match="when it has ended"):
         resolve(searched.loose, [TIGHT], searched.settings, measure=True)
     assert searched.rows(searched.loose) == before
+
+
+def test_an_answer_from_stored_measurements_loads_no_model_library() -> None:
+    code = "import sys, autoeff.search.resolve; print(sorted({'torch', 'transformers', 'optuna', 'scipy'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

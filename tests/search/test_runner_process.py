@@ -18,7 +18,7 @@ from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.text import TextSpec
 from autoeff.search.runner_process import RunnerProcess
 from autoeff.search.settings import Settings
-from autoeff.spaces.space import SpaceSpec
+from autoeff.spaces.build import SpaceSpec
 
 FFN = "model.layers.{}.mlp:faulty"
 LEVELS = {FFN.format(i): "none" for i in range(3)}

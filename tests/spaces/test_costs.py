@@ -9,12 +9,13 @@ from fractions import Fraction
 import pytest
 from torch import Tensor, nn
 
+from autoeff.spaces.build import SpaceSpec, build_space
 from autoeff.spaces.configuration import Configuration
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import Knob
 from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Structure, find_structure
-from autoeff.spaces.space import SearchSpace, SpaceSpec, build_space
+from autoeff.spaces.space import SearchSpace
 
 BATCH, CONTEXT = 3, 50
 

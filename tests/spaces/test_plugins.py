@@ -47,8 +47,8 @@ def test_faulty_knob_raises_and_makes_nan(third_party_knobs: Path, make_model: C
     site = next(site for site in find_structure(model).sites if site.kind == "ffn")
     knob = make_knob("faulty", {})
     with pytest.raises(RuntimeError, match="told to raise"):
-        knob.apply(model, site, "raise", {})
-    undo = knob.apply(model, site, "nan", {})
+        knob.apply(model, site, "raise")
+    undo = knob.apply(model, site, "nan")
     tokens = torch.tensor([[1, 2, 3]])
     assert model(tokens).logits.isnan().any()
     undo()
@@ -66,7 +66,7 @@ for level in ("segfault", "hog", "loop"):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
-            knob.apply(None, None, level, {})
+            knob.apply(None, None, level)
         except MemoryError:
             os._exit(7)
     time.sleep(0.3)

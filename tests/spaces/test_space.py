@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoeff.errors import InputError
-from autoeff.spaces import space as module
+from autoeff.spaces import build as module
+from autoeff.spaces.build import SpaceSpec, build_space
 from autoeff.spaces.knob import Kind, Knob, make_knob
 from autoeff.spaces.sites import Structure
-from autoeff.spaces.space import Context, Decision, SearchSpace, SpaceSpec, build_space
+from autoeff.spaces.space import Context, Decision, SearchSpace
 
 MakeStructure = Callable[..., Structure]
 BOTH = {"bits": {}, "skip": {}}

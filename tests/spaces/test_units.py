@@ -56,7 +56,7 @@ def test_kept_heads_bring_their_query_heads_and_their_cache(make_model: MakeMode
     model = make_model("llama")  # 4 query heads on 2 KV heads of 8
     knob = make_knob("heads", {"criterion": "magnitude"})
     assert isinstance(knob, UnitKnob)
-    site, material = sublayer(model, knob)
+    site, _ = sublayer(model, knob)
     assert knob.levels(site) == (1, 0.5)  # what three quarters and a quarter of two heads round up to is there already
     left = knob.left(site, 0.5)
     assert [(linear.out_features, linear.in_features) for linear in left.linears] == [(16, 32), (8, 32), (8, 32), (32, 16)]

@@ -1,0 +1,146 @@
+"""Builds the search space of a model: which knobs decide where, what depends on what, and what every level costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from autoeff.errors import InputError
+from autoeff.spaces.configuration import Level
+from autoeff.spaces.knob import KINDS, Knob, make_knob
+from autoeff.spaces.sites import BYTES_DENSE, Linear, Site, Structure
+from autoeff.spaces.space import Context, Decision, SearchSpace
+
+__all__ = ["SpaceSpec", "build_space"]
+
+
+@dataclass(frozen=True)
+class SpaceSpec:
+    """What the user says about the space.
+
+    Attributes:
+        knobs: Settings by knob name.
+        include: Globs over decision keys (`site:knob`); a decision needs one match.
+        exclude: Globs that remove decisions again.
+        levels: Glob to allowed levels; the dense level always stays. The last matching glob holds.
+        untie: Split fused sites: every linear decides for itself.
+    """
+
+    knobs: Mapping[str, Mapping[str, Any]]
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    levels: Mapping[str, Sequence[Level]] = field(default_factory=dict)
+    untie: bool = False
+
+
+def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dict[str, Knob]]:
+    """The space of `structure` under `spec`, and its knobs by name.
+
+    Raises:
+        InputError: Unknown or conflicting knobs, a glob that matches nothing, or no decision left.
+    """
+    knobs = {name: make_knob(name, settings) for name, settings in spec.knobs.items()}
+    for name, knob in knobs.items():
+        if clash := sorted(knob.conflicts & knobs.keys()):
+            raise InputError(f"knob {name} cannot be searched together with {', '.join(clash)}")
+        if not knob.sites(structure):
+            raise InputError(f"knob {name} finds nothing to decide about in this {structure.model_type} model")
+    pairs = _pairs(structure, knobs)
+    _check_globs(spec, pairs, knobs)
+    decisions: list[Decision] = []
+    shapes: list[dict[Context, Mapping[str, Linear]]] = []  # of each decision: by its context and branch, the linears as it leaves them
+    branching: dict[str, int] = {}  # linear name -> index of the last decision with branches that is about it
+    shaping: dict[str, int] = {}  # the same, with those that make its values too: they are undone together
+    for site, name in pairs:
+        knob, levels = knobs[name], _levels(knobs[name], site, spec)
+        if len(levels) < 2:
+            continue
+        if knob.needs and any(linear.experts for linear in site.linears):
+            raise InputError(
+                f"knob {name} needs {', '.join(sorted(knob.needs))}, which is not collected for experts ({site.name}); "
+                "exclude such sites, or choose a method that needs no text"
+            )
+        above = shaping if knob.of_values else branching
+        parent = above.get(site.linears[0].name) if site.linears else None
+        contexts = {(): {}} if parent is None else shapes[parent]
+        seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}
+        branches = _branches(knob, site, levels)
+        costs = {context: tuple(dict(knob.cost(as_left, level)) for level in levels) for context, as_left in seen.items()}
+        decisions.append(Decision(site.name, name, site.block, levels, costs, parent, branches, knob.uniform))
+        followed = {branch: level for branch, level in zip(reversed(branches), reversed(levels), strict=True) if branch is not None}
+        shapes.append(
+            {
+                (*context, branch): {**contexts[context], **{linear.name: linear for linear in knob.left(as_left, level).linears}}
+                for context, as_left in seen.items()
+                for branch, level in followed.items()
+            }
+        )
+        latest = dict.fromkeys((linear.name for linear in site.linears), len(decisions) - 1)
+        if set(branches) != {0}:
+            branching.update(latest)
+        if set(branches) != {0} or knob.of_values:
+            shaping.update(latest)
+    if not decisions:
+        raise InputError(f"the space is empty: include, exclude and levels leave nothing to decide for {', '.join(knobs) or 'no knob'}")
+    return SearchSpace(tuple(decisions), _dense(structure)), knobs
+
+
+def _reshaped(site: Site, linears: Mapping[str, Linear]) -> Site:
+    """The site with those of its linears replaced that `linears` names."""
+    return replace(site, linears=tuple(linears.get(linear.name, linear) for linear in site.linears))
+
+
+def _branches(knob: Knob, site: Site, levels: Sequence[Level]) -> tuple[int | None, ...]:
+    """The branch of each level: equal where the level leaves the same site, None where it silences what comes later."""
+    known: dict[Site, int] = {}
+    return tuple(None if knob.silences(site, level) else known.setdefault(knob.left(site, level), len(known)) for level in levels)
+
+
+def _pairs(structure: Structure, knobs: Mapping[str, Knob]) -> list[tuple[Site, str]]:
+    """Site and knob of every decision; at one site those that silence others come first, then the order of the kinds, masks before codes.
+
+    The order in which the user names the knobs plays no part, so the same knobs are the same space.
+    """
+    position = {site.name: i for i, site in enumerate(structure.sites)}
+
+    def order(pair: tuple[Site, str]) -> tuple[int, bool, int, bool, str]:
+        site, name = pair
+        silences = any(knobs[name].silences(site, level) for level in knobs[name].levels(site))
+        return position[site.name], not silences, KINDS.index(knobs[name].kind), not knobs[name].beside, name
+
+    return sorted(((site, name) for name, knob in knobs.items() for site in knob.sites(structure)), key=order)
+
+
+def _check_globs(spec: SpaceSpec, pairs: Sequence[tuple[Site, str]], knobs: Mapping[str, Knob]) -> None:
+    for glob in (*spec.include, *spec.exclude, *spec.levels):
+        matched = [(site, name) for site, name in pairs if fnmatchcase(f"{site.name}:{name}", glob)]
+        if not matched:
+            first = f"; the first is '{pairs[0][0].name}:{pairs[0][1]}'" if pairs else ""
+            raise InputError(f"the glob {glob!r} matches no decision{first}")
+        known = list(dict.fromkeys(level for site, name in matched for level in knobs[name].levels(site)))
+        if unknown := [level for level in spec.levels.get(glob, ()) if level not in known]:
+            raise InputError(f"{glob}: no level {unknown[0]!r}; allowed: {', '.join(map(str, known))}")
+
+
+def _levels(knob: Knob, site: Site, spec: SpaceSpec) -> tuple[Level, ...]:
+    """What `spec` leaves of the levels; one level or none is nothing to decide."""
+    key = f"{site.name}:{knob.name}"
+    if not any(fnmatchcase(key, glob) for glob in spec.include) or any(fnmatchcase(key, glob) for glob in spec.exclude):
+        return ()
+    levels = knob.levels(site)
+    choice = next((spec.levels[glob] for glob in reversed(list(spec.levels)) if fnmatchcase(key, glob)), levels)
+    return tuple(level for level in levels if level in choice or level == levels[0])
+
+
+def _dense(structure: Structure) -> dict[str, int]:
+    linear = sum(item.parameters for item in structure.linears)
+    return {
+        "linear_bytes": linear * BYTES_DENSE,
+        "linear_parameters": linear,
+        "other_bytes": (structure.parameters - linear) * BYTES_DENSE,
+        "lookup_bytes": structure.lookup_parameters * BYTES_DENSE,
+        "kv_bytes_per_token": sum(site.kv_bytes for site in structure.sites),
+        "flops_per_token": 2 * (sum(item.parameters_per_token for item in structure.linears) + structure.head_parameters),
+    }
