@@ -11,10 +11,10 @@ Source: the dual of L-GreCo's program (arXiv:2210.17357), integer costs as colum
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import gcd, lcm, prod
+from math import ceil, gcd, lcm, prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,13 +30,14 @@ __all__ = ["Allocator", "front", "integer_costs", "solve"]
 
 CELLS = 2**22
 WORK = 2**27
-"""Most cells of a grid, and most cells x levels (about 1 s). Beyond, costs are rounded up to a coarser unit: limits stay hard."""
+"""Most cells of a grid, and most cells x levels (about 1 s). Beyond, costs are rounded to a coarser unit."""
 
 Damage = Sequence[Sequence[float]]
 Allowed = Sequence[Collection[int]]
 Cells = NDArray[np.intp]
 Rows = Sequence[Mapping[Context, Sequence[int]]]
 """By decision and context: an integer for each level."""
+Rounding = Callable[[Fraction], int]
 
 
 def solve(
@@ -107,10 +108,20 @@ class Allocator:
         return all(axis.unit == 1 for axis in self._grid(self._levels(None)) or ())
 
     def solve(self, damage: Damage, allowed: Allowed | None = None) -> tuple[int, ...] | None:
-        """As the function `solve`."""
-        if (table := self._table(damage, allowed)) is None or np.isinf(table.values.flat[-1]):
+        """As the function `solve`.
+
+        Limits stay hard where costs were rounded: the errors of hundreds of decisions nearly cancel, and what then exceeds a limit
+        by a few cells is read a few cells lower. If that leads nowhere, costs are rounded up.
+        """
+        if (table := self._table(damage, allowed)) is None:
             return None
-        return table.choices(np.array([table.values.size - 1]))[0]
+        back = 0
+        while back < max(table.values.shape) and (found := table.at(back)) is not None:
+            if self._keeps(found):
+                return found
+            back = 2 * back or 1
+        rounded_up = self._table(damage, allowed, ceil)
+        return None if rounded_up is None else rounded_up.at(0)
 
     def front(self, damage: Damage, points: int) -> list[tuple[int, ...]]:
         """As the function `front`, for the measure given to the constructor."""
@@ -122,7 +133,15 @@ class Allocator:
             even = np.linspace(steps[-1], steps[0], points)
             steps = steps[np.unique(np.abs(steps[:, None] - even).argmin(0))]
         stride = table.values.size // len(values)
-        return table.choices(steps[::-1] * stride + stride - 1)
+        return [found for found in table.choices(steps[::-1] * stride + stride - 1) if self._keeps(found)]
+
+    def _keeps(self, indices: Sequence[int]) -> bool:
+        """Whether a configuration is within every limit, exactly."""
+        contexts = self.space.contexts(indices)
+        return all(
+            capacity is None or sum(rows[c][i] for rows, c, i in zip(costs, contexts, indices, strict=True) if c is not None) <= capacity
+            for costs, capacity in self._axes
+        )
 
     def _levels(self, allowed: Allowed | None) -> list[list[int]]:
         return [sorted(a) for a in allowed] if allowed is not None else [list(range(len(d.levels))) for d in self.space.decisions]
@@ -139,10 +158,10 @@ class Allocator:
             room = max(1, room // axis.cells)
         return axes
 
-    def _table(self, damage: Damage, allowed: Allowed | None) -> _Table | None:
+    def _table(self, damage: Damage, allowed: Allowed | None, rounding: Rounding = round) -> _Table | None:
         levels = self._levels(allowed)
         axes = self._grid(levels)
-        return None if axes is None else _Table(self.space, damage, levels, axes)
+        return None if axes is None else _Table(self.space, damage, levels, axes, rounding)
 
 
 @dataclass
@@ -164,20 +183,20 @@ class _Axis:
     def cells(self) -> int:
         return self.capacity // self.unit + 1
 
-    def shifts(self) -> Rows:
-        """Cells by which each level moves the table; rounded up, so that limits stay hard."""
+    def shifts(self, rounding: Rounding) -> Rows:
+        """Cells by which each level moves the table."""
         if self.unit == 1:
             return self.costs
-        return [{context: [-(-cost // self.unit) for cost in row] for context, row in rows.items()} for rows in self.costs]
+        return [{context: [rounding(Fraction(cost, self.unit)) for cost in row] for context, row in rows.items()} for rows in self.costs]
 
 
 class _Table:
     """The filled table of one damage table, and the choices that lead to its cells."""
 
-    def __init__(self, space: SearchSpace, damage: Damage, levels: list[list[int]], axes: list[_Axis]) -> None:
+    def __init__(self, space: SearchSpace, damage: Damage, levels: list[list[int]], axes: list[_Axis], rounding: Rounding) -> None:
         self._space, self._damage, self._levels = space, damage, levels
         self._shape = tuple(axis.cells for axis in axes) or (1,)
-        self._shifts = [axis.shifts() for axis in axes]
+        self._shifts = [axis.shifts(rounding) for axis in axes]
         self._index_type = np.min_scalar_type(max(len(d.levels) for d in space.decisions))
         self._chosen: dict[tuple[int, Context, int | None], NDArray[np.unsignedinteger]] = {}  # by branch: level by cell
         self._taken: dict[tuple[int, Context], NDArray[np.unsignedinteger]] = {}  # number of the branch by cell
@@ -224,6 +243,12 @@ class _Table:
             np.copyto(chosen[to], level, where=better, casting="unsafe")
         self._chosen[i, context, branch] = chosen.ravel()
         return best
+
+    def at(self, back: int) -> tuple[int, ...] | None:
+        """The level indices `back` cells before the end of every axis; None where every choice is forbidden."""
+        cell = tuple(max(0, size - 1 - back) for size in self._shape)
+        flat = int(np.ravel_multi_index(cell, self._shape))
+        return None if np.isinf(self.values.flat[flat]) else self.choices(np.array([flat]))[0]
 
     def choices(self, cells: Cells) -> list[tuple[int, ...]]:
         """Level indices behind flat cells; silenced decisions are at their first level."""
