@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, gcd, lcm, prod
+from math import gcd, lcm, prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +37,7 @@ Allowed = Sequence[Collection[int]]
 Cells = NDArray[np.intp]
 Rows = Sequence[Mapping[Context, Sequence[int]]]
 """By decision and context: an integer for each level."""
-Rounding = Callable[[Fraction], int]
+Rounding = Callable[[int, int], int]
 
 
 def solve(
@@ -113,19 +113,19 @@ class Allocator:
         Limits stay hard where costs were rounded: the errors of hundreds of decisions nearly cancel, and what then exceeds a limit
         by a few cells is read a few cells lower. If that leads nowhere, costs are rounded up.
         """
-        if (table := self._table(damage, allowed)) is None:
+        if (table := self._table(damage, allowed, _nearest)) is None:
             return None
         back = 0
         while back < max(table.values.shape) and (found := table.at(back)) is not None:
             if self._keeps(found):
                 return found
             back = 2 * back or 1
-        rounded_up = self._table(damage, allowed, ceil)
+        rounded_up = self._table(damage, allowed, _up)
         return None if rounded_up is None else rounded_up.at(0)
 
     def front(self, damage: Damage, points: int) -> list[tuple[int, ...]]:
         """As the function `front`, for the measure given to the constructor."""
-        if (table := self._table(damage, None)) is None:
+        if (table := self._table(damage, None, _nearest)) is None:
             return []
         values = table.values.reshape(len(table.values), -1)[:, -1]  # all other axes at their limits
         steps = np.flatnonzero(values < np.concatenate([[np.inf], values[:-1]]))  # where one unit less would harm more
@@ -158,7 +158,7 @@ class Allocator:
             room = max(1, room // axis.cells)
         return axes
 
-    def _table(self, damage: Damage, allowed: Allowed | None, rounding: Rounding = round) -> _Table | None:
+    def _table(self, damage: Damage, allowed: Allowed | None, rounding: Rounding) -> _Table | None:
         levels = self._levels(allowed)
         axes = self._grid(levels)
         return None if axes is None else _Table(self.space, damage, levels, axes, rounding)
@@ -187,7 +187,7 @@ class _Axis:
         """Cells by which each level moves the table."""
         if self.unit == 1:
             return self.costs
-        return [{context: [rounding(Fraction(cost, self.unit)) for cost in row] for context, row in rows.items()} for rows in self.costs]
+        return [{context: [rounding(cost, self.unit) for cost in row] for context, row in rows.items()} for rows in self.costs]
 
 
 class _Table:
@@ -314,3 +314,11 @@ def _shifted(space: SearchSpace, costs: Rows, capacity: int | None, levels: list
     ends = [span(i, ()) for i in space.roots]
     floor, ceiling = sum(least for least, _ in ends), sum(most for _, most in ends)
     return _Axis(shifted, (ceiling if capacity is None else min(capacity, ceiling)) - floor)
+
+
+def _nearest(cost: int, unit: int) -> int:
+    return (2 * cost + unit) // (2 * unit)
+
+
+def _up(cost: int, unit: int) -> int:
+    return -(-cost // unit)
