@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -90,11 +90,17 @@ class Bank:
         self.built = 0
 
     def packed(self, chain: Chain) -> dict[str, Tensor]:
-        """The stored tensors of the chain's last step, memory-mapped; built and stored first if needed.
+        """What the chain's last step serves: the tensors of its entry, or what the knob derives from them.
 
         Raises:
             InputError: The folder cannot be written.
         """
+        *before, step = chain
+        stored = replace(step, level=step.knob.stored_level(step.site, step.level))
+        return step.knob.derived(step.site, step.level, self._entry((*before, stored)))
+
+    def _entry(self, chain: Chain) -> dict[str, Tensor]:
+        """The stored tensors of the chain's last step, memory-mapped; built and stored first if needed."""
         path = self._path(chain)
         if (entry := _read(path)) is not None:
             return entry
@@ -125,7 +131,7 @@ class Bank:
         return entry
 
     def stored_bytes(self, chain: Chain, linear: str) -> int:
-        """Bytes of a linear, counted from the tensors that the chain stores."""
+        """Bytes of a linear, counted from the tensors that the chain serves."""
         prefix, total, values = f"{linear}.", 0, None
         for i in range(len(chain)):
             parts = {n.removeprefix(prefix): t.nbytes for n, t in self.packed(chain[: i + 1]).items() if n.startswith(prefix)}

@@ -85,13 +85,21 @@ class Knob(ABC):
         """
         return {}
 
+    def stored_level(self, site: Site, level: Level) -> Level:
+        """The level whose `build` the bank keeps for this one; another one where `derived` makes several levels of one entry."""
+        return level
+
+    def derived(self, site: Site, level: Level, entry: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this level serves, out of what the bank keeps for it: as `build` would return it."""
+        return entry
+
     def transform(self, site: Site, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
         """The linears as this level leaves them: cut, masked, or with the values that the stored codes stand for.
 
         Args:
             site: Where.
             level: Not the dense one.
-            packed: What `build` returned.
+            packed: What `derived` returned.
             material: As given to `build`; it may hold some of the site's linears only.
         """
         return material

@@ -57,12 +57,14 @@ class Quantizer(ABC):
     Attributes:
         name: As written in `--set bits.quantizer=`.
         needs: Names of the calibration statistics of a linear that the rule reads (see `evaluators/calibration.py`).
+        nests: Whether `narrowed` may stand for its codes of fewer bits, because the rule does not fit each width on its own.
         group_size: Inputs of a row that share a scale; a multiple of 8 from 8 to 1024. The last group of a row may be shorter.
         symmetric: One scale per group, zero in the middle of the codes; otherwise a scale and a minimum.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    nests: ClassVar[bool] = False
 
     group_size: int = 64
     symmetric: bool = False
@@ -111,6 +113,29 @@ class Quantizer(ABC):
         codes = found.codes if mask is None else found.codes[mask].reshape(len(weight), -1)
         packed = dequantize_wq.pack(codes, bits) | {"scale": found.scale}
         return packed if found.minimum is None else packed | {"minimum": found.minimum}
+
+    def narrowed(self, packed: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+        """The 8-bit codes that `quantize` packed, rounded to their upper bits and packed again, with the scales that go with them.
+
+        Asymmetric codes lose their low bits, and the minimum moves to the middle of what code 0 now stands for: 2^bits values that
+        divide the group's range evenly, so that the nearest is at most range / 2^(bits + 1) from the 8-bit value, plus the rounding
+        of the minimum to fp16. Symmetric codes are rounded to the nearest multiple, from -2^(bits-1) to 2^(bits-1) - 1.
+
+        Args:
+            packed: Of 8 bits, under a mask or not.
+            bits: One of 2, 3, 4, 6.
+
+        Source: Double Rounding, arXiv:2502.01199, where asymmetric codes too are rounded to multiples; the greatest then clamp.
+        """
+        codes, scale, minimum = packed["plane8"], packed["scale"], packed.get("minimum")
+        ratio, middle = 1 << 8 - bits, 1 << bits - 1
+        if minimum is None:
+            multiples = ((codes.float() - 128) / ratio).round_().clamp_(-middle, middle - 1)
+            most = LARGEST / middle  # the lowest value of weights near the end of fp16 would be beyond it
+            narrow = dequantize_wq.pack(multiples.add_(middle).to(torch.uint8), bits)
+            return narrow | {"scale": (scale.float() * ratio).clamp_(max=most).half()}
+        centre = minimum.float() + scale.float() * ((ratio - 1) / 2)
+        return dequantize_wq.pack(codes >> 8 - bits, bits) | {"scale": scale * ratio, "minimum": centre.half()}
 
     def dequantize(
         self, packed: Mapping[str, Tensor], bits: int, k: int, dtype: torch.dtype = torch.float16, mask: Tensor | None = None

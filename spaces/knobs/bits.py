@@ -9,16 +9,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import Cost, Kind, Knob
 from autoeff.spaces.material import Material
-from autoeff.spaces.quantizer import Quantizer, make_quantizer
+from autoeff.spaces.quantizer import Quantizer, known_quantizers, make_quantizer
 from autoeff.spaces.sites import BYTES_DENSE, Site, Structure
 
 __all__ = ["Bits"]
 
 _DENSE = 16
 _WIDTHS = (8, 6, 4, 3, 2)
+_STORES = ("separate", "nested")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,11 @@ class Bits(Knob):
         quantizer: Name of a quantizer, see `autoeff.spaces.quantizers`.
         group_size: Inputs that share a scale; a multiple of 8 from 8 to 1024.
         symmetric: Scales without minima.
+        store: `separate` keeps every width in the level bank; `nested` keeps 8-bit codes alone, a third of the bytes, and every
+            lower width is their upper bits. What a level serves weighs the same.
 
-    Source: mixed precision by layer after HAWQ, arXiv:1905.03696; group-wise scales after Q-BERT, arXiv:1909.05840.
+    Source: mixed precision by layer after HAWQ, arXiv:1905.03696; group-wise scales after Q-BERT, arXiv:1909.05840; nested codes
+    after Double Rounding, arXiv:2502.01199.
     """
 
     name: ClassVar[str] = "bits"
@@ -42,9 +47,15 @@ class Bits(Knob):
     quantizer: str = "rtn"
     group_size: int = 64
     symmetric: bool = False
+    store: str = "separate"
 
     def __post_init__(self) -> None:
-        _ = self._quantizer  # a wrong setting is reported here
+        if self.store not in _STORES:
+            raise InputError(f"bits.store must be {' or '.join(_STORES)}: got {self.store!r}")
+        nests = self._quantizer.nests  # a wrong setting of the quantizer is reported here
+        if self.store == "nested" and not nests:
+            allowed = ", ".join(sorted(name for name, known in known_quantizers().items() if known.nests))
+            raise InputError(f"bits.store nested is not for {self.quantizer}, which fits every width on its own; allowed: {allowed}")
 
     def sites(self, structure: Structure) -> Sequence[Site]:
         return [site for site in structure.sites if site.kind == "linears"]
@@ -71,12 +82,20 @@ class Bits(Knob):
         }
         return {f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()}
 
+    def stored_level(self, site: Site, level: Level) -> Level:
+        return _WIDTHS[0] if self.store == "nested" else level
+
+    def derived(self, site: Site, level: Level, entry: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.store != "nested" or level == _WIDTHS[0]:
+            return entry
+        narrowed = {name: self._quantizer.narrowed(parts, int(level)) for name, parts in _by_linear(entry).items()}
+        return {f"{name}.{part}": tensor for name, parts in narrowed.items() for part, tensor in parts.items()}
+
     def transform(self, site: Site, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
         values: dict[str, Tensor] = {}
+        parts = _by_linear(packed)
         for name, weight in material.weights.items():
-            prefix = f"{name}."
-            parts = {key.removeprefix(prefix): tensor for key, tensor in packed.items() if key.startswith(prefix)}
-            values[name] = self._quantizer.dequantize(parts, int(level), weight.shape[1], weight.dtype, material.masks.get(name))
+            values[name] = self._quantizer.dequantize(parts[name], int(level), weight.shape[1], weight.dtype, material.masks.get(name))
         return material.with_weights(values)
 
     def kernel(self, site: Site, level: Level) -> str | None:
@@ -88,3 +107,12 @@ class Bits(Knob):
 
     def _packed_bytes(self, site: Site, bits: int) -> int:
         return sum(self._quantizer.packed_bytes(linear.rows, linear.in_features, bits, linear.kept) for linear in site.linears)
+
+
+def _by_linear(packed: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The parts of every linear by their bare names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in packed.items():
+        name, _, part = key.rpartition(".")
+        found.setdefault(name, {})[part] = tensor
+    return found

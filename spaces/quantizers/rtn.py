@@ -27,6 +27,7 @@ class RoundToNearest(Quantizer):
     """
 
     name: ClassVar[str] = "rtn"
+    nests: ClassVar[bool] = True
 
     def codes(self, weight: Tensor, bits: int, mask: Tensor | None = None, statistics: Mapping[str, Tensor] = NO_STATISTICS) -> Codes:
         groups, kept = grouped(weight, mask, self.group_of(weight))

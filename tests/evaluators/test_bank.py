@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from autoeff.errors import InputError
@@ -75,6 +76,18 @@ def test_statistics_are_part_of_the_name_only_for_knobs_that_read_them(tmp_path:
         store.packed(step(4))
         store.packed(step(4, Calibrated()))
     assert len(files(tmp_path)) == 3
+
+
+def test_a_nested_store_is_one_file_of_a_third_of_the_bytes_and_serves_every_width(tmp_path: Path) -> None:
+    sizes, served = {}, {}
+    for store in ("separate", "nested"):
+        built, knob = bank(tmp_path / store), Bits(store=store, group_size=40)
+        served[store] = {bits: built.stored_bytes(step(bits, knob), "block.0.up") for bits in (8, 6, 4, 3, 2)}
+        tensors = {path: load_file(path).values() for path in files(tmp_path / store)}
+        assert len(tensors) == built.built == {"separate": 5, "nested": 1}[store]
+        sizes[store] = sum(tensor.nbytes for parts in tensors.values() for tensor in parts)
+    assert sizes["nested"] <= 0.4 * sizes["separate"]
+    assert served["nested"] == served["separate"]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])

@@ -25,6 +25,7 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "bits": ("bits", {"group_size": 8}),
     "bits, symmetric": ("bits", {"group_size": 16, "symmetric": True}),
     "bits, gptq": ("bits", {"group_size": 8, "quantizer": "gptq"}),
+    "bits, nested": ("bits", {"group_size": 8, "store": "nested"}),
     "skip": ("skip", {}),
     "sparsity": ("sparsity", {}),
     "sparsity, 2:4": ("sparsity", {"pattern": "2:4", "criterion": "magnitude"}),
@@ -67,8 +68,9 @@ def _values(knob: Knob, site: Site, level: Level, material: Material) -> dict[st
     """As the bank does it: built from 16-bit weights, stored, read back."""
     if not knob.of_values:
         return {}
-    stored = {name: tensor.contiguous() for name, tensor in knob.build(site, level, material).items()}
-    changed = knob.transform(site, level, load(save(stored)), material)
+    built = knob.build(site, knob.stored_level(site, level), material)
+    stored = load(save({name: tensor.contiguous() for name, tensor in built.items()}))
+    changed = knob.transform(site, level, knob.derived(site, level, stored), material)
     return {linear.weight: changed.parameter(linear) for linear in site.linears}
 
 

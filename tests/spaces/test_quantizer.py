@@ -136,3 +136,38 @@ def test_weight_that_is_not_finite_is_refused(name: str) -> None:
     weight = torch.full((2, 8), torch.nan).half()
     with pytest.raises(InputError, match=r"a weight \[2, 8\] holds NaN or infinity"):
         make_quantizer(name, group_size=8, symmetric=False).quantize(weight, 4, None, {"hessian": torch.eye(8)})
+
+
+@given(cases(), st.sampled_from([2, 3, 4, 6]), st.sampled_from([8, 64]), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_narrowed_codes_are_the_nearest_to_the_values_of_the_8_bit_codes(
+    case: tuple[Tensor, Tensor, dict[str, Tensor]], bits: int, group_size: int, symmetric: bool
+) -> None:
+    """Against every value of the narrow grid, in the bytes of codes of that width, under a mask."""
+    weight, mask = case[0] / 2, case[1]  # whose ranges leave room for -2^(bits-1) steps
+    quantizer, (n, k), kept = make_quantizer("rtn", group_size=group_size, symmetric=symmetric), weight.shape, int(mask[0].sum())
+    wide = quantizer.quantize(weight, 8, mask)
+    narrow = quantizer.narrowed(wide, bits)
+    assert sum(tensor.nbytes for tensor in narrow.values()) == quantizer.packed_bytes(n, k, bits, kept)
+    back = quantizer.dequantize(narrow, bits, k, torch.float16, mask).double()
+    eight, scale = quantizer.dequantize(wide, 8, k, torch.float16, mask).double(), _spread(narrow["scale"], group_size, k)
+    start = _spread(narrow["minimum"], group_size, k) if "minimum" in narrow else -(1 << bits - 1) * scale
+    values = torch.arange(1 << bits) * scale[:, :, None] + start[:, :, None]
+    least = (values - eight[:, :, None]).abs().amin(2)
+    rounding = 2.0**-10 * (values.abs().amax(2) + eight.abs()) + 2.0**-23
+    assert ((back - eight).abs() <= least + rounding)[mask].all()
+    if not symmetric:
+        assert (least <= scale / 2 + rounding)[mask].all()
+
+
+def test_narrowed_codes_are_the_upper_bits() -> None:
+    weight = torch.arange(256.0)[None].half()  # 8 bits: code = weight
+    quantizer = make_quantizer("rtn", group_size=256, symmetric=False)
+    wide = quantizer.quantize(weight, 8)
+    for bits, values in ((2, [31.5, 95.5, 159.5, 223.5]), (3, [15.5 + 32 * code for code in range(8)])):
+        back = quantizer.dequantize(quantizer.narrowed(wide, bits), bits, 256)
+        assert torch.equal(back[0].float(), torch.tensor(values).repeat_interleave(256 >> bits))
+
+
+def _spread(parts: Tensor, group_size: int, k: int) -> Tensor:
+    return parts.double().repeat_interleave(group_size, dim=1)[:, :k]

@@ -149,3 +149,30 @@ def test_levels_below_sixteen_are_served_by_a_kernel() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_knob("bits", settings)
+
+
+def test_a_nested_store_keeps_one_entry_for_every_width() -> None:
+    knob, site = Bits(store="nested", group_size=32), _site((6, 64), (9, 64))
+    weights = _weights(site)
+    entries = {level: knob.build(site, knob.stored_level(site, level), Material(weights)) for level in knob.levels(site)[1:]}
+    assert {knob.stored_level(site, level) for level in entries} == {8}
+    dense = sum(weight.nbytes for weight in weights.values())
+    for level, entry in entries.items():
+        served = knob.derived(site, level, entry)
+        assert knob.cost(site, level) == Bits(group_size=32).cost(site, level)
+        assert knob.cost(site, level)["linear_bytes"] == sum(tensor.nbytes for tensor in served.values()) - dense
+        values = knob.transform(site, level, served, Material(weights)).weights
+        for name, weight in weights.items():
+            assert 0 < float((values[name] - weight).abs().max()) < 2 * float(weight.abs().max()) / 2**level
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"store": "both"}, "bits.store must be separate or nested: got 'both'"),
+        ({"store": "nested", "quantizer": "gptq"}, "bits.store nested is not for gptq, which fits every width on its own; allowed: rtn"),
+    ],
+)
+def test_wrong_stores_are_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Bits(**settings)
