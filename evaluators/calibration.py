@@ -1,13 +1,14 @@
-"""One pass of the dense model over the search text feeds everything: the teacher, the kept block states, the statistics.
+"""One pass of the dense model over the search text feeds the teacher, the kept block states and the statistics of inputs.
 
 Statistics are collected only if a knob asks for them, for every linear, over its inputs X [tokens, K] without padding:
 
     input_norm   the Euclidean norm over tokens of every input, float32 [K] (Wanda, arXiv:2306.11695)
     hessian      X^T X / tokens, float32 [K, K] (GPTQ, arXiv:2210.17323; SparseGPT, arXiv:2301.00774)
+    gradient     dS/dW, float32 [N, K], from a pass of its own, see `gradients` (NIRVANA, arXiv:2509.14230)
 
 Linears that are fed the same tensor (q/k/v, gate/up) share one statistic. A hessian is accumulated on the device of the model:
 4 K^2 bytes for every distinct input of every block, at once. A Llama of 7 B parameters (K = 4096 three times, 11008 once) takes
-0.7 GB a block, 22 GB in all.
+0.7 GB a block, 22 GB in all. Gradients are accumulated on the CPU: 4 bytes per weight of the linears that need one, 26 GB there.
 """
 
 from __future__ import annotations
@@ -20,26 +21,29 @@ import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
+from autoeff.spaces.material import STATISTICS, dense_weight
+from autoeff.spaces.sites import Linear
 
-__all__ = ["KNOWN_STATISTICS", "collected"]
+__all__ = ["collected", "gradients"]
 
-KNOWN_STATISTICS = frozenset({"hessian", "input_norm"})
+_OF_INPUTS = frozenset({"hessian", "input_norm"})
+_CHUNK_LOGITS = 1 << 24  # 64 MiB of float32 logits at a time
 
 
 @contextmanager
 def collected(model: nn.Module, linears: Collection[str], needs: Collection[str]) -> Iterator[Callable[[], Mapping[str, Tensor]]]:
-    """Watches `linears` while the dense model runs; the yielded call gives `<linear>.<statistic>` tensors on the CPU.
+    """Watches `linears` while the dense model runs; the yielded call gives `<linear>.<statistic>` tensors of inputs on the CPU.
 
     Tensors of linears that share an input are the same object.
 
     Raises:
         InputError: A statistic that is not known.
     """
-    if unknown := sorted(set(needs) - KNOWN_STATISTICS):
-        raise InputError(f"unknown calibration statistic {unknown[0]!r}; known: {', '.join(sorted(KNOWN_STATISTICS))}")
+    if unknown := sorted(set(needs) - STATISTICS.keys()):
+        raise InputError(f"unknown calibration statistic {unknown[0]!r}; known: {', '.join(sorted(STATISTICS))}")
     watch = _Watch(needs)
     handles: list[Any] = []
-    if needs:
+    if _OF_INPUTS.intersection(needs):
         body: nn.Module = getattr(model, "base_model", model)
         handles = [body.register_forward_pre_hook(watch.batch, with_kwargs=True), body.register_forward_hook(watch.done)]
         handles += [model.get_submodule(name).register_forward_pre_hook(watch.linear(name), with_kwargs=True) for name in linears]
@@ -48,6 +52,63 @@ def collected(model: nn.Module, linears: Collection[str], needs: Collection[str]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def gradients(model: nn.Module, linears: Collection[Linear], head: nn.Linear | None, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """`<linear>.gradient`: how S changes with every weight, float32 [N, K] on the CPU.
+
+    S is the mean over windows and vocabulary of the greatest logit along the window, so that a window's S has the derivative
+    sum_v W_v / V to the hidden states, each v at the token that is greatest for it: no logits are kept. Windows go one by one, so
+    the device holds the activations of one, and the gradient of one weight.
+
+    Args:
+        model: Its parameters are left as they were.
+        linears: None of them experts.
+        head: Output head; None for encoders, whose hidden features stand for logits.
+        ids: Windows, int64 [windows, tokens].
+        mask: Attention mask of the same shape with the padding on the right, or None.
+    """
+    body: Any = getattr(model, "base_model", model)
+    weights = {linear: model.get_parameter(linear.weight) for linear in linears}
+    sums = {linear: torch.zeros(weight.shape) for linear, weight in weights.items()}
+
+    def taken(total: Tensor) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            total.add_(weight.grad.to("cpu", torch.float32), alpha=1 / len(ids))
+            weight.grad = None
+
+        return hook
+
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    handles = [weight.requires_grad_().register_post_accumulate_grad_hook(taken(sums[linear])) for linear, weight in weights.items()]
+    try:
+        with torch.enable_grad():
+            for i in range(len(ids)):
+                row: dict[str, Any] = {"input_ids": ids[i : i + 1], "use_cache": False}
+                if mask is not None:
+                    row = {"input_ids": ids[i : i + 1, : int(mask[i].sum())]}
+                hidden: Tensor = body(**row).last_hidden_state
+                hidden.backward(_of_greatest_logits(hidden, head), inputs=list(weights.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+    return {f"{linear.name}.gradient": dense_weight(total, linear).contiguous() for linear, total in sums.items()}
+
+
+@torch.no_grad()
+def _of_greatest_logits(hidden: Tensor, head: nn.Linear | None) -> Tensor:
+    """The derivative of the mean over the vocabulary of the greatest logit to the hidden states [1, tokens, hidden]."""
+    tokens = hidden[0].float()
+    vocabulary = torch.eye(tokens.shape[1], device=tokens.device) if head is None else head.weight
+    found = torch.zeros_like(tokens)
+    for rows in vocabulary.split(max(1, _CHUNK_LOGITS // len(tokens))):
+        greatest = (tokens @ rows.float().T).argmax(0)  # the head's bias is the same at every token
+        found.index_add_(0, greatest, rows.float(), alpha=1 / len(vocabulary))
+    return found[None].to(hidden.dtype)
 
 
 class _Watch:

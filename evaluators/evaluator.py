@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoeff.errors import InputError
 from autoeff.evaluators.bank import Bank, Statistics
-from autoeff.evaluators.calibration import collected
+from autoeff.evaluators.calibration import collected, gradients
 from autoeff.evaluators.candidate import Candidate
 from autoeff.evaluators.forward import Forward
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
@@ -80,7 +80,7 @@ class Evaluator:
         needs = {name for knob in self.preparation.knobs.values() for name in knob.needs}
         with collected(self.model, dense, needs) as statistics:
             self._learn_targets(self._texts["search"], "search")
-        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, statistics())
+        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, {**statistics(), **self._gradients()})
         self._build_bank(progress)
 
     def evaluate(self, request: EvaluationRequest) -> list[Measurement]:
@@ -240,6 +240,14 @@ class Evaluator:
             text.targets = [teacher_of(hidden, self._head) for _, _, hidden in self._hidden(text, split, len(text.passages.ids))]
         if split == "search":
             self._dense_states = {number: states for number, (_, states) in self._last_states.items()}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Of the linears that a knob needs it for."""
+        knobs, sites = self.preparation.knobs, {site.name: site for site in self.structure.sites}
+        asking = [sites[decision.site] for decision in self.space.decisions if "gradient" in knobs[decision.knob].needs]
+        linears = dict.fromkeys(linear for site in asking for linear in site.linears)
+        text = self._texts["search"].passages
+        return gradients(self.model, linears, self._head, text.ids, text.mask) if linears else {}
 
     def _build_bank(self, progress: Callable[[int, int], None]) -> None:
         steps = (self.candidate.step(i, j) for i, d in enumerate(self.space.decisions) for j in range(1, len(d.levels)))

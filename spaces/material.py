@@ -10,7 +10,10 @@ from torch import Tensor
 
 from autoeff.spaces.sites import Linear
 
-__all__ = ["Material", "dense_weight"]
+__all__ = ["STATISTICS", "Material", "dense_weight"]
+
+STATISTICS: Mapping[str, tuple[str, ...]] = {"input_norm": ("K",), "hessian": ("K", "K"), "gradient": ("N", "K")}
+"""Calibration statistics of a linear that there are, and what their axes run along: its outputs N or its inputs K."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Material:
         masks: bool [N, K], True where kept; linears without one keep every weight.
         rows: Outputs of the dense linear that are left, int64 [N]; linears without an entry have all.
         columns: The same of its inputs, int64 [K].
-        statistics: Calibration statistics by `<linear>.<statistic>`: every axis of length K runs along the columns.
+        statistics: Calibration statistics by `<linear>.<statistic>`, see `STATISTICS`.
     """
 
     weights: Mapping[str, Tensor]
@@ -65,10 +68,9 @@ class Material:
 
         statistics = {}
         for name, tensor in self.statistics.items():
-            linear = name.rpartition(".")[0]
-            if (place := columns.get(linear)) is not None:
-                k = self.weights[linear].shape[1]
-                for axis in [axis for axis, size in enumerate(tensor.shape) if size == k]:
+            linear, _, statistic = name.rpartition(".")
+            for axis, along in enumerate(STATISTICS[statistic]):
+                if (place := (rows if along == "N" else columns).get(linear)) is not None:
                     tensor = tensor.index_select(axis, place)
             statistics[name] = tensor
         return Material(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from autoeff.errors import InputError
-from autoeff.evaluators.calibration import collected
+from autoeff.evaluators.calibration import collected, gradients
+from autoeff.spaces.material import dense_weight
 from autoeff.spaces.sites import find_structure
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
@@ -103,7 +104,45 @@ def test_hooks_are_gone_after_an_error_inside(tiny_models: dict[str, Path]) -> N
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("family", [*DECODERS, "bert"])
+def test_gradients_are_those_of_the_mean_greatest_logit(tiny_models: dict[str, Path], family: str) -> None:
+    """Against autograd through whole logits in float64, and with another chunk of the vocabulary."""
+    model = _load(tiny_models[family])
+    linears = find_structure(model).linears
+    batch = _batches((3, 12))[0] | (
+        {"attention_mask": torch.tensor([[1] * 12, [1] * 7 + [0] * 5, [1] + [0] * 11])} if family == "bert" else {}
+    )
+    model.requires_grad_(False)
+    before = {name: (parameter.data_ptr(), parameter.clone()) for name, parameter in model.named_parameters()}
+    found = gradients(model, linears, model.get_output_embeddings(), batch["input_ids"], batch.get("attention_mask"))
+    for name, parameter in model.named_parameters():
+        assert (parameter.data_ptr(), parameter.requires_grad, parameter.grad) == (before[name][0], False, None)
+        assert torch.equal(parameter, before[name][1])
+    exact = _load(tiny_models[family]).double()
+    output = exact(**batch)
+    logits = output.last_hidden_state if family == "bert" else output.logits
+    outside = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) == 0
+    logits.masked_fill(outside[:, :, None], -torch.inf).amax(1).mean().backward()
+    assert found.keys() == {f"{linear.name}.gradient" for linear in linears}
+    for linear in linears:
+        expected = dense_weight(exact.get_parameter(linear.weight).grad, linear)
+        gradient = found[f"{linear.name}.gradient"]
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_gradients_do_not_depend_on_how_the_vocabulary_is_cut(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = _load(tiny_models["llama"]), _batches((2, 9))[0]["input_ids"]
+    linears = find_structure(model).linears[:2]
+    whole = gradients(model, linears, model.get_output_embeddings(), ids, None)
+    monkeypatch.setattr("autoeff.evaluators.calibration._CHUNK_LOGITS", 9 * 7)
+    cut = gradients(model, linears, model.get_output_embeddings(), ids, None)
+    assert len(whole) == 2
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+
+
 def test_unknown_statistic_is_refused() -> None:
-    refused = pytest.raises(InputError, match="unknown calibration statistic 'magic'; known: hessian, input_norm")
+    refused = pytest.raises(InputError, match="unknown calibration statistic 'magic'; known: gradient, hessian, input_norm")
     with refused, collected(nn.Module(), [], {"magic"}):
         pass

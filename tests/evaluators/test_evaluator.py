@@ -70,6 +70,21 @@ def test_perplexity_is_measured_on_held_out_text_only(setup_of: SetupOf) -> None
     assert names == ["kl_held_out", "perplexity_held_out"]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert"])
+def test_a_criterion_that_needs_gradients_gets_those_of_the_dense_model(setup_of: SetupOf, family: str) -> None:
+    """Units are cut before weights are pruned, by gradients that are cut with them."""
+    settings = {"criterion": "nirvana"}
+    knobs = {"width": {**settings, "multiple": 1}, "heads": settings, "sparsity": {**settings, "ratios": (0.5,)}}
+    evaluator = Evaluator(setup_of(family, knobs))
+    statistics = evaluator.bank.statistics.tensors
+    assert statistics.keys() == {f"{linear.name}.gradient" for linear in evaluator.structure.linears}
+    assert all(tensor.any() for tensor in statistics.values())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in evaluator.model.parameters())
+    levels = evaluator.space.at([1] * len(evaluator.space.decisions)).levels
+    dense, pruned = (evaluator.evaluate(EvaluationRequest(chosen, "search", 8))[0].value for chosen in ({}, levels))
+    assert dense == 0.0 < pruned
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_bytes_counted_from_packed_tensors_equal_the_cost_model(setup_of: SetupOf, family: str) -> None:
     evaluator, rng = Evaluator(setup_of(family, BOTH, untie=True)), random.Random(3)

@@ -12,13 +12,14 @@ from autoeff.errors import InputError
 from autoeff.spaces.criterion import Pattern, known_criteria, make_criterion
 from autoeff.spaces.plugins import plugins
 
-NAMES = ["magnitude", "sparsegpt", "wanda"]
+NAMES = ["magnitude", "nirvana", "sparsegpt", "wanda"]
 
 
-def _statistics(k: int, seed: int) -> dict[str, Tensor]:
+def _statistics(n: int, k: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(n, k, generator=generator)
     inputs = torch.randn(2 * k, k, generator=generator) @ torch.randn(k, k, generator=generator)
-    return {"input_norm": inputs.norm(dim=0), "hessian": inputs.T @ inputs / len(inputs)}
+    return {"input_norm": inputs.norm(dim=0), "hessian": inputs.T @ inputs / len(inputs), "gradient": gradient}
 
 
 def test_built_ins_are_found_without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +34,7 @@ def test_built_ins_are_found_without_metadata(monkeypatch: pytest.MonkeyPatch) -
 def test_every_row_keeps_exactly_its_number(data: st.DataObject, name: str, k: int, n: int, seed: int) -> None:
     kept = data.draw(st.integers(0, k))
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).mul(3).round()  # zeros and ties
-    before, statistics = weight.clone(), _statistics(k, seed)
+    before, statistics = weight.clone(), _statistics(n, k, seed)
     found = make_criterion(name).prune(weight, Pattern(kept), statistics)
     assert found.mask.dtype == torch.bool
     assert (found.mask.sum(1) == kept).all()
@@ -59,7 +60,7 @@ def test_every_run_keeps_exactly_its_number(name: str, pattern: tuple[int, int],
     kept, of = pattern
     k = of * min(runs, 260 // of)
     weight = torch.randn(3, k, generator=torch.Generator().manual_seed(seed))
-    found = make_criterion(name).prune(weight, Pattern(kept, of), _statistics(k, seed))
+    found = make_criterion(name).prune(weight, Pattern(kept, of), _statistics(3, k, seed))
     assert (found.mask.reshape(3, -1, of).sum(2) == kept).all()
     assert (found.mask.sum(1) == Pattern(kept, of).kept_of(k)).all()
     assert (found.weight[~found.mask] == 0).all()
@@ -78,8 +79,8 @@ def test_of_equal_scores_the_first_stay(of: int | None) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_keeping_everything_changes_nothing(name: str) -> None:
     weight = torch.randn(4, 130, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(make_criterion(name).prune(weight, Pattern(130), _statistics(130, 0)).weight, weight)
-    assert torch.equal(make_criterion(name).prune(weight, Pattern(2, 2), _statistics(130, 0)).weight, weight)
+    assert torch.equal(make_criterion(name).prune(weight, Pattern(130), _statistics(4, 130, 0)).weight, weight)
+    assert torch.equal(make_criterion(name).prune(weight, Pattern(2, 2), _statistics(4, 130, 0)).weight, weight)
 
 
 def test_wrong_patterns_weights_and_names_are_refused() -> None:
@@ -95,5 +96,5 @@ def test_wrong_patterns_weights_and_names_are_refused() -> None:
         make_criterion("magnitude").prune(weight * torch.nan, Pattern(3))
     with pytest.raises(ValueError, match="criterion wanda needs the statistic 'input_norm'; got none"):
         make_criterion("wanda").prune(weight, Pattern(3))
-    with pytest.raises(InputError, match="unknown criterion 'magic'; known: magnitude, sparsegpt, wanda"):
+    with pytest.raises(InputError, match="unknown criterion 'magic'; known: magnitude, nirvana, sparsegpt, wanda"):
         make_criterion("magic")

@@ -30,8 +30,11 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "sparsity": ("sparsity", {}),
     "sparsity, 2:4": ("sparsity", {"pattern": "2:4", "criterion": "magnitude"}),
     "sparsity, sparsegpt": ("sparsity", {"criterion": "sparsegpt"}),
+    "sparsity, nirvana": ("sparsity", {"criterion": "nirvana"}),
     "width": ("width", {}),
+    "width, nirvana": ("width", {"criterion": "nirvana"}),
     "heads": ("heads", {"criterion": "magnitude"}),
+    "heads, nirvana": ("heads", {"criterion": "nirvana"}),
     "third party": ("noise", {"seed": 3}),
 }
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -60,8 +63,11 @@ def _output(model: nn.Module) -> Tensor:
 
 def _material(model: nn.Module, site: Site) -> Material:
     weights = {linear.name: dense_weight(model.get_parameter(linear.weight).detach().half(), linear) for linear in site.linears}
-    known = {linear.name: {"input_norm": torch.ones(k), "hessian": torch.eye(k)} for linear in site.linears for k in [linear.in_features]}
-    return Material(weights, statistics={f"{name}.{key}": tensor for name, items in known.items() for key, tensor in items.items()})
+    known: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        k = weight.shape[1]
+        known |= {f"{name}.input_norm": torch.ones(k), f"{name}.hessian": torch.eye(k), f"{name}.gradient": weight.float().cos()}
+    return Material(weights, statistics=known)
 
 
 def _values(knob: Knob, site: Site, level: Level, material: Material) -> dict[str, Tensor]:

@@ -69,7 +69,11 @@ def test_kept_heads_bring_their_query_heads_and_their_cache(make_model: MakeMode
         ("width", {"shares": "0.5,0.75"}, "width.shares must fall between 1 and 0: got 0.5, 0.75"),
         ("heads", {"shares": "0"}, "heads.shares must fall between 1 and 0"),
         ("width", {"multiple": "0"}, "width.multiple must be at least 1: got 0"),
-        ("width", {"criterion": "sparsegpt"}, "width.criterion 'sparsegpt' gives no scores to compare units by; allowed: magnitude, wanda"),
+        (
+            "width",
+            {"criterion": "sparsegpt"},
+            "width.criterion 'sparsegpt' gives no scores to compare units by; allowed: magnitude, nirvana, wanda",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(name: str, settings: dict[str, object], message: str) -> None:
