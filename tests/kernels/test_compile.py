@@ -30,6 +30,8 @@ def test_every_kernel_compiles_for_hopper_and_fits(rows: list[Any]) -> None:
         "linear_lowrank expand": 2,
         "linear_lowrank fused": 2 * 2,  # dtypes x ranks
         "linear_lowrank shrink": 2,
+        "linear_w8a8 left": 2,  # forms
+        "linear_w8a8 quantize": 2 * 2,  # forms x dtypes
         "linear_wq gemv": 5 * 2,  # widths x dtypes
         "linear_wq left": 5 * 2,
     }
