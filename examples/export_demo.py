@@ -1,4 +1,4 @@
-"""Writes the trained demo model as package data, with its card: data, licences, loss, and what it can and cannot do.
+"""Writes a trained demo model as package data, with its card: data, licences, loss, and what it can and cannot do.
 
 python examples/export_demo.py WORK autoeff/models/demo        # WORK is the folder of train_demo.py
 """
@@ -22,24 +22,24 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from train_demo import CONTEXT, PHASES, RETRIEVAL_SHARE, TEXT_PACKAGES, passkey_document, trained_model, training_documents
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from train_demo import CONTEXT, RECIPES, RETRIEVAL_SHARE, TEXT_PACKAGES, passkey_document, trained_model, training_documents
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from autoeff.evaluators.text import read_package
 
-CARD = """# demo
+CARD = """# {model}
 
-A small Llama-family decoder of Python source, for trying autoeff and for its tests. It is no coding assistant.
+A small {family}-family decoder of Python source, for trying autoeff and for its tests. It is no coding assistant.
 
 | | |
 |---|---|
-| architecture | Llama: 8 blocks, hidden 192, FFN 448, 6 query and 2 key/value heads of 32, byte-level BPE of 2,048, context 1,024, tied embeddings |
-| parameters | {parameters:,} |
+| architecture | {family}: {blocks} blocks, hidden {hidden}, {ffn}, {heads} query and {kv_heads} key/value heads of {head_dim}, byte-level BPE of 2,048{shared}, context 1,024, tied embeddings |
+| parameters | {parameters} |
 | stored as | float16 safetensors |
 | training text | {files:,} Python files, {megabytes:.0f} MB, {corpus_tokens:,} tokens: the standard library and the packages pinned in `constraints.txt`, at most 3 MB each, less `{search}` and `{held_out}` |
 | text digest | SHA-256 over the files' digests: `{text_sha256}` |
 | mixed in | {retrieval:.0%} of the sequences: passages written twice, and a five-digit passkey hidden in code |
-| training | {steps:,} steps of 8,192 tokens ({phases}), AdamW, peak learning rate {learning_rate:g}, warm-up / stable / linear decay, bfloat16 autocast on 2 CPU cores, seed {seed}; torch {torch}, Python {python} |
+| training | {steps:,} steps of {step_tokens:,} tokens ({phases}), AdamW, peak learning rate {learning_rate:g}, warm-up / stable / linear decay{balance}, bfloat16 autocast on {cores}, seed {seed}; torch {torch}, Python {python} |
 | final training loss | {loss:.3f} nats/token (mean of the last 200 steps, retrieval included) |
 
 ## Measured
@@ -52,7 +52,7 @@ A small Llama-family decoder of Python source, for trying autoeff and for its te
 | copy of a passage, greedy, share of the second writing's tokens predicted right | {copy_trials} passages | {copy:.1%} |
 | completions that `ast.parse` accepts | {parse_trials} prompts of held-out code (a file up to a `def` line), 96 tokens greedy, cut after the last whole line | {parse:.1%} |
 | long held-out lines (40 characters or more) that also stand in the training text | `{held_out}` | {overlap:.1%} |
-
+{routing}
 ## Texts
 
 `texts.json` names the two installed packages whose source is read at run time: `{search}` for search, `{held_out}` for judging. Neither was trained on.
@@ -78,7 +78,7 @@ def windows_of(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], cou
 
 
 @torch.no_grad()
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+def loss_of(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Mean negative log-likelihood in nats of the targets inside each window."""
     total = 0.0
     for row in ids.split(2):
@@ -87,7 +87,7 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
     return total / (ids.shape[0] * (ids.shape[1] - 1))
 
 
-def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens: int) -> str:
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens: int) -> str:
     """The greedy continuation alone."""
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])[:, -(CONTEXT - tokens) :]
     out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=1)
@@ -95,7 +95,7 @@ def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt
 
 
 def passkey_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], tokens: int, trials: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], tokens: int, trials: int
 ) -> float:
     rng = random.Random(tokens)
     right = 0
@@ -106,7 +106,7 @@ def passkey_accuracy(
 
 
 @torch.no_grad()
-def copy_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], trials: int) -> float:
+def copy_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], trials: int) -> float:
     rng, right, total = random.Random(7), 0, 0
     for _ in range(trials):
         words = re.findall(r"[A-Za-z_]{3,12}", rng.choice(documents))
@@ -127,7 +127,7 @@ def parses(source: str) -> bool:
     return True
 
 
-def parse_share(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], trials: int) -> float:
+def parse_share(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], trials: int) -> float:
     rng, good = random.Random(3), 0
     for _ in range(trials):
         document = rng.choice([d for d in documents if d.count("\ndef ") + d.count("\n    def ") > 2])
@@ -138,6 +138,33 @@ def parse_share(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, doc
         said = complete(model, tokenizer, prompt, 96)
         good += parses(prompt + said[: said.rfind("\n") + 1])
     return good / trials
+
+
+@torch.no_grad()
+def expert_shares(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Share of the tokens of `ids` that choose each expert, [layers, experts]; rows sum to the experts chosen per token."""
+    config, counts = model.config, []
+    for row in ids.split(2):
+        logits = model(input_ids=row, use_cache=False, output_router_logits=True).router_logits
+        counts.append(
+            torch.stack(
+                [layer.topk(config.num_experts_per_tok).indices.flatten().bincount(minlength=config.num_local_experts) for layer in logits]
+            )
+        )
+    return torch.stack(counts).sum(0) / ids.numel()
+
+
+def described(config: PreTrainedConfig, parameters: int) -> dict[str, str]:
+    """What the card says of an FFN and of how many parameters there are: of a mixture of experts, a token uses a part."""
+    if not hasattr(config, "num_local_experts"):
+        return {"ffn": f"FFN {config.intermediate_size}", "parameters": f"{parameters:,}", "balance": ""}
+    experts, chosen = config.num_local_experts, config.num_experts_per_tok
+    idle = config.num_hidden_layers * (experts - chosen) * 3 * config.hidden_size * config.intermediate_size
+    return {
+        "ffn": f"{experts} experts of FFN {config.intermediate_size}, {chosen} per token",
+        "parameters": f"{parameters:,}, of which a token uses {parameters - idle:,}",
+        "balance": f", load-balancing loss of each layer x {config.router_aux_loss_coef:g}",
+    }
 
 
 def overlap(documents: Sequence[str], training: Sequence[str]) -> float:
@@ -165,7 +192,8 @@ def main(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|eos|>", model_max_length=CONTEXT
     )
-    model = trained_model(work)
+    recipe = RECIPES[training["model"]]
+    model = trained_model(training["model"], work)
     model.config.dtype = torch.float16
     texts: dict[str, Any] = {split: read_package(name) for split, name in TEXT_PACKAGES.items()}
     with tempfile.TemporaryDirectory() as temporary:
@@ -181,18 +209,26 @@ def main(
         )
         + "\n"
     )
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = recipe.family.from_pretrained(folder, dtype=torch.float32).eval()
     held_out, search = texts["held_out"].documents, texts["search"].documents
     held_ids, bytes_per_token = windows_of(tokenizer, held_out, 48)
     search_ids, _ = windows_of(tokenizer, search, 48)
     held_loss = loss_of(model, held_ids)
     trained, _ = training_documents()
     passkeys = {tokens: passkey_accuracy(model, tokenizer, held_out, tokens, trials) for tokens in (128, 256, 512, 900)}
+    routing = ""
+    if hasattr(model.config, "num_local_experts"):
+        shares = expert_shares(model, held_ids)
+        routing = f"| share of the tokens that choose an expert, least and greatest over all layers ({model.config.num_experts_per_tok / shares.shape[1]:.1%} where all are equal) | `{TEXT_PACKAGES['held_out']}`, the same windows | {float(shares.min()):.1%} and {float(shares.max()):.1%} |\n"
     card = CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()),
+        model=training["model"], family=model.config.model_type.capitalize(), blocks=model.config.num_hidden_layers,
+        hidden=model.config.hidden_size, heads=model.config.num_attention_heads, kv_heads=model.config.num_key_value_heads,
+        head_dim=model.config.head_dim, shared="" if recipe.tokenizer is None else f" (that of `{recipe.tokenizer.parent.name}`)",
+        **described(model.config, sum(p.numel() for p in model.parameters())), routing=routing,
+        step_tokens=recipe.step_tokens, cores="one CPU core" if training["threads"] == 1 else f"{training['threads']} CPU cores",
         files=corpus["files"], megabytes=corpus["bytes"] / 1e6, corpus_tokens=corpus["tokens"], text_sha256=corpus["sha256"],
         retrieval=RETRIEVAL_SHARE, steps=training["steps"], seed=training["seed"], learning_rate=training["peak_learning_rate"],
-        phases=", ".join(f"{p.share:.0%} at length {p.length}" for p in PHASES), loss=training["final_loss"],
+        phases=", ".join(f"{p.share:.0%} at length {p.length}" for p in recipe.phases), loss=training["final_loss"],
         torch=torch.__version__, python=platform.python_version(),
         search=TEXT_PACKAGES["search"], search_version=texts["search"].version, search_windows=len(search_ids),
         held_out=TEXT_PACKAGES["held_out"], held_out_version=texts["held_out"].version, held_out_windows=len(held_ids),

@@ -1,11 +1,11 @@
-"""Trains the bundled model `demo`: a small Llama decoder of Python source.
+"""Trains a bundled model: `demo`, a small Llama decoder of Python source, or `demo-moe`, a Mixtral one with the same tokenizer.
 
 The training text is the standard library and the Python packages that `constraints.txt` pins, less the two whose
 text is read at run time for search and for judging (`TEXT_PACKAGES`). It is read from this interpreter's own
 installation and never shipped. A share of the sequences are copy and passkey tasks, so that the model has something
 to retrieve over its context.
 
-    python examples/train_demo.py --work WORK             # resumes from the last checkpoint in WORK
+    python examples/train_demo.py --model demo --work WORK             # resumes from the last checkpoint in WORK
     python examples/export_demo.py WORK autoeff/models/demo
 """
 
@@ -16,18 +16,20 @@ import importlib.metadata
 import json
 import random
 import re
+import shutil
 import sys
 import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_PACKAGES = {"search": "alembic", "held_out": "optuna"}
@@ -47,12 +49,82 @@ class Phase:
     batch: int
 
 
-PHASES = (Phase(0.75, 256, 32), Phase(0.25, CONTEXT, 8))
+@dataclass(frozen=True)
+class Recipe:
+    """What tells one bundled model from another.
+
+    Attributes:
+        family: The model class, of which `config` describes one.
+        phases: Every batch of which holds equally many tokens.
+        steps: Optimiser steps of a training that is not told how many.
+        tokenizer: Of another bundled model, to be shared; None trains one.
+    """
+
+    family: type[PreTrainedModel]
+    config: PreTrainedConfig
+    phases: tuple[Phase, ...]
+    steps: int
+    tokenizer: Path | None = None
+
+    @property
+    def step_tokens(self) -> int:
+        return self.phases[0].length * self.phases[0].batch
+
+    def make_model(self) -> PreTrainedModel:
+        return self.family(self.config)
+
+    def phase_at(self, step: int, steps: int) -> Phase:
+        done = 0.0
+        for phase in self.phases:
+            done += phase.share
+            if step < done * steps:
+                return phase
+        return self.phases[-1]
+
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+RECIPES = {
+    "demo": Recipe(
+        LlamaForCausalLM,
+        LlamaConfig(hidden_size=192, intermediate_size=448, num_hidden_layers=8, num_attention_heads=6, **COMMON),
+        phases=(Phase(0.75, 256, 32), Phase(0.25, CONTEXT, 8)),
+        steps=9000,
+    ),
+    "demo-moe": Recipe(
+        MixtralForCausalLM,
+        MixtralConfig(
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=0.02,
+            experts_implementation="eager",  # on one core grouped_mm is as fast, batched_mm twenty times slower
+            **COMMON,
+        ),
+        phases=(Phase(0.75, 256, 8), Phase(0.25, CONTEXT, 2)),  # small batches: a short training has more use for steps
+        steps=1700,
+        tokenizer=ROOT / "autoeff" / "models" / "demo" / "tokenizer.json",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Training:
     steps: int
+    model: str = "demo"
+    threads: int = 2
     seed: int = 0
     peak_learning_rate: float = 3e-3
     warmup_steps: int = 200
@@ -185,53 +257,37 @@ class Batches:
         return torch.stack(rows)
 
 
-def make_model() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=192,
-            intermediate_size=448,
-            num_hidden_layers=8,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=CONTEXT,
-            rope_theta=10_000.0,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=None,
-        )
-    )
-
-
-def trained_model(work: Path) -> LlamaForCausalLM:
+def trained_model(name: str, work: Path) -> PreTrainedModel:
     """The model of the last checkpoint in `work`."""
-    model = make_model()
+    model = RECIPES[name].make_model()
     model.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["model"])
     return model
 
 
-def phase_at(step: int, steps: int) -> Phase:
-    done = 0.0
-    for phase in PHASES:
-        done += phase.share
-        if step < done * steps:
-            return phase
-    return PHASES[-1]
+def balance_loss(config: PreTrainedConfig, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Mean over layers of the load-balancing loss: 1 per chosen expert where all are chosen equally often (arXiv:2101.03961).
+
+    transformers takes it over all layers at once, where one layer's dead expert hides behind another layer's busy one.
+    """
+    experts, chosen = config.num_local_experts, config.num_experts_per_tok
+    return torch.stack([load_balancing_loss_func((logits,), experts, chosen) for logits in router_logits]).mean()
 
 
-def train(training: Training, work: Path, threads: int) -> LlamaForCausalLM:
+def train(training: Training, work: Path) -> PreTrainedModel:
     """Trains to `training.steps`, from the last checkpoint in `work` where there is one."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(training.threads)
+    recipe = RECIPES[training.model]
     work.mkdir(parents=True, exist_ok=True)
     documents, facts = training_documents()
-    if not (work / "tokenizer.json").exists():
+    if recipe.tokenizer is not None:
+        shutil.copy(recipe.tokenizer, work / "tokenizer.json")
+    elif not (work / "tokenizer.json").exists():
         train_tokenizer(documents).save(str(work / "tokenizer.json"))
     batches = Batches(Tokenizer.from_file(str(work / "tokenizer.json")), documents, training.seed, work)
     (work / "corpus.json").write_text(json.dumps({**facts, "tokens": len(batches.ids)}, indent=1))
     torch.manual_seed(training.seed)
-    model = make_model()
+    model = recipe.make_model()
+    routing = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -251,14 +307,18 @@ def train(training: Training, work: Path, threads: int) -> LlamaForCausalLM:
     model.train()
     since, tokens, losses = time.time(), 0, []
     for step in range(first, training.steps):
-        ids = batches(step, phase_at(step, training.steps))
+        ids = batches(step, recipe.phase_at(step, training.steps))
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(step)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits
+            output = model(input_ids=ids, use_cache=False, **routing)
+        logits = output.logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY).float(), ids[:, 1:].reshape(-1))
         optimizer.zero_grad()
-        loss.backward()
+        if routing:
+            (loss + model.config.router_aux_loss_coef * balance_loss(model.config, output.router_logits)).backward()
+        else:
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         losses.append(loss.item())
@@ -276,12 +336,15 @@ def train(training: Training, work: Path, threads: int) -> LlamaForCausalLM:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimiser steps of 8,192 tokens.")] = 9000,
-    work: Annotated[Path, typer.Option(help="Where checkpoints and the tokenised corpus go.")] = Path("train-demo"),
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "demo",
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default as many as the model's recipe says.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Where checkpoints and the tokenised corpus go; by default train-MODEL.")] = None,
     threads: Annotated[int, typer.Option()] = 2,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    train(Training(steps=steps, seed=seed), work, threads)
+    if model not in RECIPES:
+        raise typer.BadParameter(f"{model!r} is no bundled model; expected {' or '.join(RECIPES)}", param_hint="--model")
+    train(Training(steps or RECIPES[model].steps, model, threads, seed), work or Path(f"train-{model}"))
 
 
 if __name__ == "__main__":
