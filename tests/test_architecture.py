@@ -25,11 +25,11 @@ ROOMS = tuple(BELOW)
 
 # A bare GPU machine has these and no more; what evaluates there may import nothing else.
 LIGHT = {"torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "yaml"}
-PACKAGES = {"kernels": {"torch", "triton"}, "spaces": LIGHT, "evaluators": LIGHT}
+PACKAGES = {"kernels": {"torch", "triton"}, "spaces": LIGHT, "evaluators": LIGHT | {"datasets"}}  # the last is an extra, asked for when used
 
 # Absent from a bare GPU machine, or forbidden there.
 HEAVY = [
-    *("alembic", "celery", "fastapi", "jinja2", "matplotlib", "optuna", "peft", "psutil", "pydantic", "pydantic_settings"),
+    *("alembic", "celery", "datasets", "fastapi", "jinja2", "matplotlib", "optuna", "peft", "psutil", "pydantic", "pydantic_settings"),
     *("redis", "rich", "scipy", "sqlalchemy", "streamlit", "typer"),
 ]
 

@@ -27,6 +27,8 @@ def test_every_kernel_compiles_for_hopper_and_fits(rows: list[Any]) -> None:
         "attention_decode part": 4 * 2,  # widths x dtypes
         "dequantize_wq": 5 * 5,  # widths; dtypes x symmetry, and a ragged one
         "linear_24 left": 2,  # dtypes
+        "linear_lora expand": 2 * 2,  # dtypes x ranks
+        "linear_lora shrink": 2 * 2,
         "linear_lowrank expand": 2,
         "linear_lowrank fused": 2 * 2,  # dtypes x ranks
         "linear_lowrank shrink": 2,
