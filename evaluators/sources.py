@@ -1,4 +1,7 @@
-"""Where text comes from: files, directories, JSONL, CSV of scored pairs, and the source files of an installed package."""
+"""Where text comes from: files, directories, JSONL, CSV of scored pairs, and the source files of an installed package.
+
+Parquet, arrow and the hub are read in `dataset`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 from autoeff.errors import InputError
+from autoeff.evaluators.chat import CHAT_COLUMNS, Conversation, conversation
 from autoeff.evaluators.checkpoint import existing_path
 
-__all__ = ["PackageText", "ScoredPair", "Text", "read_package", "read_pairs", "read_text"]
+__all__ = ["SUFFIXES", "PackageText", "ScoredPair", "Text", "read_package", "read_pairs", "read_text"]
 
-_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
+SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
 _PACKAGE = "package:"
 _PAIR_COLUMNS = ("sentence1", "sentence2", "score")
 _CSV_LIMIT = 64 << 20
@@ -30,12 +34,12 @@ class Text:
     """What was read of a source.
 
     Attributes:
-        documents: One for each file or JSONL line, as they stand.
+        documents: One for each file, or row of JSONL or of a data set, as they stand; rows may hold conversations.
         complete: False where reading stopped at the limit.
         name: What was read, for reports.
     """
 
-    documents: tuple[str, ...]
+    documents: tuple[str | Conversation, ...]
     complete: bool
     name: str
 
@@ -77,7 +81,8 @@ def read_text(source: str, limit_bytes: int) -> Text:
     """The text of a source, of its first `limit_bytes` at most.
 
     Args:
-        source: A text file, a JSONL file of `{"text": ...}`, a directory of such files (recursively, sorted), or `package:NAME`.
+        source: A text file, a JSONL file of `{"text": ...}` or of `{"messages": [...]}` (also `conversations`), a directory of such
+            files (recursively, sorted), or `package:NAME`.
         limit_bytes: Where reading stops; text is cut there, a JSONL line is not.
 
     Raises:
@@ -87,7 +92,7 @@ def read_text(source: str, limit_bytes: int) -> Text:
         package = read_package(source.removeprefix(_PACKAGE))
         return package.text(limit_bytes)
     files = _files(source)
-    documents: list[str] = []
+    documents: list[str | Conversation] = []
     left, complete = limit_bytes, True
     for file in files:
         read = _read_jsonl if file.suffix == ".jsonl" else _read_plain
@@ -100,7 +105,7 @@ def read_text(source: str, limit_bytes: int) -> Text:
         if not whole or left <= 0:
             complete = whole and file == files[-1]
             break
-    if not any(document.strip() for document in documents):
+    if not any(not isinstance(document, str) or document.strip() for document in documents):
         raise InputError(f"{source} holds no text: it is empty or all white space")
     return Text(tuple(documents), complete, source)
 
@@ -171,9 +176,9 @@ def read_package(name: str) -> PackageText:
 def _files(source: str) -> list[Path]:
     path = existing_path(source)
     if path is not None and path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
-            raise InputError(f"{source} holds no text; expected files that end in {', '.join(_SUFFIXES)}")
+            raise InputError(f"{source} holds no text; expected files that end in {', '.join(SUFFIXES)}")
         return files
     if path is not None and path.is_file():
         if path.suffix == ".csv":
@@ -196,26 +201,33 @@ def _read_plain(file: Path, limit_bytes: int) -> tuple[list[str], int, bool]:
     return [text], len(data), whole
 
 
-def _read_jsonl(file: Path, limit_bytes: int) -> tuple[list[str], int, bool]:
-    documents, size = [], 0
+def _read_jsonl(file: Path, limit_bytes: int) -> tuple[list[str | Conversation], int, bool]:
+    documents: list[str | Conversation] = []
+    size = 0
     with file.open("rb") as handle:
         for number, line in enumerate(iter(lambda: handle.readline(_LINE_LIMIT), b""), start=1):
             if line.strip():
-                documents.append(_jsonl_text(line, f"{file}, line {number}"))
+                documents.append(_jsonl_document(line, f"{file}, line {number}"))
             size += len(line)
             if size >= limit_bytes:
                 return documents, size, not handle.read(1)
     return documents, size, True
 
 
-def _jsonl_text(line: bytes, where: str) -> str:
+def _jsonl_document(line: bytes, where: str) -> str | Conversation:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON: {str(error)[:120]}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise InputError(f'{where} has no string under "text"; expected {{"text": "..."}} on every line')
-    return str(value["text"])
+    row = value if isinstance(value, dict) else {}
+    found = [key for key in ("text", *CHAT_COLUMNS) if row.get(key) is not None]
+    if len(found) > 1:
+        raise InputError(f"{where} has both {found[0]!r} and {found[1]!r}; keep the one that is to be read")
+    if found and found[0] in CHAT_COLUMNS:
+        return conversation(row[found[0]], where)
+    if not isinstance(row.get("text"), str):
+        raise InputError(f'{where} has no string under "text"; expected {{"text": "..."}} or {{"messages": [...]}} on every line')
+    return str(row["text"])
 
 
 def _pair(row: list[str], columns: tuple[str, ...], where: str) -> ScoredPair:

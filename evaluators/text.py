@@ -7,13 +7,16 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from autoeff.errors import InputError
+from autoeff.evaluators.chat import Conversation, rendered
 from autoeff.evaluators.checkpoint import read_json
+from autoeff.evaluators.dataset import HUB, is_dataset, read_dataset
 from autoeff.evaluators.loading import ModelFacts
 from autoeff.evaluators.sources import Text, read_package, read_pairs, read_text
 from autoeff.spaces.measurements import Split
@@ -40,12 +43,14 @@ class TextSpec:
     """Which text, and how it is cut.
 
     Attributes:
-        source: A text file, a directory, JSONL, a CSV of scored pairs (encoders), `package:NAME`; None for a bundled model's own.
+        source: A text file, a directory, JSONL, a CSV of scored pairs (encoders), `package:NAME`, parquet or arrow files or
+            `hub:OWNER/NAME` (`dataset`), rows of the last two also as conversations; None for a bundled model's own.
         windows: Windows (decoders) or sentences (encoders); 0 takes all; None takes 16 windows (all with `per_document`), 256
             sentences, or every held-out pair.
         length: Tokens per window, BOS included; None takes 512 (sentences are cut at 128), or the model's context if shorter.
         bos: `per_window` puts a BOS in front of each window of the plain encoding; `per_document` in front of each document
-            (divided by lines `<|endoftext|>`), whose ids are then cut into windows.
+            (divided by lines `<|endoftext|>`), whose ids are then cut into windows. A conversation is a document, and its ids are
+            those that the chat template gives: with `per_document` untouched, with `per_window` without the BOS in front.
         draw: `random` draws windows that do not overlap by the seed; `first` takes them from the start; or where the search
             windows start, in ids (sentences: which ones). A held-out part of the same source is then drawn at random.
     """
@@ -114,14 +119,24 @@ def make_passages(
     if divided:
         held_out = replace(held_out, source=data.source)
     make = make_windows if facts.task == "decoder" else make_sentences
+    limit = None
+    if divided and _remote(data):  # one limit for both, or the parts would overlap
+        limit = min(_READ_LIMIT, 5 * max(_reach(data, facts), _reach(held_out, facts)))
     return {
-        "search": make(tokenizer, facts, data, seed, "search", divided=divided),
-        "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided),
+        "search": make(tokenizer, facts, data, seed, "search", divided=divided, limit_bytes=limit),
+        "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided, limit_bytes=limit),
     }
 
 
 def make_windows(
-    tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, spec: TextSpec, seed: int, split: Split, *, divided: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    facts: ModelFacts,
+    spec: TextSpec,
+    seed: int,
+    split: Split,
+    *,
+    divided: bool = False,
+    limit_bytes: int | None = None,
 ) -> Passages:
     """Windows of a text for a decoder.
 
@@ -132,6 +147,8 @@ def make_windows(
         seed: Draws the windows, for each split apart.
         split: Which of a bundled model's texts; which part of a divided one.
         divided: Take the first four fifths of the ids for `search`, the last fifth for `held_out`.
+        limit_bytes: How much of the source is read. None takes 64 MiB, or less of a source that is remote or read from its start:
+            16 bytes a token, and more where that does not suffice.
 
     Raises:
         InputError: The text is missing, unreadable or too short, or the windows do not fit the model.
@@ -141,17 +158,17 @@ def make_windows(
     step = length - (bos is not None)
     asked = len(spec.draw) if isinstance(spec.draw, tuple) else spec.windows
     count = asked if asked is not None else (_WINDOWS if spec.bos == "per_window" else 0)
-    limit = _READ_LIMIT
-    if spec.draw == "first" and count and not divided:
-        limit = min(limit, max(_READ_LEAST, count * step * _BYTES_PER_TOKEN))
+    wanted = max(spec.draw) + step if isinstance(spec.draw, tuple) else count * step
+    frugal = not divided and (_remote(spec) or spec.draw == "first")
+    limit = limit_bytes or (_bytes_for(wanted) if frugal else _READ_LIMIT)
     text, notices = _read(spec, facts, split, limit)
     ids = _encode(tokenizer, text, spec.bos)
-    while not text.complete and limit < _READ_LIMIT and len(ids) < count * step + _SETTLED:
+    while frugal and not text.complete and limit < _READ_LIMIT and len(ids) < wanted + _SETTLED:
         limit = min(4 * limit, _READ_LIMIT)
         text, notices = _read(spec, facts, split, limit)
         ids = _encode(tokenizer, text, spec.bos)
-    if not text.complete and limit == _READ_LIMIT:
-        notices.append(f"only the first {_READ_LIMIT >> 20} MiB of {text.name} are used")
+    if not text.complete and (limit == _READ_LIMIT or divided or spec.draw == "random"):
+        notices.append(_cut_at(limit, text))
     where = text.name
     if divided:
         cut = len(ids) * 4 // 5
@@ -182,7 +199,14 @@ def make_windows(
 
 
 def make_sentences(
-    tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, spec: TextSpec, seed: int, split: Split, *, divided: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    facts: ModelFacts,
+    spec: TextSpec,
+    seed: int,
+    split: Split,
+    *,
+    divided: bool = False,
+    limit_bytes: int | None = None,
 ) -> Passages:
     """Sentences for an encoder: the lines of a text, or both columns of a CSV of scored pairs, padded on the right.
 
@@ -198,10 +222,11 @@ def make_sentences(
         pairs = read_pairs(spec.source)
         where, items, scores = spec.source, [(pair.first, pair.second) for pair in pairs], [pair.score for pair in pairs]
     else:
-        text, notices = _read(spec, facts, split, _READ_LIMIT)
+        limit = limit_bytes or (_reach(spec, facts) if _remote(spec) and not divided else _READ_LIMIT)
+        text, notices = _read(spec, facts, split, limit)
         if not text.complete:
-            notices.append(f"only the first {_READ_LIMIT >> 20} MiB of {text.name} are used")
-        where, items = text.name, [(line.strip(),) for document in text.documents for line in document.splitlines() if line.strip()]
+            notices.append(_cut_at(limit, text))
+        where, items = text.name, [(line,) for document in text.documents for line in _lines(document, text.name)]
     part = range(len(items))
     if divided:
         cut = len(items) * 4 // 5
@@ -223,10 +248,41 @@ def _length(spec: TextSpec, facts: ModelFacts, usual: int) -> int:
     return spec.length or min(usual, facts.context or usual)
 
 
+def _remote(spec: TextSpec) -> bool:
+    return spec.source is not None and spec.source.startswith(HUB)
+
+
+def _reach(spec: TextSpec, facts: ModelFacts) -> int:
+    """Bytes from the start of a source that very likely hold what the spec asks for; `_READ_LIMIT` where that is all."""
+    count = max(spec.draw) + 1 if isinstance(spec.draw, tuple) else spec.windows
+    if facts.task == "encoder":
+        tokens = (_SENTENCES if count is None else count) * _length(spec, facts, _SENTENCE_LENGTH)
+    elif isinstance(spec.draw, tuple):
+        tokens = max(spec.draw) + _length(spec, facts, _WINDOW_LENGTH)
+    else:
+        usual = _WINDOWS if spec.bos == "per_window" else 0
+        tokens = (usual if count is None else count) * _length(spec, facts, _WINDOW_LENGTH)
+    return _bytes_for(tokens)
+
+
+def _bytes_for(tokens: int) -> int:
+    return min(_READ_LIMIT, max(_READ_LEAST, tokens * _BYTES_PER_TOKEN)) if tokens else _READ_LIMIT
+
+
+def _cut_at(limit: int, text: Text) -> str:
+    return f"only the first {limit / 2**20:.3g} MiB of {text.name} are used"
+
+
+def _lines(document: str | Conversation, name: str) -> list[str]:
+    if not isinstance(document, str):
+        raise InputError(f"{name} holds conversations, which only decoders read; give sentences")
+    return [line.strip() for line in document.splitlines() if line.strip()]
+
+
 def _read(spec: TextSpec, facts: ModelFacts, split: Split, limit_bytes: int) -> tuple[Text, list[str]]:
     """The text and what must be said about it."""
     if spec.source is not None:
-        return read_text(spec.source, limit_bytes), []
+        return (read_dataset if is_dataset(spec.source) else read_text)(spec.source, limit_bytes), []
     path = facts.path / _BUNDLED
     if not path.is_file():
         raise InputError(f"{facts.path} brings no text of its own; give one with --data")
@@ -248,17 +304,30 @@ def _read(spec: TextSpec, facts: ModelFacts, split: Split, limit_bytes: int) -> 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
     """All ids in order, int64 [ids]."""
+    ids: list[int] = []
+    for plain, group in groupby(text.documents, key=lambda document: isinstance(document, str)):
+        if plain:
+            ids += _encode_plain(tokenizer, [document for document in group if isinstance(document, str)], bos)
+        else:
+            for document in group:
+                assert not isinstance(document, str)
+                row = rendered(tokenizer, document, text.name)
+                ids += row[1:] if bos == "per_window" and row[:1] == [tokenizer.bos_token_id] else row
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], bos: str) -> list[int]:
     if bos == "per_window":
-        plain = tokenizer("\n\n".join(text.documents), add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(plain, dtype=torch.int64)
-    pieces = [piece.strip("\n") for document in text.documents for piece in _DOCUMENT_END.split(document)]
+        plain: list[int] = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+        return plain
+    pieces = [piece.strip("\n") for document in documents for piece in _DOCUMENT_END.split(document)]
     first = tokenizer.bos_token_id
     ids: list[int] = []
     for row in tokenizer([piece for piece in pieces if piece], verbose=False)["input_ids"]:
         if first is not None and row[:1] != [first]:
             ids.append(first)
         ids += row
-    return torch.tensor(ids, dtype=torch.int64)
+    return ids
 
 
 def _apart(total: int, count: int, step: int, rng: random.Random) -> list[int]:

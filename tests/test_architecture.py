@@ -25,7 +25,8 @@ ROOMS = tuple(BELOW)
 
 # A bare GPU machine has these and no more; what evaluates there may import nothing else.
 LIGHT = {"torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "yaml"}
-PACKAGES = {"kernels": {"torch", "triton"}, "spaces": LIGHT, "evaluators": LIGHT | {"datasets"}}  # the last is an extra, asked for when used
+EXTRAS = {"datasets"}  # imported where they are used, with a line that says what to install
+PACKAGES = {"kernels": {"torch", "triton"}, "spaces": LIGHT, "evaluators": LIGHT | EXTRAS}
 
 # Absent from a bare GPU machine, or forbidden there.
 HEAVY = [

@@ -207,7 +207,7 @@ def test_cap_on_what_is_read_is_said(decoder: tuple[Any, ModelFacts], story: str
     monkeypatch.setattr(text_module, "_READ_LIMIT", 2000)
     found = windows(decoder, TextSpec(story, 0, 32))
     assert len(found.ids) < 40
-    assert "only the first 0 MiB" in found.notices[0]
+    assert "only the first 0.00191 MiB" in found.notices[0]
 
 
 @pytest.mark.parametrize(
