@@ -26,6 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from autoeff.errors import InputError
 from autoeff.evaluators.checkpoint import StoredTensor, existing_path, read_checkpoint, read_json
+from autoeff.evaluators.hub import refused_by_hub
 from autoeff.evaluators.model_config import build_config, quiet_transformers, read_config, refuse_code
 
 if TYPE_CHECKING:  # importing them takes seconds, which a command that builds no model need not wait for
@@ -45,7 +46,7 @@ __all__ = [
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges*")
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "vocab*", "merges*")
+_HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "vocab*", "merges*")
 _TOKENIZER_CONFIG_LIMIT = 16 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx")
@@ -255,19 +256,14 @@ def check_memory(facts: ModelFacts, device: torch.device) -> None:
 
 def _from_hub(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=list(_HUB_FILES)))
-    except GatedRepoError:
-        raise InputError(f"model {model_id!r} is gated on the hub; accept its terms there and log in with `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"model {model_id!r} is neither a directory here nor a model of the hub that you may read") from None
-    except LocalEntryNotFoundError:
-        raise InputError(f"model {model_id!r} is no directory here and not in the hub's cache, and the hub cannot be reached") from None
+        path = Path(snapshot_download(model_id, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the client lets the errors of several HTTP and storage libraries through
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"model {model_id!r} is no directory here and the hub does not give it: {reason}") from None
+        raise refused_by_hub("model", model_id, error) from None
+    if not any(path.glob("*.safetensors")):
+        raise InputError(f"model {model_id!r} has no safetensors on the hub; other weights are never loaded: give a repository with them")
+    return path
 
 
 def _on_meta(

@@ -366,37 +366,6 @@ def test_file_and_empty_directory_are_refused(tmp_path: Path) -> None:
     assert "config.json is missing" in error_of(tmp_path / "empty")
 
 
-def test_hub_is_asked_for_data_files_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.update(kwargs, name=name) or str(tmp_path))
-    assert resolve_model("owner/some-model") == tmp_path
-    assert asked["name"] == "owner/some-model"
-    assert not any("bin" in pattern or pattern == "*" or ".py" in pattern for pattern in asked["allow_patterns"])
-
-
-def test_each_failure_of_the_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    cases: list[tuple[Exception, str]] = [
-        (GatedRepoError.__new__(GatedRepoError), "is gated"),  # made without the answer of a server
-        (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "neither a directory here nor a model of the hub"),
-        (LocalEntryNotFoundError("no cache"), "the hub cannot be reached"),
-        (ConnectionError("Name resolution\nfailed"), "does not give it: Name resolution"),
-    ]
-    for error, says in cases:
-
-        def fail(*_: Any, error: Exception = error, **__: Any) -> str:
-            raise error
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        with pytest.raises(InputError, match=says) as caught:
-            resolve_model("owner/model")
-        assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("name", "task", "parameters"),
     [("stories260K", "decoder", 260_032), ("babyllama-105", "decoder", 936_448), ("minilm-l6", "encoder", 22_713_216)],

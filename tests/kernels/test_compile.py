@@ -16,6 +16,12 @@ module = pytest.importorskip("autoeff.kernels.compile", reason="Triton is not in
 def rows() -> list[Any]:
     """One configuration of every kernel x variant; the command compiles all."""
     first = {(case.name, case.config.split(";")[0]): case for case in reversed(list(module.cases()))}
+    # packed experts are decoded as in linear_wq, which is compiled for both dtypes
+    first = {
+        key: case
+        for key, case in first.items()
+        if not (key[0].startswith("moe") and key[1].endswith("bfloat16") and "16 bit" not in key[1])
+    }
     return [module.compile_case(case) for case in first.values()]
 
 
@@ -36,6 +42,8 @@ def test_every_kernel_compiles_for_hopper_and_fits(rows: list[Any]) -> None:
         "linear_w8a8 quantize": 2 * 2,  # forms x dtypes
         "linear_wq gemv": 5 * 2,  # widths x dtypes
         "linear_wq left": 5 * 2,
+        "moe down": 2 + 5,  # dtypes, widths
+        "moe gate_up": 2 + 5,
     }
     # half of the register file stays free for a second and third program on the processor
     assert max(row.used.registers for row in rows if row.case.name == "dequantize_wq") <= 64
