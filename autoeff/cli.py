@@ -26,7 +26,7 @@ import autoeff
 from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
 from autoeff.errors import AutoeffError, ExitCode, InputError
 from autoeff.flags import job_fields
-from autoeff.spaces.measurements import MEASURES, measure
+from autoeff.spaces.measurements import MEASURES, described
 
 if TYPE_CHECKING:
     from autoeff.search.run import Plan, Result
@@ -201,7 +201,7 @@ def show(run: RunRef, trial: TrialRef, form: Format = Form.TABLE) -> None:
         [
             [
                 n,
-                measure(n).text(m["value"]),
+                described(n).text(m["value"]),
                 f"{m['spread']:.2g}" if "spread" in m else None,
                 m.get("split"),
                 m.get("tokens"),
@@ -449,7 +449,7 @@ def _number(run: Run, trial: str) -> int:
     from autoeff.search.standing import standing_of
 
     job = run.store.job(run.job_id)
-    if not job.spec["limits"]:
+    if not job.spec["limits"] and len(job.spec["objectives"]) > 1:
         raise InputError(f"job {job.id} has no limits, so no single best trial; `autoeff pareto` lists the front to choose from")
     number = standing_of(run.store, job).best
     if number is None:
@@ -528,7 +528,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], job: Job, form: Form) -> None
 
 
 def _shown(row: Mapping[str, Any], name: str) -> str | None:
-    return measure(name).text(row["measurements"][name]["value"]) if name in row["measurements"] else None
+    return described(name).text(row["measurements"][name]["value"]) if name in row["measurements"] else None
 
 
 _HELD_OUT = [name for name in MEASURES if name.endswith("_held_out")]
@@ -576,7 +576,7 @@ def _print_plan(plan: Plan, form: Form) -> None:
     print_table(
         ["cost", "dense", "least reachable", "of dense", "limit"],
         [
-            [name, measure(name).text(dense), measure(name).text(plan.least[name]), _share(plan.least[name], dense), bounds.get(name)]
+            [name, described(name).text(dense), described(name).text(plan.least[name]), _share(plan.least[name], dense), bounds.get(name)]
             for name, dense in plan.dense.items()
         ],
     )
@@ -613,8 +613,8 @@ def _print_result(result: Result, form: Form) -> None:
         ["", "label", "trial", *costs, quality, *held_out],
         [
             [
-                row["role"], row["point"] or row["label"], row["trial"], *(measure(name).text(row["costs"][name]) for name in costs),
-                *(None if row[key] is None else measure(name).text(row[key]) for name, key in {quality: "search", **held_out}.items()),
+                row["role"], row["point"] or row["label"], row["trial"], *(described(name).text(row["costs"][name]) for name in costs),
+                *(None if row[key] is None else described(name).text(row[key]) for name, key in {quality: "search", **held_out}.items()),
             ]
             for row in rows
         ],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoeff.console import print_pairs, print_table
-from autoeff.spaces.measurements import measure
+from autoeff.spaces.measurements import described
 
 if TYPE_CHECKING:
     from autoeff.search.compare import Comparison
@@ -30,7 +30,7 @@ def print_resolution(resolution: Resolution) -> None:
         shown = [_text(values, name) for name in costs]
         spread = None if value is None or "spread" not in value else f"{value['spread']:.2g}"
         method = "failed" if value is None else value["method"]
-        before = None if expected is None else measure(quality).text(expected["value"])
+        before = None if expected is None else described(quality).text(expected["value"])
         return [role, method, row.get("trial"), *shown, _text(values, quality), spread, _text(values, held_out), before]
 
     rows = [cells("expected to be best", resolution.predicted)]
@@ -51,13 +51,14 @@ def print_comparison(comparison: Comparison) -> None:
     quality, held_out = comparison.quality, f"{comparison.quality}_held_out"
     cost = comparison.cost
     names = [run["run"] for run in comparison.runs]
-    figures = list(dict.fromkeys([cost, "avg_bits", quality, held_out]))
+    others = [] if comparison.own else ["avg_bits", held_out]
+    figures = [name for name in dict.fromkeys([cost, *others[:1], quality, *others[1:]]) if name != "trial"]
 
     def cells(trial: Row | None) -> list[object]:
         if trial is None:
             return [None] * (1 + len(figures))
         values = {**trial["costs"], quality: trial[quality], held_out: trial[held_out]}
-        return [trial["trial"], *(None if values.get(name) is None else measure(name).text(values[name]) for name in figures)]
+        return [trial["trial"], *(None if values.get(name) is None else described(name).text(values[name]) for name in figures)]
 
     print_table(
         ["run", "state", "limits", "evaluations", "found trial", *figures],
@@ -70,7 +71,7 @@ def print_comparison(comparison: Comparison) -> None:
         [
             [
                 budget["budget"],
-                *(None if trial is None else measure(quality).text(trial[quality]) for trial in budget["best"]),
+                *(None if trial is None else described(quality).text(trial[quality]) for trial in budget["best"]),
                 budget["winner"] or "equal",
             ]
             for budget in comparison.budgets
@@ -92,7 +93,7 @@ def print_sensitivity(found: Sensitivity) -> None:
     quality = found.quality
 
     def text(damage: float | None) -> str:
-        return "fails" if damage is None else measure(quality).text(damage)
+        return "fails" if damage is None else described(quality).text(damage)
 
     sys.stdout.write(f"{quality} lost by each level alone: {found.form}\n\n")
     print_table(
@@ -117,4 +118,4 @@ def _setting(value: object) -> str:
 
 
 def _text(measurements: Mapping[str, Row], name: str) -> str | None:
-    return measure(name).text(measurements[name]["value"]) if name in measurements else None
+    return described(name).text(measurements[name]["value"]) if name in measurements else None

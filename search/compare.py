@@ -14,6 +14,7 @@ from typing import Any
 from autoeff.errors import InputError
 from autoeff.search.job import JobSpec
 from autoeff.search.limits import Limit
+from autoeff.search.own_job import NUMBER, is_own
 from autoeff.search.pareto import non_dominated
 from autoeff.search.results import Results, all_trials
 from autoeff.search.runs import check_new, open_run, write_file
@@ -32,6 +33,7 @@ class Comparison:
     Attributes:
         quality: Name of the quality measure of all runs.
         cost: Name of the cost over which the fronts are drawn.
+        own: Whether the runs searched the user's own code.
         runs: Name, job, state, evaluations used and `found`: the trial that its search found (else the closest); None before there is one.
         budgets: `budget`, `bound` on `cost` (None where it limits another cost), the `best` of each run within it, and the `winner`.
         settings: What differs, by name: the value of each run.
@@ -42,6 +44,7 @@ class Comparison:
 
     quality: str
     cost: str
+    own: bool
     runs: tuple[dict[str, Any], ...]
     budgets: tuple[dict[str, Any], ...]
     settings: Mapping[str, list[Any]]
@@ -51,7 +54,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "quality": self.quality, "cost": self.cost, "runs": list(self.runs), "budgets": list(self.budgets),
+            "quality": self.quality, "cost": self.cost, "own": self.own, "runs": list(self.runs), "budgets": list(self.budgets),
             "settings": dict(self.settings), "decisions": dict(self.decisions), "fronts": [list(front) for front in self.fronts],
             "notices": list(self.notices),
         }  # fmt: skip
@@ -89,11 +92,13 @@ def compare(runs: Sequence[str], settings: Settings) -> Comparison:
     first = sides[0]
     for other in sides[1:]:
         _check_comparable(first, other)
-    held_out = len({side.job.preflight["text"]["held_out"]["digest"] for side in sides}) == 1
+    own = is_own(first.job)
+    held_out = own or len({side.job.preflight["text"]["held_out"]["digest"] for side in sides}) == 1
     cost = judged_cost(first.job)
     return Comparison(
         quality=first.problem.quality,
         cost=cost,
+        own=own,
         runs=tuple(_run(side, held_out) for side in sides),
         budgets=tuple(_budget(point, bound, sides, held_out) for point, bound in _points(sides, cost)),
         settings=_settings(sides),
@@ -116,7 +121,7 @@ def write_fronts(comparison: Comparison, folder: Path) -> Path:
         run["run"]: [(point["cost"], point["quality"]) for point in front]
         for run, front in zip(comparison.runs, comparison.fronts, strict=True)
     }
-    picture = draw_fronts(comparison.quality, comparison.cost, lines)
+    picture = draw_fronts(comparison.quality, comparison.cost, lines, linear=comparison.own)
     try:
         folder.mkdir(parents=True)
         write_file(folder / "fronts.png", picture)
@@ -137,6 +142,16 @@ def _read(run: str, settings: Settings) -> _Side:
 def _check_comparable(one: _Side, other: _Side) -> None:
     a, b = one.job.preflight, other.job.preflight
     differing = []
+    if is_own(one.job) != is_own(other.job):
+        raise InputError(f"runs {one.name} and {other.name} cannot be compared: one searched a model and the other code of its own")
+    if is_own(one.job):
+        for what, values in {
+            "code": [job.spec["model"] for job in (one.job, other.job)],
+            "objective": [a["quality"], b["quality"]],
+        }.items():
+            if values[0] != values[1]:
+                raise InputError(f"runs {one.name} and {other.name} cannot be compared: the {what} differs ({' and '.join(values)})")
+        return
     if a["model"]["digest"] != b["model"]["digest"]:
         differing.append(f"the models differ ({one.job.spec['model']} and {other.job.spec['model']}, by their files' digests)")
     texts = a["text"]["search"], b["text"]["search"]
@@ -170,7 +185,7 @@ def _trial(side: _Side, trial: Trial, held_out: bool) -> dict[str, Any]:
         "trial": trial.number,
         "digest": trial.configuration.digest,
         "origin": trial.origin,
-        "costs": {m.name: m.value for m in trial.measurements if m.method == "exact"},
+        "costs": {m.name: m.value for m in trial.measurements if m.method == "exact" or (m.own and m.name != quality)},
         quality: trial.value(quality),
         f"{quality}_held_out": value,
     }
@@ -179,11 +194,12 @@ def _trial(side: _Side, trial: Trial, held_out: bool) -> dict[str, Any]:
 def _points(sides: Sequence[_Side], cost: str) -> Iterator[tuple[OperatingPoint, float | None]]:
     """The limits of every run, and the costs of the uniform levels of the first, by falling bound on `cost`; no budget twice."""
     first = sides[0].problem
-    points = [point for side in sides if side.problem.cost_limits for point in side.problem.operating_points]
+    bounded = [side for side in sides if side.problem.cost_limits or is_own(side.job)]
+    points = [point for side in bounded for point in side.problem.operating_points]
     for name, configuration in first.space.uniform().items():
         bound = first.cost_model.exact(cost, first.space.indices(configuration.levels))
         points.append(OperatingPoint(f"{cost} of {name}", (Limit(cost, bound, f"{cost}<={name}"),)))
-    distinct = {tuple((limit.name, limit.bound) for limit in point.limits): point for point in reversed(points)}
+    distinct = {tuple((limit.name, limit.bound, limit.lower) for limit in point.limits): point for point in reversed(points)}
     bounds = [(point, next((float(limit.bound) for limit in point.limits if limit.name == cost), None)) for point in distinct.values()]
     yield from sorted(bounds, key=lambda item: (item[1] is None, -(item[1] or 0.0), item[0].name))
 
@@ -193,7 +209,7 @@ def _budget(point: OperatingPoint, bound: float | None, sides: Sequence[_Side], 
     values = [(side.results.quality(trial), side.name) for side, trial in zip(sides, best, strict=True) if trial is not None]
     leaders = [name for value, name in values if value == min(values)[0]]
     return {
-        "budget": point.name,
+        "budget": point.name or "any budget",
         "bound": bound,
         "best": [None if trial is None else _trial(side, trial, held_out) for side, trial in zip(sides, best, strict=True)],
         "winner": leaders[0] if len(leaders) == 1 else None,
@@ -201,10 +217,15 @@ def _budget(point: OperatingPoint, bound: float | None, sides: Sequence[_Side], 
 
 
 def _front(side: _Side, cost: str) -> tuple[dict[str, Any], ...]:
-    trials = [trial for trial in side.results.full.values() if trial.value(cost) is not None]
-    values = [(side.results.quality(trial), trial.value(cost) or 0.0) for trial in trials]
-    chosen = [(trials[i], values[i]) for i in non_dominated(values)]
-    return tuple({"trial": trial.number, "cost": at, "quality": value} for trial, (value, at) in sorted(chosen, key=lambda c: c[1][1]))
+    sign = -1.0 if f"-{cost}" in side.problem.objectives else 1.0
+    points = []
+    for trial in side.results.full.values():
+        at = trial.number if cost == NUMBER else trial.value(cost)
+        if at is not None:
+            points.append((trial, at))
+    chosen = [points[i] for i in non_dominated([(side.results.quality(trial), sign * at) for trial, at in points])]
+    name = side.problem.quality
+    return tuple({"trial": t.number, "cost": at, "quality": t.value(name)} for t, at in sorted(chosen, key=lambda point: point[1]))
 
 
 def _decisions(sides: Sequence[_Side]) -> dict[str, list[Any]]:
@@ -218,7 +239,7 @@ def _decisions(sides: Sequence[_Side]) -> dict[str, list[Any]]:
 def _settings(sides: Sequence[_Side]) -> dict[str, list[Any]]:
     """The fields of the jobs that differ, and the facts of machine and package that values depend on."""
     facts = [
-        dict(_flat(JobSpec.parse(side.job.spec).model_dump(mode="json")))
+        dict(_flat(side.job.spec if is_own(side.job) else JobSpec.parse(side.job.spec).model_dump(mode="json")))
         | {name: side.job.preflight.get(name) for name in ("hardware", "torch")}
         for side in sides
     ]

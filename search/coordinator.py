@@ -8,31 +8,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from autoeff.errors import AutoeffError, CandidateError, InputError, RunnerLost
-from autoeff.evaluators.loading import load_tokenizer
-from autoeff.search.guests import DamageTable, finalists, preamble, table_candidates, table_form
+from autoeff.errors import AutoeffError, InputError
+from autoeff.search.guests import finalists
 from autoeff.search.results import Results, all_trials
-from autoeff.search.runner_process import RunnerProcess
-from autoeff.search.samplers.problem import Candidate, Problem
+from autoeff.search.samplers.problem import Candidate
 from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
 from autoeff.search.storage.records import Claim, JobState, Proposal, Trial
 from autoeff.search.storage.store import Store
 from autoeff.search.study import Asked, Study
+from autoeff.search.subject import Subject
 from autoeff.search.worker import Worker
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.measurements import Split
 
-if TYPE_CHECKING:
-    from autoeff.search.run import Plan
-
 __all__ = ["Coordinator", "Progress"]
 
-_PROMPT_TOKENS = 48
-_COMPLETION_TOKENS = 48
-_COMPLETION_TRIES = 3  # runners that may be lost meanwhile
 _FRONT_CONFIRMED = 12
 
 
@@ -45,7 +38,7 @@ class Progress:
         done: Trials so far, or bank entries while the bank is built.
         total: Of bank entries; 0 elsewhere.
         used: Budget used, in full-token equivalents.
-        best: Least quality of a feasible configuration at full fidelity.
+        best: Best quality of a feasible configuration at full fidelity.
         front: Size of the Pareto front.
         failures: Candidates that failed.
         eta_s: Seconds left at the present pace.
@@ -75,24 +68,22 @@ class Coordinator:
     Args:
         store: Holds the job.
         job_id: Of the job.
-        plan: What preparation found.
+        subject: What is searched, and who measures it.
         folder: The run directory.
         settings: Of this machine.
         watch: Hears of progress.
     """
 
-    def __init__(self, store: Store, job_id: str, plan: Plan, folder: Path, settings: Settings, watch: Callable[[Progress], None]) -> None:
-        self._store, self._job_id, self._plan, self._settings, self._watch = store, job_id, plan, settings, watch
+    def __init__(
+        self, store: Store, job_id: str, subject: Subject, folder: Path, settings: Settings, watch: Callable[[Progress], None]
+    ) -> None:
+        self._store, self._job_id, self._subject, self._settings, self._watch = store, job_id, subject, settings, watch
         self._me = process_identity()
-        self._setup = plan.spec.setup(settings.bank)
-        self._runner = RunnerProcess(self._setup, settings, folder / "runner.log", lambda done, total: self._report("bank", done, total))
+        self._runner = subject.runner(settings, folder / "runner.log", lambda done, total: self._report("bank", done, total))
         self._worker = Worker(store, self._runner, settings.lease_s)
-        self._full = {split: len(passages.ids) for split, passages in plan.preparation.passages.items()}
-        self._quality = plan.preparation.quality
-        self._problem: Problem = plan.problem
-        self._budget = float(plan.problem.trials)
-        if plan.spec.table_only:
-            self._budget = 1.0 + sum(candidate.windows for candidate in table_candidates(plan.problem)) / plan.problem.windows
+        self._problem = subject.problem
+        self._quality = self._problem.quality
+        self._budget = subject.budget
         self._fence = 0
         self._stored: list[Trial] = []
         self._trials: list[Trial] = []
@@ -118,7 +109,7 @@ class Coordinator:
             self._store.set_job_state(self._job_id, self._fence, JobState.RUNNING)
             self._store.reap()
             self._stored = all_trials(self._store, self._job_id)
-            for notice in self._plan.preparation.notices:
+            for notice in self._subject.notices:
                 self._report("loading", notice=notice)
             summary = self._search()
             self._store.set_job_state(self._job_id, self._fence, JobState.SUCCEEDED, summary)
@@ -157,38 +148,33 @@ class Coordinator:
 
     def _search(self) -> dict[str, Any]:
         self._phase = "baselines"
-        table_only = self._plan.spec.table_only
-        guests = preamble(self._problem, table_only=table_only)
+        guests = self._subject.guests()
         batch = next(guests)
         with suppress(StopIteration):
             while True:
                 batch = guests.send([self._evaluate(candidate).value(self._quality) for candidate in batch])
-        if not table_only:
+        if self._subject.sampler is not None:
             self._phase = "search"
-            study = Study(self._problem, self._plan.spec.sampler)
+            study = Study(self._problem, self._subject.sampler)
             for trial in self._trials:
                 study.tell(trial)
             while (asked := self._ask(study)) is not None and self._affordable(asked.candidate):
                 study.tell(self._evaluate(asked.candidate, state=asked.state))
-            self._phase = "confirming"
-            self._confirm()
+            if self._subject.held_out_windows:
+                self._phase = "confirming"
+                self._confirm(self._subject.held_out_windows)
         self._report("reporting")
         results = self._results()
-        form = table_form(self._problem.space, self._problem.trials, self._problem.windows)
-        table = DamageTable.measured(self._problem, self._known())
-        summary = results.summary(table, form)
-        if table_only:  # nothing was searched, so nothing was found, and nothing missed
-            summary |= {"state": "feasible", "front": [], "found": None, "closest": None}
         return {
-            **summary,
-            "completions": None if table_only else self._completions(results),
+            **results.summary(),
+            **self._subject.closing(results, self._trials, self._runner),
             "seconds": time.monotonic() - self._started,
             "evaluations": self._used,
             "overhead_ms": {name: median(values) * 1e3 for name, values in self._overhead.items() if values},
-            "notices": self._plan.preparation.notices,
+            "notices": self._subject.notices,
         }
 
-    def _confirm(self) -> None:
+    def _confirm(self, windows: int) -> None:
         """Measures the guests, the finalists and the front on the held-out text."""
         results = self._results()
         values = {self._indices(trial): results.quality(trial) for trial in results.full.values()}
@@ -198,39 +184,7 @@ class Coordinator:
         chosen += [trial.configuration.digest for trial in front[:: -(-len(front) // _FRONT_CONFIRMED) or 1]]
         for digest in dict.fromkeys(chosen):
             trial = results.full[digest]
-            self._evaluate(
-                Candidate(self._indices(trial), self._full["held_out"], trial.origin, f"held-out of trial {trial.number}"), "held_out"
-            )
-
-    def _completions(self, results: Results) -> dict[str, str] | None:
-        """The same prompt completed by dense, the best uniform level within the limits, and what was found."""
-        if self._plan.preparation.facts.task != "decoder":
-            return None
-        within = results.within(self._problem.operating_points[0].limits)
-        named = {
-            "dense": results.full.get(self._problem.space.dense_configuration.digest),
-            "uniform": next((t for t in within if t.origin == "uniform"), None),
-            "found": results.found(self._problem.operating_points[0]),
-        }
-        ids = self._plan.preparation.passages["held_out"].ids[0, :_PROMPT_TOKENS]
-        prompt = str(load_tokenizer(self._plan.preparation.facts).decode(ids, skip_special_tokens=True))
-        texts = {"prompt": prompt}
-        for name, trial in named.items():
-            if trial is not None and (text := self._completed(trial, prompt)) is not None:
-                texts[name] = text
-        return texts
-
-    def _completed(self, trial: Trial, prompt: str) -> str | None:
-        """The prompt with its continuation; None where that fails, which is no reason to lose a report."""
-        message = {"kind": "complete", "levels": dict(trial.configuration.levels), "prompt": prompt, "tokens": _COMPLETION_TOKENS}
-        for _ in range(_COMPLETION_TRIES):
-            try:
-                return str(self._runner.ask(message)["text"])
-            except RunnerLost:
-                continue
-            except CandidateError:
-                return None
-        return None
+            self._evaluate(Candidate(self._indices(trial), windows, trial.origin, f"held-out of trial {trial.number}"), "held_out")
 
     def _ask(self, study: Study) -> Asked | None:
         started = time.perf_counter()
@@ -239,7 +193,7 @@ class Coordinator:
         return asked
 
     def _affordable(self, candidate: Candidate) -> bool:
-        seconds = self._plan.spec.budget.seconds
+        seconds = self._subject.seconds
         used = self._used + candidate.windows / self._problem.windows
         return (seconds is None or self._elapsed < seconds) and used <= self._problem.trials
 
@@ -258,15 +212,12 @@ class Coordinator:
     def _indices(self, trial: Trial) -> tuple[int, ...]:
         return self._problem.space.indices(trial.configuration.levels)
 
-    def _known(self) -> dict[tuple[tuple[int, ...], int], float | None]:
-        return {(self._indices(t), t.windows): t.value(self._quality) for t in self._trials if t.split == "search"}
-
     # Evaluating
 
     def _evaluate(self, candidate: Candidate, split: Split = "search", state: dict[str, Any] | None = None) -> Trial:
         """The finished trial of a candidate: from the tables if it is there, else evaluated now."""
         number = len(self._trials)
-        configuration = self._plan.space.at(candidate.indices)
+        configuration = self._problem.space.at(candidate.indices)
         if number < len(self._stored):
             stored = self._stored[number]
             if (stored.configuration, stored.windows, stored.split) != (configuration, candidate.windows, split):
@@ -292,16 +243,15 @@ class Coordinator:
         return self._remember(trial)
 
     def _proposal(self, number: int, candidate: Candidate, split: Split, state: dict[str, Any] | None) -> Proposal:
-        configuration = self._plan.space.at(candidate.indices)
-        searching = split == "search"
+        configuration = self._problem.space.at(candidate.indices)
         return Proposal(
             number=number,
             configuration=configuration,
             origin=candidate.origin,
             split=split,
             windows=candidate.windows,
-            cost=candidate.windows / self._full["search"] if searching else 0.0,
-            eval_key=digest_of([self._plan.preparation.digest, configuration.digest, split, candidate.windows]),
+            cost=candidate.windows / self._problem.windows if split == "search" else 0.0,
+            eval_key=digest_of([self._subject.digest, configuration.digest, split, candidate.windows]),
             costs=self._problem.cost_model.values(candidate.indices),
             feasible=self._problem.feasible(candidate.indices),
             label=candidate.label,
@@ -359,7 +309,7 @@ class Coordinator:
                 total=total,
                 used=used,
                 budget=self._budget,
-                best=results.quality(within[0]) if within else None,
+                best=within[0].value(self._quality) if within else None,
                 quality=self._quality,
                 front=len(results.front()),
                 failures=sum(t.failure is not None for t in self._trials),

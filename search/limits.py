@@ -23,21 +23,28 @@ _EXAMPLE = "write for example weight_bytes<=0.30x, linear_bytes<=900MB or avg_bi
 
 @dataclass(frozen=True)
 class Limit:
-    """`name <= bound`.
+    """`name <= bound`, or `name >= bound`.
 
     Attributes:
-        name: A cost measure, or the quality measure of the job; the latter is known only after an evaluation.
+        name: A cost measure, the quality measure of the job, or a metric of the user's own; costs alone are known before an evaluation.
         bound: Absolute, in the unit of the measure.
         text: As the user wrote it.
+        lower: Whether values must be at least the bound; only metrics of the user's own have such limits.
     """
 
     name: str
     bound: Fraction
     text: str
+    lower: bool = False
 
     def met(self, value: Fraction | float) -> bool:
         """Whether a value of the measure keeps the limit; NaN does not."""
-        return value <= self.bound
+        return value >= self.bound if self.lower else value <= self.bound
+
+    def excess(self, value: float) -> float:
+        """How far a value is beyond the bound, in the unit of the measure; 0 or less where the limit is kept."""
+        beyond = value - float(self.bound)
+        return -beyond if self.lower else beyond
 
 
 def parse_limit(text: str, cost_model: CostModel, quality: str = "kl") -> Limit:

@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from autoeff.spaces.measurements import measure
+from autoeff.spaces.measurements import described
 
 __all__ = ["Guest", "Picture", "draw_damage", "draw_fronts", "draw_png", "draw_svg"]
 
@@ -74,6 +74,7 @@ class Picture:
         points: (cost, quality) of every trial by origin.
         front: (cost, quality) of the trials on the Pareto front.
         limit: Upper bound on the cost, None where the job has none on it.
+        linear: Whether the quality stands on a linear axis instead: the user's own metrics may be negative, or larger the better.
     """
 
     quality: str
@@ -83,6 +84,7 @@ class Picture:
     guests: Sequence[Guest]
     limit: float | None = None
     spearman: Sequence[tuple[float, float]] = field(default=())
+    linear: bool = False
 
 
 def draw_png(picture: Picture) -> bytes:
@@ -98,25 +100,27 @@ def draw_svg(picture: Picture) -> str:
     return text[text.index("<svg") :]
 
 
-def draw_fronts(quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+def draw_fronts(quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[float, float]]], *, linear: bool = False) -> bytes:
     """Fronts over each other as a PNG on white, 1,600 pixels wide.
 
     Args:
         quality: Name of the measurement on the logarithmic axis.
         cost: Name of the measurement on the other one.
-        fronts: (cost, quality) by name of the run; what is not above zero has no place on the axis.
+        fronts: (cost, quality) by name of the run; what is not above zero has no place on a logarithmic axis.
+        linear: As of a `Picture`.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
         axes = figure.subplots()
         _clean(axes)
-        axes.set_yscale("log")
+        if not linear:
+            axes.set_yscale("log")
         for i, (name, points) in enumerate(fronts.items()):
-            if shown := sorted(_positive(points)):
+            if shown := sorted(points if linear else _positive(points)):
                 xs, ys = zip(*shown, strict=True)
                 colour, dash = _RUNS[i % len(_RUNS)], _DASHES[i // len(_RUNS) % len(_DASHES)]
                 axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.4, drawstyle="steps-post", marker=".", markersize=6, label=name)
-        axes.set_ylabel(f"{quality}, {measure(quality).unit}")
+        axes.set_ylabel(_label(quality))
         _label_cost(axes, cost)
         if axes.lines:
             axes.legend(loc="upper right", frameon=False, fontsize=8.5)
@@ -180,15 +184,17 @@ def _saved(picture: Picture, form: str, **options: Any) -> bytes:
 
 def _draw_quality(axes: Axes, picture: Picture) -> None:
     _clean(axes)
-    axes.set_yscale("log")
+    shown_of = list if picture.linear else _positive
+    if not picture.linear:
+        axes.set_yscale("log")
     for origin, points in picture.points.items():
-        if shown := _positive(points):
+        if shown := shown_of(points):
             colour = _ORIGINS.get(origin, _ORIGINS["searched"])
             axes.scatter(
                 [x for x, _ in shown], [y for _, y in shown], s=11, color=colour, alpha=0.45, linewidths=0, label=f"{origin} trials",
                 rasterized=True, zorder=2,
             )  # fmt: skip
-    if front := sorted(_positive(picture.front)):
+    if front := sorted(shown_of(picture.front)):
         xs, ys = zip(*front, strict=True)
         axes.plot(xs, ys, color=_INK["found"], linewidth=1.4, drawstyle="steps-post", label="Pareto front", zorder=3)
         axes.scatter(xs, ys, s=16, color=_INK["found"], linewidths=0, zorder=4)
@@ -201,11 +207,11 @@ def _draw_quality(axes: Axes, picture: Picture) -> None:
     for guest in picture.guests:
         if guest.quality is None:
             continue
-        on_floor = guest.quality <= 0  # a logarithmic axis has no zero: the dense model stands on its lower edge
+        on_floor = guest.quality <= 0 and not picture.linear  # a logarithmic axis has no zero: the dense model stands on its lower edge
         axes.scatter(
             [guest.cost], [floor if on_floor else guest.quality], marker=_MARKS[guest.role], s=_SIZES.get(guest.role, 46),
             color=_INK["found" if guest.role == "found" else "guest"], edgecolors="white", linewidths=0.8, zorder=6,
-            clip_on=not on_floor, label=None if guest.role in seen else _ROLE_WORDS[guest.role],
+            clip_on=not on_floor, label=None if guest.role in seen else guest.label if guest.role == "dense" else _ROLE_WORDS[guest.role],
         )  # fmt: skip
         seen.add(guest.role)
         if guest.role in _LABELS:
@@ -214,9 +220,10 @@ def _draw_quality(axes: Axes, picture: Picture) -> None:
                 guest.label, (guest.cost, floor if on_floor else guest.quality), xytext=offset, textcoords="offset points", ha=side,
                 fontsize=8.5, color=_INK["found" if guest.role == "found" else "ink"], zorder=7,
             )  # fmt: skip
-    axes.set_ylim(bottom=floor)
-    axes.set_ylabel(f"{picture.quality}, {measure(picture.quality).unit}")
-    for handle in axes.legend(loc="upper right", frameon=False, fontsize=8.5, ncols=2).legend_handles:
+    if not picture.linear:
+        axes.set_ylim(bottom=floor)
+    axes.set_ylabel(_label(picture.quality))
+    for handle in axes.legend(loc="best" if picture.linear else "upper right", frameon=False, fontsize=8.5, ncols=2).legend_handles:
         if handle is not None:
             handle.set_alpha(1)
 
@@ -236,9 +243,13 @@ def _draw_spearman(axes: Axes, picture: Picture) -> None:
 
 
 def _label_cost(axes: Axes, cost: str) -> None:
-    axes.set_xlabel(f"{cost}, {measure(cost).unit}" if measure(cost).unit != "bytes" else cost)
-    if measure(cost).unit.startswith(("bytes", "FLOP")):
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: measure(cost).text(value)))
+    axes.set_xlabel(_label(cost) if described(cost).unit != "bytes" else cost)
+    if described(cost).unit.startswith(("bytes", "FLOP")):
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: described(cost).text(value)))
+
+
+def _label(name: str) -> str:
+    return f"{name}, {unit}" if (unit := described(name).unit) else name
 
 
 def _clean(axes: Axes) -> None:

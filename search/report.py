@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import autoeff
 from autoeff.search.job import JobSpec
+from autoeff.search.own_job import NUMBER, OwnJob, is_own
 from autoeff.search.picture import Guest, Picture, draw_png, draw_svg
 from autoeff.search.runs import write_file
 from autoeff.search.samplers.problem import Problem
 from autoeff.search.standing import TABLE_WORDS, cost_columns, judged_cost, problem_of
 from autoeff.search.storage.records import Job
-from autoeff.spaces.measurements import measure
+from autoeff.spaces.measurements import described
 from autoeff.spaces.space import Decision, SearchSpace
 
 __all__ = ["damage_maps", "picture_of", "verdict", "write_report"]
@@ -36,21 +38,26 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
     Raises:
         OSError: `folder` cannot be written.
     """
-    spec, space = JobSpec.parse(job.spec), SearchSpace.from_json(job.space)
+    space = SearchSpace.from_json(job.space)
     picture = picture_of(job, rows, summary)
     page = _PAGES.get_template("report.html.j2").render(
         job=job,
-        spec=spec,
+        own=OwnJob.from_json(job.spec) if is_own(job) else None,
+        job_file=yaml.safe_dump(dict(job.spec), sort_keys=False, allow_unicode=True) if is_own(job) else JobSpec.parse(job.spec).to_yaml(),
         summary=summary,
         version=autoeff.__version__,
         folder=folder,
-        verdicts=[verdict(row, summary, judged_cost(job)) for row in summary["rows"] if row["role"] == "found"],
+        verdicts=[
+            own_verdict(row, summary) if is_own(job) else verdict(row, summary, judged_cost(job))
+            for row in summary["rows"]
+            if row["role"] == "found"
+        ],
         columns=cost_columns(job),
         quality=summary["quality"],
         front_svg=draw_svg(picture),
-        chosen="best" if spec.limits else summary["found"] or "TRIAL",
+        chosen="best" if job.spec["limits"] else summary["found"] or "TRIAL",
         maps=_level_maps(space, rows, summary),
-        damage=damage_maps(space, summary["table"]["damage"]),
+        damage=damage_maps(space, summary["table"]["damage"]) if summary["table"] else [],
         failures=_failures(rows),
     )
     paths = folder / "front.png", folder / "report.html"
@@ -82,26 +89,40 @@ def verdict(found: Row, summary: Row, cost: str) -> str:
     return f"{text}; nothing was found that beats uniform {below['label']}"
 
 
+def own_verdict(found: Row, summary: Row) -> str:
+    """One sentence on what a search of own code found, beside the reference and the best random configuration."""
+    quality = summary["quality"]
+    costs = "".join(f", {name} {_text(name, value)}" for name, value in found["costs"].items())
+    text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])}{costs}"
+    if found["origin"] != "searched":
+        return (
+            f"{text}; this is {'the reference' if found['origin'] == 'dense' else 'a random configuration'}, and the search found no better"
+        )
+    names = {"dense": "the reference", "random": "the best of random"}
+    beside = [f"{names[r['role']]} has {_text(quality, r['search'])}" for r in summary["rows"] if r["role"] in names]
+    return "; ".join([text, *beside])
+
+
 def picture_of(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
     """What `front.png` shows: every trial measured on the whole search text, the front, the guests and the limit."""
     quality = summary["quality"]
-    problem = problem_of(job)
+    problem, own = problem_of(job), is_own(job)
     cost = problem.cost_measure
     full = max((tokens for row in rows if (tokens := _tokens(row, quality))), default=None)
     points: dict[str, list[tuple[float, float]]] = {}
     by_number: dict[int, tuple[float, float]] = {}
     for row in rows:
         if full is not None and _tokens(row, quality) == full:  # what was measured on fewer tokens has no place on this axis
-            point = row["measurements"][cost]["value"], row["measurements"][quality]["value"]
+            point = _value(row, cost), row["measurements"][quality]["value"]
             points.setdefault(row["origin"], []).append(point)
             by_number[row["trial"]] = point
     front = set(summary["front"])
     guests = [
         Guest(
             row["role"],
-            row["label"] or row["role"],
-            row["costs"][cost],
-            0.0 if row["role"] == "dense" else row["search"],
+            row["label"] or ("reference" if own and row["role"] == "dense" else row["role"]),
+            row["trial"] if cost == NUMBER else row["costs"][cost],
+            0.0 if row["role"] == "dense" and not own else row["search"],
             row["spearman_held_out"],
         )
         for row in summary["rows"]
@@ -113,8 +134,9 @@ def picture_of(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
         front=[by_number[number] for number in front if number in by_number],
         guests=guests,
         limit=_bound(problem, cost),
+        linear=own,
         spearman=[
-            (row["measurements"][cost]["value"], row["measurements"]["spearman_held_out"]["value"])
+            (_value(row, cost), row["measurements"]["spearman_held_out"]["value"])
             for row in rows
             if row["trial"] in front and "spearman_held_out" in row["measurements"]
         ],
@@ -123,6 +145,9 @@ def picture_of(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
 
 def _bound(problem: Problem, cost: str) -> float | None:
     """The tightest limit on a cost, counting limits on measures that rise and fall with it."""
+    if cost not in problem.cost_model.measures:
+        upper = [float(limit.bound) for limit in problem.limits if limit.name == cost and not limit.lower]
+        return min(upper, default=None)
     wanted, bounds = problem.cost_model.measures[cost], []
     for limit in problem.cost_limits:
         form = problem.cost_model.measures[limit.name]
@@ -190,7 +215,7 @@ def _grid(space: SearchSpace, cells: Mapping[tuple[int, str], dict[str, Any]]) -
 
 def _place(decision: Decision) -> str:
     """What a column of the level map is about: `self_attn.o_proj bits`."""
-    return f"{_inside(decision)} {decision.knob}"
+    return f"{_inside(decision)} {decision.knob}".rstrip()
 
 
 def _inside(decision: Decision) -> str:
@@ -210,12 +235,17 @@ def _failures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _tokens(row: Row, quality: str) -> int | None:
+    """Of the value; 1 where it is not taken on text."""
     measured = row["measurements"].get(quality)
-    return None if measured is None else measured["tokens"]
+    return None if measured is None else measured.get("tokens", 1)
+
+
+def _value(row: Row, name: str) -> float:
+    return float(row["trial"] if name == NUMBER else row["measurements"][name]["value"])
 
 
 def _text(name: str, value: float | None) -> str:
-    return _NOTHING if value is None else measure(name).text(value)
+    return _NOTHING if value is None else described(name).text(value)
 
 
 def _short(value: float) -> str:

@@ -21,6 +21,7 @@ from autoeff.errors import InputError
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.guests import table_candidates
 from autoeff.search.limits import Limit, check_reachable, parse_limit
+from autoeff.search.own_job import refuse_own
 from autoeff.search.results import Results, all_trials, rows_of
 from autoeff.search.runs import open_run
 from autoeff.search.samplers.damage_model import DamageModel, Form, Posterior
@@ -146,6 +147,7 @@ def resolve(
     store, job_id, folder = open_run(run, settings)
     with store:
         job = store.job(job_id)
+        refuse_own(job, "which has no stored costs to solve for; search again with other limits")
         problem = problem_of(job)
         asked = _limits(limits, problem.cost_model, problem.quality)
         trials = all_trials(store, job_id)

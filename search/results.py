@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any
 
-from autoeff.search.guests import DamageTable, TableForm
+from autoeff.search.guests import DamageTable
 from autoeff.search.limits import Limit, feasible
 from autoeff.search.pareto import non_dominated
 from autoeff.search.samplers.problem import OperatingPoint, Problem
@@ -59,9 +59,11 @@ class Results:
                 self.full.setdefault(trial.configuration.digest, trial)
 
     def quality(self, trial: Trial) -> float:
-        """On the search text; infinity where there is none."""
+        """The first objective, minimised, on the search text; infinity where there is none."""
         value = trial.value(self.problem.quality)
-        return inf if value is None else value
+        if value is None:
+            return inf
+        return value if self.problem.quality == self.problem.objectives[0] else -value
 
     def held_out_quality(self, trial: Trial) -> float:
         """On the held-out text; infinity before it is confirmed."""
@@ -70,21 +72,22 @@ class Results:
         return inf if value is None else value
 
     def within(self, limits: Sequence[Limit]) -> list[Trial]:
-        """Full-fidelity trials that keep the limits on costs and the job's on quality, best first."""
-        on_quality = [limit for limit in self.problem.limits if limit.name == self.problem.quality]
+        """Full-fidelity trials that keep the limits and the job's on quality, best first."""
+        on_values = [limit for limit in (*limits, *self.problem.quality_limits) if limit.name not in self.problem.cost_model.measures]
         kept = [
             trial
             for trial in self.full.values()
             if feasible(limits, self.problem.cost_model, self.problem.space.indices(trial.configuration.levels))
-            and all(limit.met(self.quality(trial)) for limit in on_quality)
+            and all((value := trial.value(limit.name)) is not None and limit.met(value) for limit in on_values)
         ]
         return sorted(kept, key=lambda trial: (self.quality(trial), trial.number))
 
     def front(self) -> list[Trial]:
         """The non-dominated trials under the job's limits, by falling quality loss."""
         trials = self.within(self.problem.limits)
-        values = [self.problem.values(self.problem.space.indices(t.configuration.levels), self.quality(t)) for t in trials]
-        return [trials[i] for i in non_dominated(values)]
+        values = [self.problem.values(self.problem.space.indices(t.configuration.levels), t.value) for t in trials]
+        whole = [(trial, found) for trial, found in zip(trials, values, strict=True) if found is not None]
+        return [whole[i][0] for i in non_dominated([found for _, found in whole])]
 
     def found(self, point: OperatingPoint) -> Trial | None:
         """The best configuration at a point, guests included: by the held-out text where confirmed, else by the search text."""
@@ -118,8 +121,8 @@ class Results:
             predicted.append(sum(row[i] for row, i, on in rows if on))
         return {"spearman": float(spearmanr(predicted, [self.quality(t) for t in good]).statistic), "n": len(good)}
 
-    def summary(self, table: DamageTable, form: TableForm) -> dict[str, Any]:
-        """The end table and what the report draws, as plain data."""
+    def summary(self) -> dict[str, Any]:
+        """The end table and the front, as plain data."""
         points = self.problem.operating_points
         winners = [(point, self.found(point)) for point in points]
         rows = [self._row(role, point, trial) for role, point, trial in self.guests()]
@@ -134,16 +137,15 @@ class Results:
             "front": [trial.number for trial in self.front()],
             "found": None if first is None else first.number,
             "closest": None if first is not None else self._closest(),
-            "table": {"form": form, "damage": self.damage(table)},
-            "additivity": self.additivity(table),
         }
 
     def _row(self, role: str, point: str | None, trial: Trial) -> dict[str, Any]:
         confirmed = self.held_out.get(trial.configuration.digest)
         label = trial.label if role == "uniform" else None
-        row: dict[str, Any] = {"role": role, "label": label, "trial": trial.number, "point": point, "feasible": trial.feasible}
+        row: dict[str, Any] = {"role": role, "label": label, "trial": trial.number, "point": point}
+        row["feasible"] = trial.feasible and self.problem.violation(trial.value) == 0
         row["origin"] = trial.origin
-        row["costs"] = {m.name: m.value for m in trial.measurements if m.method == "exact"}
+        row["costs"] = {m.name: m.value for m in trial.measurements if m.method == "exact" or (m.own and m.name != self.problem.quality)}
         row["search"] = trial.value(self.problem.quality)
         names = {"held_out": f"{self.problem.quality}_held_out"}
         for key in ("held_out", "perplexity_held_out", "spearman_held_out"):
@@ -151,9 +153,9 @@ class Results:
         return row
 
     def _closest(self) -> int | None:
-        """The evaluated trial of best quality among those that keep the limits on costs, where a limit on quality was missed."""
+        """The evaluated trial nearest to the limits on measured values among those that keep the ones on costs."""
         kept = [t for t in self.full.values() if t.feasible]
-        return min(kept, key=self.quality).number if kept else None
+        return min(kept, key=lambda t: (self.problem.violation(t.value), self.quality(t), t.number)).number if kept else None
 
     def damage(self, table: DamageTable) -> dict[str, dict[str, float | None]]:
         """The table by decision key and level; None where the level alone fails."""

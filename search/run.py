@@ -8,64 +8,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from autoeff.errors import ExitCode, InputError
-from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.search.coordinator import Coordinator, Progress
 from autoeff.search.exporter import export_trial
-from autoeff.search.guests import minimum_trials, table_form
 from autoeff.search.job import JobSpec
-from autoeff.search.limits import Limit, check_reachable, least_reachable, parse_limit
+from autoeff.search.model import Plan, plan
+from autoeff.search.own_job import Choice, refuse_own
 from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
 from autoeff.search.runs import new_run, open_run
-from autoeff.search.sampler import check_sampler
-from autoeff.search.samplers.problem import Candidate, Problem
+from autoeff.search.samplers.problem import Candidate
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import Job, Trial
 from autoeff.search.storage.store import Store
-from autoeff.spaces.costs import CostModel
-from autoeff.spaces.measurements import Split, measure
-from autoeff.spaces.space import SearchSpace
+from autoeff.search.subject import Subject
+from autoeff.spaces.measurements import Split
 
-__all__ = ["Plan", "Progress", "Result", "adding", "export", "plan", "resume", "run_search", "start"]
+__all__ = ["Plan", "Progress", "Result", "adding", "drive", "export", "plan", "resume", "run_search", "start"]
 
 Watch = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known before any weight is loaded.
-
-    Attributes:
-        preflight: Model, text, memory, hardware, notices.
-        minimum_trials: The least budget that holds dense, uniform levels, the cheap table and five more.
-        least: Least reachable value of each cost measure.
-        dense: The dense model's value of each.
-        table: Form that the damage table takes under this budget.
-        problem: What the samplers are told: space, costs, reachable limits, objectives, budget, seed.
-    """
-
-    spec: JobSpec
-    preparation: Preparation
-    minimum_trials: int
-    least: Mapping[str, float]
-    dense: Mapping[str, float]
-    table: str
-    problem: Problem
-
-    @property
-    def preflight(self) -> dict[str, Any]:
-        return self.preparation.report()
-
-    @property
-    def space(self) -> SearchSpace:
-        return self.preparation.space
-
-    @property
-    def limits(self) -> tuple[Limit, ...]:
-        return self.problem.limits
 
 
 @dataclass(frozen=True)
@@ -96,39 +59,6 @@ class Result:
         return [row for row in self.rows if row["trial"] in self.summary["front"]]
 
 
-def plan(spec: JobSpec, settings: Settings) -> Plan:
-    """Checks a job and works out what arithmetic can.
-
-    Raises:
-        InputError: Bad model, text, knobs, objectives or limits, or too small a budget.
-        UnreachableLimit: No configuration keeps the limits.
-    """
-    check_sampler(spec.sampler)
-    preparation = prepare(spec.setup(settings.bank))
-    context = spec.context or preparation.facts.context
-    if context is None:
-        raise InputError(f"model_type {preparation.facts.model_type!r} states no context length, which cache costs need; give --context")
-    cost_model = CostModel(preparation.space, batch=spec.batch, context=context)
-    objectives = _objectives(spec, preparation.quality, cost_model)
-    limits = tuple(parse_limit(text, cost_model, preparation.quality) for text in spec.limits)
-    check_reachable(limits, cost_model)
-    windows = len(preparation.passages["search"].ids)
-    least = minimum_trials(preparation.space, windows)
-    if spec.budget.trials < least:
-        raise InputError(
-            f"budget.trials is {spec.budget.trials}; this space needs at least {least} (dense, uniform levels, cheap table and 5)"
-        )
-    return Plan(
-        spec=spec,
-        preparation=preparation,
-        minimum_trials=least,
-        least={name: float(least_reachable(cost_model, name)) for name in cost_model.measures},
-        dense={name: float(cost_model.dense(name)) for name in cost_model.measures},
-        table=table_form(preparation.space, spec.budget.trials, windows),
-        problem=Problem(preparation.space, cost_model, limits, objectives, spec.budget.trials, windows, spec.seed),
-    )
-
-
 def start(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lambda progress: None) -> Result:
     """Runs a new search into the folder `out`, which must not exist.
 
@@ -140,7 +70,7 @@ def start(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lambda pr
         job_id = uuid.uuid4().hex[:12]
         with new_run(out, job_id, settings.database) as folder:
             store.create_job(job_id, spec.model_dump(mode="json"), planned.preflight, planned.space.to_json(), planned.preparation.digest)
-        return _drive(store, job_id, folder, planned, settings, watch)
+        return drive(store, job_id, folder, planned, settings, watch)
 
 
 def resume(run: str | Path, settings: Settings, watch: Watch = lambda progress: None) -> Result:
@@ -152,7 +82,7 @@ def resume(run: str | Path, settings: Settings, watch: Watch = lambda progress: 
     store, job_id, folder = open_run(run, settings)
     with store:
         planned, folder = _planned_again(store.job(job_id), run, folder, settings)
-        return _drive(store, job_id, folder, planned, settings, watch)
+        return drive(store, job_id, folder, planned, settings, watch)
 
 
 @contextmanager
@@ -169,6 +99,7 @@ def adding(
         yield evaluate
 
 
+@overload
 def run_search(
     model: str | Path,
     data: str | Path | Mapping[str, Any] | None = None,
@@ -182,10 +113,33 @@ def run_search(
     seed: int = 0,
     sampler: str = "additive",
     out: str | Path | None = None,
-    watch: Watch = lambda progress: None,
+    watch: Watch = ...,
     **fields: Any,
-) -> Result:
-    """Searches `model` and returns what was found.
+) -> Result: ...
+
+
+@overload
+def run_search(
+    *,
+    build: Callable[[dict[str, Any]], Any],
+    space: Mapping[str, Choice],
+    metrics: Iterable[Callable[[Any], Any]] | Mapping[str, Callable[[Any], Any]],
+    objectives: Iterable[str],
+    limits: Iterable[str] = (),
+    trials: int = 100,
+    timeout: float | None = None,
+    seed: int = 0,
+    sampler: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watch: Watch = ...,
+) -> Result: ...
+
+
+def run_search(*args: Any, **kwargs: Any) -> Result:  # noqa: D417  (the two forms have arguments of their own)
+    """Searches a model from disk, or code of your own, and returns what was found.
+
+    A model, layer by layer: `run_search("demo", knobs=["bits", "skip"], limits=["avg_bits<=3.5"])`.
 
     Args:
         model: Directory, hub id or bundled name.
@@ -202,9 +156,59 @@ def run_search(
         watch: Called with every progress.
         **fields: Any other `JobSpec` field: `space`, `batch`, `context`, `device`.
 
+    Code of your own: `run_search(build=build, space={"depth": choice(2, 4, 6)}, metrics=[accuracy, parameters],
+    objectives=["-accuracy", "parameters"], limits=["parameters<=1e6"])`. In this form:
+
+    Args:
+        build: Makes a candidate, such as a trained module, of a configuration: a dict with a value for every name of `space`.
+        space: A `choice` for each decision. The first values together are the reference configuration, which is always evaluated,
+            as are `min(32, N/5)` random ones.
+        metrics: Functions that take the candidate and return a number, known by the function's name, or a dict of numbers, known by
+            its keys. They are called in order, on the same candidate.
+        objectives: Names of metrics, each minimised; `-accuracy` minimises minus accuracy, and so asks for the largest. The first
+            decides which configuration is found.
+        limits: Such as `parameters<=1e6` or `accuracy>=0.9`. They are checked when a candidate has been measured; samplers learn from it.
+        trials: Budget in evaluations. Equal configurations are evaluated once, and the search ends when all are known.
+        timeout: Wall-clock budget of the search in seconds. AUTOEFF_EVALUATION_TIMEOUT_S limits one candidate (default 600), and
+            AUTOEFF_MEMORY_CAP_BYTES its memory.
+        seed: Of the search, and of the generators of Python, numpy and torch at the start of each candidate.
+        sampler: Default `tpe` for one objective, `nsga2` for more; also `gp` and `random`.
+        out: New folder for the run; default `runs/<build>-<time>`.
+        resume: Goes on with the run in `out`. Functions are not stored, so the same call must be made again: measured candidates are
+            answered from the database, and the sequence is that of an undisturbed run.
+        watch: Called with every progress.
+
+    A candidate whose functions raise, crash, hang or give no finite number is a recorded failure with its traceback, and the search
+    goes on. Each is built and measured in a process forked from this one, on Linux and macOS, so closures and notebooks work, and what a
+    candidate changes in memory is gone with it. Torch runs on one thread there, since threads do not survive a fork. CUDA does
+    not either: it can be used inside `build` and the metrics as long as this process has not used it before.
+
     Raises:
         InputError: Something passed is wrong.
     """
+    if "build" in kwargs and not args:
+        from autoeff.search.own import search_own  # it stands above this module
+
+        return search_own(**kwargs)
+    return _search_model(*args, **kwargs)
+
+
+def _search_model(
+    model: str | Path,
+    data: str | Path | Mapping[str, Any] | None = None,
+    *,
+    eval_data: str | Path | Mapping[str, Any] | None = None,
+    knobs: Iterable[str] | Mapping[str, Mapping[str, Any]] = ("bits",),
+    limits: Iterable[str] = (),
+    objectives: Iterable[str] = ("quality", "weight_bytes"),
+    trials: int = 300,
+    timeout: float | None = None,
+    seed: int = 0,
+    sampler: str = "additive",
+    out: str | Path | None = None,
+    watch: Watch = lambda progress: None,
+    **fields: Any,
+) -> Result:
     named = {"data": data, "eval_data": eval_data}
     texts = {key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None}
     spec = JobSpec.parse(
@@ -231,13 +235,18 @@ def export(run: str | Path, trial: int, folder: Path, format_name: str, settings
     store, job_id, _ = open_run(run, settings)
     with store:
         job = store.job(job_id)
+        refuse_own(job, "of which nothing can be exported; build the configuration that `autoeff show` prints")
         setup = JobSpec.parse(job.spec).setup(settings.bank)
         return export_trial(job, store.trial(job_id, trial), setup, settings, folder, format_name).to_json()
 
 
-def _drive(store: Store, job_id: str, folder: Path, planned: Plan, settings: Settings, watch: Watch) -> Result:
-    coordinator = Coordinator(store, job_id, planned, folder, settings, watch)
-    summary = coordinator.run()
+def drive(store: Store, job_id: str, folder: Path, subject: Subject, settings: Settings, watch: Watch) -> Result:
+    """Searches a stored job to its end, in this process, and writes its report.
+
+    Raises:
+        AutoeffError: Something outside the candidates failed; the job can be resumed.
+    """
+    summary = Coordinator(store, job_id, subject, folder, settings, watch).run()
     job = store.job(job_id)
     rows = rows_of(store, job_id)
     write_report(folder, job, rows, summary)
@@ -249,6 +258,7 @@ def _planned_again(job: Job, run: str | Path, folder: Path | None, settings: Set
     """The plan of a stored job, found to be what it was, and its run directory."""
     if folder is None:
         raise InputError(f"job {job.id} has no run directory here; name the directory that its search wrote to")
+    refuse_own(job, f"whose functions are not stored; call autoeff.run_search(build=…, …, out={str(run)!r}, resume=True) as it was started")
     planned = plan(JobSpec.parse(job.spec), settings)
     if planned.preparation.digest != job.setup_digest:
         raise InputError(f"run {run} cannot go on: {_changed(job.preflight, planned.preflight)}")
@@ -268,15 +278,3 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             remedy = f"; set OMP_NUM_THREADS={old[5:]}" if old[:5] == new[:5] == "cpu x" else ""
             return f"{what} changed from {old} to {new}{remedy}"
     return "this version of autoeff evaluates otherwise; use the one that started it"
-
-
-def _objectives(spec: JobSpec, quality: str, cost_model: CostModel) -> tuple[str, ...]:
-    names = tuple(quality if name == "quality" else name for name in spec.objectives)
-    if names[0] != quality:
-        measure(names[0])
-        raise InputError(f"the first objective is {names[0]!r}; on this model it must be {quality} (or the word quality)")
-    for name in names[1:]:
-        if name not in cost_model.measures:
-            measure(name)
-            raise InputError(f"objective {name!r} is no cost known before an evaluation; allowed: {', '.join(cost_model.measures)}")
-    return names

@@ -27,7 +27,7 @@ from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, measure
 from autoeff.search.settings import Settings
 from autoeff.spaces.measurements import Measurement
 
-__all__ = ["Measured", "RunnerProcess"]
+__all__ = ["Measured", "RunnerProcess", "answers", "death_of"]
 
 _CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
@@ -66,7 +66,7 @@ class RunnerProcess:
     ) -> None:
         self._setup, self._settings, self._log, self._progress = setup, settings, log, progress
         self._process: subprocess.Popen[bytes] | None = None
-        self._pending = b""
+        self._pending = bytearray()
         self.digest: str | None = None
         self.starts = 0
 
@@ -101,7 +101,7 @@ class RunnerProcess:
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         self.starts += 1
-        self._pending = b""
+        self._pending.clear()
         answer = self._ask({"kind": "open", "setup": self._setup.to_json()}, self._settings.open_timeout_s, tick)
         self.digest = answer["digest"]
 
@@ -166,8 +166,8 @@ class RunnerProcess:
         with _ignoring_broken_pipe():  # a dead process is seen below, with its exit status
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
-        for line in self._lines(process, time.monotonic() + timeout_s, timeout_s, tick):
-            answer: dict[str, Any] = json.loads(line)
+        assert process.stdout is not None
+        for answer in answers(process.stdout.fileno(), process.pid, self._pending, self._settings, timeout_s, tick):
             match answer["kind"]:
                 case "progress":
                     self._progress(answer["done"], answer["total"])
@@ -179,48 +179,64 @@ class RunnerProcess:
                     return answer
         raise self._death(process)
 
-    def _lines(self, process: subprocess.Popen[bytes], deadline: float, timeout_s: float, tick: _Tick) -> Iterator[bytes]:
-        """Lines of the runner's answers until it closes its output."""
-        assert process.stdout is not None
-        watched = psutil.Process(process.pid)
-        cap = self._memory_cap()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                while b"\n" in self._pending:
-                    line, _, self._pending = self._pending.partition(b"\n")
-                    yield line
-                if selector.select(_TICK_S):
-                    data = os.read(process.stdout.fileno(), 1 << 20)
-                    if not data:
-                        return
-                    self._pending += data
-                    continue
-                tick()
-                if time.monotonic() > deadline:
-                    raise CandidateError(FailureClass.TIMEOUT, f"no answer within {timeout_s:g} s")
-                if (held := _resident(watched)) > cap:
-                    raise CandidateError(FailureClass.OOM_HOST, f"held {held / 2**30:.2f} GiB; the cap is {cap / 2**30:.2f} GiB")
-
-    def _memory_cap(self) -> int:
-        if self._settings.memory_cap_bytes is not None:
-            return self._settings.memory_cap_bytes
-        return int(self._settings.memory_share * psutil.virtual_memory().total)
-
     def _death(self, process: subprocess.Popen[bytes]) -> Exception:
         try:
             code = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return RunnerLost("the runner closed its output but did not end")
-        if code < 0 and -code in _CANDIDATE_SIGNALS:
-            return CandidateError(FailureClass.CRASH, f"the runner died of {signal.Signals(-code).name}")
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return RunnerLost(f"the runner ended with {reason}")
+        return death_of(code)
 
     def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self.close()
+
+
+def answers(
+    fd: int, pid: int, pending: bytearray, settings: Settings, timeout_s: float, tick: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """The JSON lines that process `pid` writes to the pipe `fd` until it closes it.
+
+    Args:
+        fd: To be read.
+        pid: Whose memory is watched.
+        pending: What was read before and not yet taken.
+        settings: Hold the memory cap.
+        timeout_s: From now on.
+        tick: Called ten times a second while nothing comes.
+
+    Raises:
+        CandidateError: No answer in time, or too much memory held.
+    """
+    deadline = time.monotonic() + timeout_s
+    watched = psutil.Process(pid)
+    cap = settings.memory_cap_bytes or int(settings.memory_share * psutil.virtual_memory().total)
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while True:
+            while b"\n" in pending:
+                line, _, rest = pending.partition(b"\n")
+                pending[:] = rest
+                yield json.loads(line)
+            if selector.select(_TICK_S):
+                data = os.read(fd, 1 << 20)
+                if not data:
+                    return
+                pending += data
+                continue
+            tick()
+            if time.monotonic() > deadline:
+                raise CandidateError(FailureClass.TIMEOUT, f"no answer within {timeout_s:g} s")
+            if (held := _resident(watched)) > cap:
+                raise CandidateError(FailureClass.OOM_HOST, f"held {held / 2**30:.2f} GiB; the cap is {cap / 2**30:.2f} GiB")
+
+
+def death_of(code: int) -> Exception:
+    """What it means that a runner ended with the exit code `code`, minus a signal's number where one ended it."""
+    if code < 0 and -code in _CANDIDATE_SIGNALS:
+        return CandidateError(FailureClass.CRASH, f"the runner died of {signal.Signals(-code).name}")
+    reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return RunnerLost(f"the runner ended with {reason}")
 
 
 def _resident(process: psutil.Process) -> int:

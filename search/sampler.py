@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar
 
-from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -21,7 +23,8 @@ __all__ = ["WINDOWS", "Feasible", "Sampler", "check_sampler", "distributions", "
 WINDOWS = "autoeff:windows"
 """System attribute of an Optuna trial that is to be evaluated on that many windows only."""
 
-_TRIES = 100  # to turn a repeated proposal into a new one, before it is let through
+_TRIES = 100  # to turn a repeated proposal into a new one
+_SMALL = 1 << 14  # configurations of a space that is looked through when all tries failed; in larger ones a repetition is let through
 
 
 class Sampler(ABC):
@@ -75,8 +78,13 @@ def check_sampler(name: str) -> None:
 
 
 def distributions(problem: Problem) -> dict[str, BaseDistribution]:
-    """One level index for each decision key; 0 is dense."""
-    return {decision.key: IntDistribution(0, len(decision.levels) - 1) for decision in problem.space.decisions}
+    """One level index for each decision key; 0 is dense. Levels are ordered by cost, and words that cost nothing have no order."""
+    return {
+        decision.key: CategoricalDistribution(range(len(decision.levels)))
+        if any(isinstance(level, str) for level in decision.levels) and not any(decision.alone)
+        else IntDistribution(0, len(decision.levels) - 1)
+        for decision in problem.space.decisions
+    }
 
 
 class Feasible(BaseSampler):
@@ -113,6 +121,8 @@ class Feasible(BaseSampler):
             indices = list(repaired)
             place = self._rng.randrange(len(indices))
             indices[place] = self._rng.randrange(len(self._problem.space.decisions[place].levels))
+        else:
+            repaired = self._unseen(seen) or repaired
         return dict(zip(search_space, repaired, strict=True))
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
@@ -125,6 +135,17 @@ class Feasible(BaseSampler):
         self._inner.after_trial(study, trial, state, values)
 
     def _repaired(self, indices: Sequence[int]) -> tuple[int, ...]:
+        if not self._problem.cost_limits:
+            return self._problem.space.normalised(indices)
         rng: random.Random = self._rng
         repaired = self._ledger.repaired(indices, rng)
         return self._ledger.filled(repaired, rng) if len(self._problem.objectives) == 1 else repaired
+
+    def _unseen(self, seen: set[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """A random one of the configurations of a small space that are within the limits and new."""
+        space = self._problem.space
+        if prod(len(decision.levels) for decision in space.decisions) > _SMALL:
+            return None
+        every = itertools.product(*(range(len(decision.levels)) for decision in space.decisions))
+        left = [x for x in every if x not in seen and space.normalised(x) == x and self._ledger.feasible(x)]
+        return self._rng.choice(left) if left else None

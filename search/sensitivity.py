@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoeff.errors import InputError
 from autoeff.search.guests import DamageTable, Key, full_table_trials, minimum_trials, table_candidates, table_form
+from autoeff.search.own_job import refuse_own
 from autoeff.search.results import all_trials
 from autoeff.search.runs import FILE, check_new, open_run, write_file
 from autoeff.search.samplers.problem import Problem
@@ -151,6 +152,7 @@ def known_table(problem: Problem, trials: Iterable[Trial]) -> tuple[DamageTable,
 
 
 def _opened_out(job: Job, folder: Path | None, trials: Sequence[Trial]) -> Sensitivity:
+    refuse_own(job, "which has no damage table")
     problem = problem_of(job)
     table, known = known_table(problem, trials)
     alone = {next((i, x) for i, x in enumerate(c.indices) if x): known[c.indices, c.windows] for c in table_candidates(problem)}

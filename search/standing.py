@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autoeff.search.limits import parse_limit
+from autoeff.search.own_job import OwnJob, is_own
 from autoeff.search.results import Results, all_trials
 from autoeff.search.samplers.problem import Problem
 from autoeff.search.storage.records import Job
@@ -63,7 +64,9 @@ def standing_of(store: Store, job: Job) -> Standing:
 
 
 def problem_of(job: Job) -> Problem:
-    """What a stored job searches, without its model."""
+    """What a stored job searches, without its model or code."""
+    if is_own(job):
+        return OwnJob.from_json(job.spec).problem
     spec, preflight = job.spec, job.preflight
     space, quality = SearchSpace.from_json(job.space), str(preflight["quality"])
     cost_model = CostModel(space, batch=spec["batch"], context=spec["context"] or preflight["model"]["context"])
@@ -79,12 +82,20 @@ def problem_of(job: Job) -> Problem:
 
 
 def cost_columns(job: Job) -> list[str]:
-    """The cost measures worth a column: those of the limits, of the objectives, and the average bits."""
+    """The measures worth a column beside the quality: those of the limits and the objectives, and the average bits of a model."""
+    if is_own(job):
+        own = OwnJob.from_json(job.spec)
+        return [name for name in own.needed if name != own.problem.quality]
     return list(dict.fromkeys([*_limited(job), *job.spec["objectives"][1:], "avg_bits"]))
 
 
 def judged_cost(job: Job) -> str:
-    """The cost at which configurations are compared: the first with a limit, else the first objective on a cost, else the stored bytes."""
+    """The cost at which configurations are compared: the first with a limit, else the first objective on a cost, else the stored bytes.
+
+    Own code has no costs: the other axis of its front.
+    """
+    if is_own(job):
+        return problem_of(job).cost_measure
     return str([*_limited(job), *job.spec["objectives"][1:], "weight_bytes"][0])
 
 

@@ -46,9 +46,12 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(directions=["minimize"] * len(problem.objectives))
         self._asked: optuna.Trial | None = None
+        self._known: set[tuple[int, ...]] = set()
 
     def ask(self, number: int) -> Asked | None:
-        """The sampler's proposal for trial `number`; None when it has no more."""
+        """The sampler's proposal for trial `number`; None when it has no more, or every configuration of the space is known."""
+        if len(self._known) >= self._problem.space.size:
+            return None
         try:
             self._study.sampler = self._sampler.for_ask(number)
         except StopIteration:
@@ -73,17 +76,27 @@ class Study:
                 self._study.tell(self._asked, state=TrialState.FAIL)
                 self._asked = None
             return
-        good = trial.state is State.SUCCEEDED and value is not None
-        values = self._problem.values(indices, value) if good and value is not None else None
-        state = TrialState.COMPLETE if good else TrialState.FAIL
+        self._known.add(self._problem.space.normalised(indices))
+        values = self._problem.values(indices, trial.value) if trial.state is State.SUCCEEDED else None
+        constraints = {} if values is None else self._problem.constraints(trial.value)
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
         if self._asked is not None:
+            for text, excess in constraints.items():
+                self._asked.set_constraint(text, excess)
             self._study.tell(self._asked, values, state=state)
             self._asked = None
             return
         noted: Mapping[str, Any] = trial.sampler_state or {"trial": {}, "study": {}}
         params = dict(zip(self._distributions, indices, strict=True))
         self._study.add_trial(
-            create_trial(state=state, values=values, params=params, distributions=self._distributions, system_attrs=dict(noted["trial"]))
+            create_trial(
+                state=state,
+                values=values,
+                params=params,
+                distributions=self._distributions,
+                system_attrs=dict(noted["trial"]),
+                constraints=constraints,
+            )
         )
         for key, item in noted["study"].items():
             self._study._storage.set_study_system_attr(self._study._study_id, key, item)

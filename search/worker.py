@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 from autoeff.errors import CandidateError, InputError, RunnerLost
 from autoeff.evaluators.setup import EvaluationRequest
-from autoeff.search.runner_process import RunnerProcess
+from autoeff.search.runner_process import Measured
 from autoeff.search.storage.records import Claim
 from autoeff.search.storage.store import Store
 
-__all__ = ["Worker"]
+__all__ = ["Runner", "Worker"]
+
+
+class Runner(Protocol):
+    """Measures configurations in a process of its own."""
+
+    def evaluate(self, request: EvaluationRequest, tick: Callable[[], None], /) -> Measured:
+        """Measures one configuration; calls `tick` several times a second meanwhile.
+
+        Raises:
+            CandidateError: It failed, with its class.
+            RunnerLost: The process died of something else.
+        """
+
+    def log_tail(self) -> str:
+        """The end of what was printed meanwhile."""
+
+    def close(self) -> None:
+        """Ends the process, if any."""
 
 
 class Worker:
@@ -22,7 +42,7 @@ class Worker:
         lease_s: How long a claim lives without a sign of life; renewed three times in that span.
     """
 
-    def __init__(self, store: Store, runner: RunnerProcess, lease_s: float) -> None:
+    def __init__(self, store: Store, runner: Runner, lease_s: float) -> None:
         self._store, self._runner, self._lease_s = store, runner, lease_s
 
     def work(self, claim: Claim) -> None:

@@ -1,6 +1,7 @@
 """The one table of what can be measured: fixed names, units and meanings.
 
-Every number that leaves a room is a `Measurement`; a bare float is never stored.
+Metrics of the user's own stand beside it: they have names that the table has not, and no unit. Every number that leaves a room is a
+`Measurement`; a bare float is never stored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from autoeff.errors import InputError
 
-__all__ = ["MEASURES", "Measure", "Measurement", "Split", "measure"]
+__all__ = ["MEASURES", "Measure", "Measurement", "Split", "described", "measure"]
 
 Split = Literal["search", "held_out"]
 Method = Literal["exact", "measured", "predicted", "estimated"]
@@ -41,6 +42,8 @@ class Measure:
             if self.unit.startswith(word):
                 prefix = next((p for p, scale in _PREFIXES.items() if abs(value) >= scale), "")
                 return f"{value / _PREFIXES.get(prefix, 1):.4g} {prefix}{shown}"
+        if not self.unit and value == round(value) and abs(value) < 1e12:
+            return f"{value:.0f}"  # a count, such as of parameters
         return f"{value:#.4g}".removesuffix(".")
 
 
@@ -49,7 +52,7 @@ class Measurement:
     """One measured or computed value.
 
     Attributes:
-        name: A name of `MEASURES`.
+        name: A name of `MEASURES`, unless it is the user's own.
         value: In the unit of its measure.
         split: Text it was taken on; None for costs.
         tokens: Tokens (decoders), sentences or pairs (encoders) behind the value; None for costs.
@@ -57,6 +60,7 @@ class Measurement:
         statistic: What `value` is over its sample.
         method: How it came about.
         hardware: Device it was taken on; None for exact arithmetic.
+        own: Whether it is a metric of the user's own: any name that the table has not, and no unit.
     """
 
     name: str
@@ -67,13 +71,17 @@ class Measurement:
     statistic: str = "mean"
     method: Method = "measured"
     hardware: str | None = None
+    own: bool = False
 
     def __post_init__(self) -> None:
-        measure(self.name)
+        if not self.own:
+            measure(self.name)
+        elif self.name in MEASURES:
+            raise InputError(f"the metric name {self.name!r} is a built-in one: {MEASURES[self.name].meaning}; choose another")
 
     @property
     def unit(self) -> str:
-        return measure(self.name).unit
+        return described(self.name).unit
 
     def to_json(self) -> dict[str, Any]:
         """The public form; None fields are left out."""
@@ -110,3 +118,8 @@ def measure(name: str) -> Measure:
     if name not in MEASURES:
         raise InputError(f"unknown measurement {name!r}; known: {', '.join(sorted(MEASURES))}")
     return MEASURES[name]
+
+
+def described(name: str) -> Measure:
+    """The row called `name`, or for a metric of the user's own one without a unit: for reading what is stored."""
+    return MEASURES.get(name) or Measure(name, "", "quality", "a metric of the user's own")

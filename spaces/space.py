@@ -32,7 +32,7 @@ class Decision:
 
     Attributes:
         site: Name of the site.
-        knob: Name of the knob.
+        knob: Name of the knob; empty where the user's own code is searched, whose decisions have no knob.
         block: Index of the block that holds the site.
         levels: First the dense one, then by falling cost.
         costs: By branch of every ancestor, outermost first: for each level the change of the primary quantities on top of them.
@@ -57,7 +57,7 @@ class Decision:
 
     @property
     def key(self) -> str:
-        return f"{self.site}:{self.knob}"
+        return f"{self.site}:{self.knob}" if self.knob else self.site
 
     @property
     def alone(self) -> tuple[Mapping[str, int], ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from math import inf
 from typing import Literal
 
 from autoeff.search.limits import Limit, cost_limits, feasible, least_reachable
@@ -57,7 +58,7 @@ class Problem:
         space: The decisions.
         cost_model: Their exact costs.
         limits: Hard limits.
-        objectives: What is minimised; first the quality measure, then cost measures.
+        objectives: What is minimised; first the quality measure, then cost measures. `-name` minimises minus `name`.
         trials: Budget in full-token equivalents, everything counted.
         windows: Windows of the search text at full fidelity.
         seed: Of everything random.
@@ -73,7 +74,8 @@ class Problem:
 
     @property
     def quality(self) -> str:
-        return self.objectives[0]
+        """Name of the measurement of the first objective."""
+        return self.objectives[0].removeprefix("-")
 
     @property
     def few_windows(self) -> int:
@@ -83,6 +85,11 @@ class Problem:
     @cached_property
     def cost_limits(self) -> tuple[Limit, ...]:
         return cost_limits(self.limits, self.cost_model)
+
+    @property
+    def quality_limits(self) -> tuple[Limit, ...]:
+        """The limits on measured values that hold at every operating point."""
+        return tuple(limit for limit in self.limits if limit.name not in self.cost_model.measures)
 
     @cached_property
     def cost_measure(self) -> str:
@@ -111,9 +118,35 @@ class Problem:
         """Whether every limit on a cost is kept."""
         return feasible(self.limits, self.cost_model, indices)
 
-    def values(self, indices: Sequence[int], quality: float) -> list[float]:
-        """The objective values, all minimised."""
-        return [quality, *(float(self.cost_model.exact(name, indices)) for name in self.objectives[1:])]
+    def values(self, indices: Sequence[int], measured: Callable[[str], float | None]) -> list[float] | None:
+        """The objective values, all minimised; None where one was not measured.
+
+        Args:
+            indices: Level indices, from which costs follow.
+            measured: The measured value of a name, such as `Trial.value`.
+        """
+        found = []
+        for objective in self.objectives:
+            name = objective.removeprefix("-")
+            value = float(self.cost_model.exact(name, indices)) if name in self.cost_model.measures else measured(name)
+            if value is None:
+                return None
+            found.append(value if name == objective else -value)
+        return found
+
+    def constraints(self, measured: Callable[[str], float | None]) -> dict[str, float]:
+        """By the text of each limit on a measured value by how much it is exceeded; 0 or less where it is kept."""
+        found = {}
+        for limit in self.limits:
+            if limit.name not in self.cost_model.measures:
+                value = measured(limit.name)
+                found[limit.text] = inf if value is None else limit.excess(value)
+        return found
+
+    def violation(self, measured: Callable[[str], float | None]) -> float:
+        """How far a candidate is beyond the limits on measured values, each relative to its bound; 0 where all are kept."""
+        scales = {limit.text: abs(float(limit.bound)) or 1.0 for limit in self.limits}
+        return sum(max(0.0, excess) / scales[text] for text, excess in self.constraints(measured).items())
 
 
 def stream(seed: int, *names: object) -> random.Random:

@@ -141,6 +141,7 @@ def measurement_of(row: Row[Any]) -> Measurement:
         statistic=row.statistic,
         method=row.method,
         hardware=row.hardware,
+        own=not row.unit,
     )
 
 

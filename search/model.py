@@ -1,0 +1,185 @@
+"""A search of a model from disk: what is known before any weight is loaded, its baselines, and what the end table adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoeff.errors import CandidateError, InputError, RunnerLost
+from autoeff.evaluators.loading import load_tokenizer
+from autoeff.evaluators.preparation import Preparation, prepare
+from autoeff.search.guests import DamageTable, minimum_trials, preamble, table_candidates, table_form
+from autoeff.search.job import JobSpec
+from autoeff.search.limits import Limit, check_reachable, least_reachable, parse_limit
+from autoeff.search.results import Results
+from autoeff.search.runner_process import RunnerProcess
+from autoeff.search.sampler import check_sampler
+from autoeff.search.samplers.problem import Problem
+from autoeff.search.settings import Settings
+from autoeff.search.storage.records import Trial
+from autoeff.search.subject import Guests
+from autoeff.search.worker import Runner
+from autoeff.spaces.costs import CostModel
+from autoeff.spaces.measurements import measure
+from autoeff.spaces.space import SearchSpace
+
+__all__ = ["Plan", "plan"]
+
+_PROMPT_TOKENS = 48
+_COMPLETION_TOKENS = 48
+_COMPLETION_TRIES = 3  # runners that may be lost meanwhile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any weight is loaded.
+
+    Attributes:
+        preflight: Model, text, memory, hardware, notices.
+        minimum_trials: The least budget that holds dense, uniform levels, the cheap table and five more.
+        least: Least reachable value of each cost measure.
+        dense: The dense model's value of each.
+        table: Form that the damage table takes under this budget.
+        problem: What the samplers are told: space, costs, reachable limits, objectives, budget, seed.
+    """
+
+    spec: JobSpec
+    preparation: Preparation
+    minimum_trials: int
+    least: Mapping[str, float]
+    dense: Mapping[str, float]
+    table: str
+    problem: Problem
+
+    @property
+    def preflight(self) -> dict[str, Any]:
+        return self.preparation.report()
+
+    @property
+    def space(self) -> SearchSpace:
+        return self.preparation.space
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        return self.problem.limits
+
+    @property
+    def digest(self) -> str:
+        return self.preparation.digest
+
+    @property
+    def notices(self) -> Sequence[str]:
+        return self.preparation.notices
+
+    @property
+    def sampler(self) -> str | None:
+        return None if self.spec.table_only else self.spec.sampler
+
+    @property
+    def budget(self) -> float:
+        if not self.spec.table_only:
+            return float(self.problem.trials)
+        return 1.0 + sum(candidate.windows for candidate in table_candidates(self.problem)) / self.problem.windows
+
+    @property
+    def seconds(self) -> float | None:
+        return self.spec.budget.seconds
+
+    @property
+    def held_out_windows(self) -> int:
+        return len(self.preparation.passages["held_out"].ids)
+
+    def guests(self) -> Guests:
+        return preamble(self.problem, table_only=self.spec.table_only)
+
+    def runner(self, settings: Settings, log: Path, progress: Callable[[int, int], None]) -> RunnerProcess:
+        return RunnerProcess(self.spec.setup(settings.bank), settings, log, progress)
+
+    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner) -> dict[str, Any]:
+        problem = self.problem
+        indices = problem.space.indices
+        known = {(indices(t.configuration.levels), t.windows): t.value(problem.quality) for t in trials if t.split == "search"}
+        table = DamageTable.measured(problem, known)
+        said: dict[str, Any] = {"table": {"form": self.table, "damage": results.damage(table)}, "additivity": results.additivity(table)}
+        if self.spec.table_only:  # nothing was searched, so nothing was found, and nothing missed
+            return said | {"state": "feasible", "front": [], "found": None, "closest": None, "completions": None}
+        assert isinstance(runner, RunnerProcess)
+        return said | {"completions": self._completions(results, runner)}
+
+    def _completions(self, results: Results, runner: RunnerProcess) -> dict[str, str] | None:
+        """The same prompt completed by dense, the best uniform level within the limits, and what was found."""
+        if self.preparation.facts.task != "decoder":
+            return None
+        within = results.within(self.problem.operating_points[0].limits)
+        named = {
+            "dense": results.full.get(self.problem.space.dense_configuration.digest),
+            "uniform": next((t for t in within if t.origin == "uniform"), None),
+            "found": results.found(self.problem.operating_points[0]),
+        }
+        ids = self.preparation.passages["held_out"].ids[0, :_PROMPT_TOKENS]
+        prompt = str(load_tokenizer(self.preparation.facts).decode(ids, skip_special_tokens=True))
+        texts = {"prompt": prompt}
+        for name, trial in named.items():
+            if trial is not None and (text := _completed(runner, trial, prompt)) is not None:
+                texts[name] = text
+        return texts
+
+
+def plan(spec: JobSpec, settings: Settings) -> Plan:
+    """Checks a job and works out what arithmetic can.
+
+    Raises:
+        InputError: Bad model, text, knobs, objectives or limits, or too small a budget.
+        UnreachableLimit: No configuration keeps the limits.
+    """
+    check_sampler(spec.sampler)
+    preparation = prepare(spec.setup(settings.bank))
+    context = spec.context or preparation.facts.context
+    if context is None:
+        raise InputError(f"model_type {preparation.facts.model_type!r} states no context length, which cache costs need; give --context")
+    cost_model = CostModel(preparation.space, batch=spec.batch, context=context)
+    objectives = _objectives(spec, preparation.quality, cost_model)
+    limits = tuple(parse_limit(text, cost_model, preparation.quality) for text in spec.limits)
+    check_reachable(limits, cost_model)
+    windows = len(preparation.passages["search"].ids)
+    least = minimum_trials(preparation.space, windows)
+    if spec.budget.trials < least:
+        raise InputError(
+            f"budget.trials is {spec.budget.trials}; this space needs at least {least} (dense, uniform levels, cheap table and 5)"
+        )
+    return Plan(
+        spec=spec,
+        preparation=preparation,
+        minimum_trials=least,
+        least={name: float(least_reachable(cost_model, name)) for name in cost_model.measures},
+        dense={name: float(cost_model.dense(name)) for name in cost_model.measures},
+        table=table_form(preparation.space, spec.budget.trials, windows),
+        problem=Problem(preparation.space, cost_model, limits, objectives, spec.budget.trials, windows, spec.seed),
+    )
+
+
+def _completed(runner: RunnerProcess, trial: Trial, prompt: str) -> str | None:
+    """The prompt with its continuation; None where that fails, which is no reason to lose a report."""
+    message = {"kind": "complete", "levels": dict(trial.configuration.levels), "prompt": prompt, "tokens": _COMPLETION_TOKENS}
+    for _ in range(_COMPLETION_TRIES):
+        try:
+            return str(runner.ask(message)["text"])
+        except RunnerLost:
+            continue
+        except CandidateError:
+            return None
+    return None
+
+
+def _objectives(spec: JobSpec, quality: str, cost_model: CostModel) -> tuple[str, ...]:
+    names = tuple(quality if name == "quality" else name for name in spec.objectives)
+    if names[0] != quality:
+        measure(names[0])
+        raise InputError(f"the first objective is {names[0]!r}; on this model it must be {quality} (or the word quality)")
+    for name in names[1:]:
+        if name not in cost_model.measures:
+            measure(name)
+            raise InputError(f"objective {name!r} is no cost known before an evaluation; allowed: {', '.join(cost_model.measures)}")
+    return names
