@@ -43,7 +43,7 @@ def inside_the_runner(spec: JobSpec, bank: Path, candidates: int) -> dict[str, A
     ids, windows = passages.ids, len(passages.ids)
     rng = random.Random(0)
     forward = evaluator._forward
-    keep = forward.keep_bytes
+    stride = forward.stride
     times: dict[str, list[float]] = {"bare": [], "evaluation": [], "reuse": []}
 
     def bare() -> None:
@@ -59,7 +59,7 @@ def inside_the_runner(spec: JobSpec, bank: Path, candidates: int) -> dict[str, A
         near = list(fresh)
         near[rng.randrange(len(near))] = 0
         for name, indices in (("bare", None), ("evaluation", fresh), ("reuse", tuple(near))):
-            forward.keep_bytes = keep if name == "reuse" else 0
+            forward.stride = stride if name == "reuse" else None
             started = time.perf_counter()
             if indices is None:
                 bare()

@@ -3,7 +3,8 @@
 An entry is one safetensors file named by the SHA-256 of its key: model digest, the site's linears, knob, settings and level, the
 same of every level in force before it at these linears, and, if one of them reads statistics, the digest of their text. Files
 are written under a temporary name, synced and renamed, so that any number of processes may build the same bank; what is damaged
-is built again. Entries are memory-mapped; decoded ones are kept in memory up to a limit.
+is built again. Entries are built one by one from the weights of one site, and memory-mapped; decoded ones are kept in memory up to
+a limit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,9 @@ from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level, canonical_json, digest_of
 from autoeff.spaces.knob import Knob
 from autoeff.spaces.material import Material
-from autoeff.spaces.sites import Linear, Site
+from autoeff.spaces.sites import BYTES_DENSE, Linear, Site
 
-__all__ = ["Bank", "Chain", "Statistics", "Step"]
+__all__ = ["Bank", "Chain", "Statistics", "Step", "entry_bytes"]
 
 FORMAT = 1
 
@@ -68,7 +69,7 @@ class Bank:
         model_digest: Names the model's content.
         linears: Every searchable linear by name.
         weights: Gives the dense weight [N, K] of a linear in the 16-bit dtype of the store.
-        place: Moves a decoded tensor to the compute dtype and device.
+        place: Moves a decoded tensor to the device, in the dtype in which the model keeps the parameter.
         keep_bytes: Memory for decoded tensors.
     """
 
@@ -96,8 +97,12 @@ class Bank:
             InputError: The folder cannot be written.
         """
         *before, step = chain
-        stored = replace(step, level=step.knob.stored_level(step.site, step.level))
-        return step.knob.derived(step.site, step.level, self._entry((*before, stored)))
+        return step.knob.derived(step.site, step.level, self._entry((*before, _stored(step))))
+
+    def missing(self, chains: Iterable[Chain]) -> list[Step]:
+        """The steps whose entries are not stored yet, of chains of one step; an entry that serves several levels is named once."""
+        stored = {self._path(chain): chain[0] for chain in ((_stored(step),) for (step,) in chains)}
+        return [step for path, step in stored.items() if not path.exists()]
 
     def _entry(self, chain: Chain) -> dict[str, Tensor]:
         """The stored tensors of the chain's last step, memory-mapped; built and stored first if needed."""
@@ -164,6 +169,18 @@ class Bank:
     def _path(self, chain: Chain) -> Path:
         key = digest_of(self._facts(chain))
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def entry_bytes(step: Step) -> int:
+    """Bytes of the tensors that the bank stores for a step where everything else is dense."""
+    if step.knob.kind == "structure":
+        return 8 * (0 if step.site.coupling is None else step.site.coupling.units)  # the places that are kept, at most all of them
+    stored = _stored(step)
+    return BYTES_DENSE * stored.site.parameters + stored.knob.cost(stored.site, stored.level).get("linear_bytes", 0)
+
+
+def _stored(step: Step) -> Step:
+    return replace(step, level=step.knob.stored_level(step.site, step.level))
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,22 @@ from autoeff.errors import InputError
 from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected, gradients
 from autoeff.evaluators.candidate import Candidate
-from autoeff.evaluators.forward import Forward
+from autoeff.evaluators.footprint import steps_of
+from autoeff.evaluators.forward import Forward, States
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.preparation import hardware_name, prepare
-from autoeff.evaluators.quality import Sample, Teacher, cosine_damage, next_token_losses, pooled, sample_of, spearman, teacher_of, token_kl
+from autoeff.evaluators.quality import (
+    Sample,
+    Teacher,
+    cosine_damage,
+    log_normalisers,
+    next_token_losses,
+    pooled,
+    sample_of,
+    spearman,
+    teacher_of,
+    token_kl,
+)
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.text import Passages
 from autoeff.spaces.configuration import Level
@@ -27,9 +39,6 @@ from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.sites import Linear
 
 __all__ = ["Evaluator"]
-
-_KEEP_STATES_BYTES = 2 << 30
-_KEEP_DECODED_BYTES = 2 << 30
 
 
 @dataclass
@@ -60,21 +69,22 @@ class Evaluator:
         self.preparation = prepare(setup)
         facts, device = self.preparation.facts, self.preparation.device
         self.space, self.structure = self.preparation.space, self.preparation.structure
-        self.model: Any = load_model(facts, device)
+        footprint = self.preparation.footprint
+        self.model: Any = load_model(facts, device, footprint.narrow)
         self._texts = {split: _text(passages.to(device)) for split, passages in self.preparation.passages.items()}
         self._head = self._find_head()
-        self._forward = Forward(self.model, self.structure.blocks, _KEEP_STATES_BYTES)
-        self._dense_states: dict[int, list[Tensor]] = {}
-        self._last_states: dict[int, tuple[tuple[int, ...], list[Tensor]]] = {}
+        self._forward = Forward(self.model, self.structure.blocks, footprint.state_stride)
+        self._dense_states: dict[int, States] = {}
+        self._last_states: dict[int, tuple[tuple[int, ...], States]] = {}
         dense = {linear.name: self._weight(linear) for linear in self.structure.linears}
-        dtype = next(self.model.parameters()).dtype
+        dtype = next(iter(dense.values())).dtype
         self.bank = Bank(
             Path(setup.bank),
             facts.digest,
             {linear.name: linear for linear in self.structure.linears},
             weights=lambda name: dense[name].to(facts.store_dtype),  # candidates have the values that a 16-bit runtime computes with
             place=lambda tensor: tensor.to(device, dtype),
-            keep_bytes=_KEEP_DECODED_BYTES,
+            keep_bytes=footprint.keep_decoded,
         )
         self.candidate = Candidate(self.model, self.structure, self.space, self.preparation.knobs, self.bank)
         needs = {name for knob in self.preparation.knobs.values() for name in knob.needs}
@@ -108,7 +118,7 @@ class Evaluator:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=self.preparation.device)
         for _ in range(tokens):
             hidden = self._forward.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-            following = nn.functional.linear(hidden, self._head.weight, self._head.bias).argmax(-1)
+            following = self._head(hidden).argmax(-1)
             if following.item() == tokenizer.eos_token_id:
                 break
             ids = torch.cat([ids, following[None]], dim=1)
@@ -136,10 +146,9 @@ class Evaluator:
         if text.targets is None:
             self._learn_targets(text, split)
         self.candidate.set(self._zeros)
-        exported = load_model(inspect_model(folder), self.preparation.device).state_dict()
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(exported[name])
+        exported = load_model(inspect_model(folder), self.preparation.device, self.preparation.footprint.narrow).state_dict()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            tensor.data = exported[name].to(tensor.dtype)  # points there: the dense weights are let go
         self._dense_states, self._last_states = {}, {}
         return self._quality(text, EvaluationRequest({}, split, windows))
 
@@ -174,9 +183,10 @@ class Evaluator:
         kl, losses = [], []
         for batch, rows, hidden in self._hidden(text, request.split, request.windows):
             teacher = _first(teachers[batch], len(hidden))
-            kl.append(token_kl(hidden, self._head, teacher).mean(1))
+            log_sum = log_normalisers(hidden, self._head)
+            kl.append(token_kl(hidden, log_sum, teacher).mean(1))
             if request.split == "held_out":
-                losses.append(next_token_losses(hidden, self._head, text.passages.ids[rows]).mean(1))
+                losses.append(next_token_losses(hidden, self._head, log_sum, text.passages.ids[rows]).mean(1))
         tokens = request.windows * text.passages.ids.shape[1]
         result = [self._measured("kl", request, sample_of(torch.cat(kl)), tokens)]
         if losses:
@@ -202,11 +212,10 @@ class Evaluator:
         full = f"{name}_held_out" if request.split == "held_out" else name
         return Measurement(full, sample.mean, request.split, tokens, sample.spread, hardware=hardware_name(self.preparation.device))
 
-    def _hidden(self, text: _Text, split: Split, windows: int) -> list[tuple[int, slice, Tensor]]:
+    def _hidden(self, text: _Text, split: Split, windows: int) -> Iterator[tuple[int, slice, Tensor]]:
         """(batch number, rows, final hidden states) of the first `windows` windows, reusing kept block states on the search text."""
         passages = text.passages
-        keep = split == "search" and self._forward.fits(passages.ids, self._hidden_size)
-        found = []
+        keep = split == "search" and self._forward.stride is not None
         for number, rows in enumerate(self._forward.batches(passages.ids, passages.mask)):
             if rows.start >= windows:
                 break
@@ -223,8 +232,7 @@ class Evaluator:
             )
             if keep and whole:
                 self._last_states[number] = (self.candidate.indices, states)
-            found.append((number, rows, hidden))
-        return found
+            yield number, rows, hidden
 
     def _embeddings(self, text: _Text, split: Split, windows: int) -> Tensor:
         mask = text.passages.mask
@@ -250,8 +258,7 @@ class Evaluator:
         return gradients(self.model, linears, self._head, text.ids, text.mask) if linears else {}
 
     def _build_bank(self, progress: Callable[[int, int], None]) -> None:
-        steps = (self.candidate.step(i, j) for i, d in enumerate(self.space.decisions) for j in range(1, len(d.levels)))
-        entries = [step for step in steps if step.knob.of_values]
+        entries = list(steps_of(self.structure, self.space, self.preparation.knobs))
         for done, step in enumerate(entries):
             self.bank.packed((step,))
             progress(done + 1, len(entries))
@@ -277,10 +284,6 @@ class Evaluator:
                     f"model_type {self.preparation.facts.model_type!r} transforms the logits after its head; it is not supported yet"
                 )
         return head
-
-    @property
-    def _hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)
 
     @property
     def _zeros(self) -> tuple[int, ...]:

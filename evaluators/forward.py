@@ -1,30 +1,26 @@
 """Runs the body of a model over windows and reuses what earlier candidates share.
 
 Two candidates that agree on the first k blocks have the same hidden states up to there. The inputs of every block are kept for
-the dense model and for the last candidate (where memory allows), and a forward pass starts at the first block that differs
+the dense model and for the last candidate (as far as memory allows), and a forward pass starts at the first block that differs
 from one of them. Reuse is bit-exact: the same tensors enter the same operations in the same batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlockStates", "Forward"]
+__all__ = ["BATCH_TOKENS", "Forward", "States", "state_bytes", "state_stride"]
 
-_BATCH_TOKENS = 2048  # large enough for the matrix products, small enough to stay in cache
+BATCH_TOKENS = 2048
+"""Large enough for the matrix products, small enough to stay in cache."""
 
 
-@dataclass
-class BlockStates:
-    """Inputs of every block: `inputs[batch][block]`, and which configuration they belong to (level indices per block)."""
-
-    signature: tuple[Any, ...] | None = None
-    inputs: list[list[Tensor]] = field(default_factory=list)
+States = Mapping[int, Tensor]
+"""Inputs of blocks over one batch, by block."""
 
 
 class Forward:
@@ -33,18 +29,18 @@ class Forward:
     Args:
         model: Its blocks' `forward` is wrapped for good.
         blocks: Module paths, in order.
-        keep_bytes: Memory for kept states; 0 switches reuse off.
+        stride: The inputs of every how manieth block are kept, see `state_stride`; None switches reuse off.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], keep_bytes: int) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str], stride: int | None) -> None:
         self.body: Any = getattr(model, "base_model", model)
-        self.keep_bytes = keep_bytes
+        self.stride = stride
         self.blocks = len(blocks)
         self.computed_blocks = 0
         self.all_blocks = 0
         self._start = 0
         self._entry: Tensor | None = None
-        self._seen: list[Tensor] | None = None
+        self._seen: dict[int, Tensor] | None = None
         self._returns_tuple = False
         for index, path in enumerate(blocks):
             block = model.get_submodule(path)
@@ -53,33 +49,29 @@ class Forward:
     def batches(self, ids: Tensor, mask: Tensor | None = None) -> list[slice]:
         """How windows [windows, tokens] are batched: a quarter of them at most, so that a quarter fidelity reuses whole batches."""
         length = ids.shape[1] if mask is None else max(1, int(mask.sum()) // len(mask))
-        step = max(1, min(len(ids) // 4, _BATCH_TOKENS // length))
+        step = max(1, min(len(ids) // 4, BATCH_TOKENS // length))
         return [slice(i, min(i + step, len(ids))) for i in range(0, len(ids), step)]
-
-    def fits(self, ids: Tensor, hidden_size: int) -> bool:
-        """Whether the states of two candidates over `ids` fit into `keep_bytes`."""
-        return 2 * self.blocks * ids.numel() * hidden_size * 4 <= self.keep_bytes
 
     @torch.no_grad()
     def run(
-        self, ids: Tensor, mask: Tensor | None, rows: slice, kept: Sequence[list[Tensor] | None], first_changed: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states of `ids[rows]`, less columns of mere padding, and the inputs of every block on the way.
+        self, ids: Tensor, mask: Tensor | None, rows: slice, kept: Sequence[States | None], first_changed: Sequence[int]
+    ) -> tuple[Tensor, States]:
+        """Final hidden states of `ids[rows]`, less columns of mere padding, and the inputs of the blocks that are kept.
 
         Args:
             ids: Windows, int64 [windows, tokens].
             mask: Attention mask of the same shape with the padding on the right, or None.
             rows: The batch.
-            kept: Block inputs of earlier runs over the same batch, None where there are none.
+            kept: What earlier runs over the same batch returned, None where there is nothing.
             first_changed: For each of them the first block whose parameters differ from it.
         """
-        self._start, self._entry = 0, None
-        states: list[Tensor] = []
+        self._start, self._entry, self._seen = 0, None, {}
         for inputs, changed in zip(kept, first_changed, strict=True):
-            start = min(changed, self.blocks - 1)  # the last block always runs: what follows it needs its output
+            # the last block always runs: what follows it needs its output
+            start = max((block for block in inputs or () if block <= min(changed, self.blocks - 1)), default=0)
             if inputs is not None and start > self._start:
-                self._start, self._entry, states = start, inputs[start], inputs[:start]
-        self._seen = list(states)
+                self._start, self._entry = start, inputs[start]
+                self._seen = {block: entry for block, entry in inputs.items() if block < start}
         self.computed_blocks += self.blocks - self._start
         self.all_blocks += self.blocks
         arguments: dict[str, Any] = {"input_ids": ids[rows]}
@@ -101,10 +93,22 @@ class Forward:
                 return (hidden,) if self._returns_tuple else hidden
             if index == self._start and self._entry is not None:
                 hidden = self._entry
-            if self._seen is not None:
-                self._seen.append(hidden)
+            if self._seen is not None and self.stride is not None and index and index % self.stride == 0:
+                self._seen[index] = hidden
             result = original(hidden, *args[1:], **kwargs)
             self._returns_tuple = isinstance(result, tuple)
             return result
 
         return forward
+
+
+def state_stride(blocks: int, tokens: int, hidden_size: int, keep_bytes: int) -> int | None:
+    """The least s so that the inputs of the blocks s, 2 s, … fit into `keep_bytes`, for two candidates over `tokens`; None if none do."""
+    one = state_bytes(1, tokens, hidden_size)
+    fitting = keep_bytes // one if one else 0
+    return next((stride for stride in range(1, blocks) if (blocks - 1) // stride <= fitting), None)
+
+
+def state_bytes(kept_blocks: int, tokens: int, hidden_size: int) -> int:
+    """Bytes of the float32 inputs of some blocks, for two candidates."""
+    return 2 * kept_blocks * tokens * hidden_size * 4

@@ -12,7 +12,8 @@ import importlib.resources
 import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,6 +29,7 @@ from autoeff.errors import InputError
 from autoeff.evaluators.checkpoint import StoredTensor, existing_path, read_checkpoint, read_json
 from autoeff.evaluators.hub import refused_by_hub
 from autoeff.evaluators.model_config import build_config, quiet_transformers, read_config, refuse_code
+from autoeff.evaluators.widening import widen_on_use
 
 if TYPE_CHECKING:  # importing them takes seconds, which a command that builds no model need not wait for
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,9 +39,12 @@ __all__ = [
     "check_memory",
     "compute_dtype",
     "inspect_model",
+    "keeps_narrow",
     "load_model",
     "load_tokenizer",
     "memory_needed",
+    "memory_of",
+    "one_block",
     "resolve_model",
     "skeleton",
 ]
@@ -53,6 +58,7 @@ _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx"
 # Buffers that older versions of transformers stored and that newer ones compute.
 _BUFFER = re.compile(r"(.*\.)?(position_ids|token_type_ids|inv_freq|original_inv_freq|masked_bias|attn\.bias|attention\.bias)")
 _DECODER = re.compile(r".*(ForCausalLM|LMHeadModel)")
+_WIDE_BYTES = 1 << 30  # up to this size a float32 model is kept as such, which is a little faster
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,33 @@ def skeleton(facts: ModelFacts) -> nn.Module:
     return model
 
 
-def load_model(facts: ModelFacts, device: torch.device) -> nn.Module:
-    """The dense model: every weight rounded to `facts.store_dtype`, in the compute dtype, for inference only.
+def one_block(facts: ModelFacts, device: torch.device) -> nn.Module:
+    """The model with its first block only and arbitrary weights in the compute dtype, to be timed."""
+    config = build_config(facts.model_type, facts.config)
+    config.num_hidden_layers = 1
+    with _parameters_on_meta():
+        model: nn.Module = type(skeleton(facts))(config, **facts.arguments)
+    dtype = compute_dtype(facts, device)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(p) for p in _head_parameters(model)}
+    values: dict[int, Tensor] = {}  # of tied parameters once
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in values:
+                # pages of a table that are never touched take no memory
+                make = torch.zeros if id(parameter) in tables else torch.ones
+                values[id(parameter)] = nn.Parameter(make(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+            module._parameters[name] = values[id(parameter)]
+    return model.eval().to(device)
+
+
+def load_model(facts: ModelFacts, device: torch.device, narrow: Collection[str] = ()) -> nn.Module:
+    """The dense model, for inference only: every weight rounded to `facts.store_dtype`; it computes in the compute dtype.
+
+    Args:
+        facts: Of the model's files. Weights that need no rounding stay mapped from them where they are kept in 16 bits.
+        device: Where.
+        narrow: Parameters that are kept in 16 bits although the compute dtype is float32, see `widening.py`. The others are kept
+            in the compute dtype.
 
     Raises:
         InputError: It cannot fit into memory, or the files have changed since they were inspected.
@@ -191,7 +222,7 @@ def load_model(facts: ModelFacts, device: torch.device) -> nn.Module:
                 None,
                 config=build_config(facts.model_type, facts.config),
                 state_dict=state,
-                dtype=compute_dtype(facts, device),
+                dtype=facts.store_dtype if narrow else compute_dtype(facts, device),
                 output_loading_info=True,
                 local_files_only=True,
                 **facts.arguments,
@@ -201,6 +232,9 @@ def load_model(facts: ModelFacts, device: torch.device) -> nn.Module:
     if odd := sorted(str(name) for name in [*report["missing_keys"], *report["mismatched_keys"]]):
         raise InputError(f"{facts.path}: transformers finds no weights for {odd[0]}")
     loaded: nn.Module = model.eval().requires_grad_(False).to(device)
+    if narrow:
+        _widen_the_rest(loaded, facts, narrow)
+        widen_on_use(loaded, narrow)
     return loaded
 
 
@@ -227,26 +261,39 @@ def compute_dtype(facts: ModelFacts, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else facts.store_dtype
 
 
-def memory_needed(facts: ModelFacts, device: torch.device) -> int:
-    """Bytes that loading takes on `device` at the least: the weights at the compute dtype and, on a CPU, their 16-bit originals.
+def keeps_narrow(facts: ModelFacts, device: torch.device) -> bool:
+    """Whether the large matrices are kept in 16 bits although the device computes in float32."""
+    return device.type == "cpu" and 4 * facts.parameters > _WIDE_BYTES
 
-    Activations, the teacher and the bank come on top; their caches shrink to what there is.
+
+def memory_needed(facts: ModelFacts, device: torch.device) -> int:
+    """Bytes that loading takes on `device` at the least.
+
+    On a CPU: 16-bit weights where they are kept so, else float32 ones and their 16-bit originals. What evaluations hold on top is
+    in `footprint.py`.
     """
-    width = compute_dtype(facts, device).itemsize
-    return facts.parameters * (width + facts.store_dtype.itemsize if device.type == "cpu" else width)
+    return facts.parameters * (6 if device.type == "cpu" and not keeps_narrow(facts, device) else 2)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a device offers: all of a CPU's memory (caches are reclaimed) or of its control group, what is free on a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(allowed)) if allowed.isdecimal() else total
 
 
 def check_memory(facts: ModelFacts, device: torch.device) -> None:
-    """Refuses a model that cannot fit: against all of a CPU's memory (caches are reclaimed), or what is free on a GPU.
+    """Refuses a model whose weights alone cannot fit.
 
     Raises:
         InputError: It needs more than there is.
     """
-    needed = memory_needed(facts, device)
-    if device.type == "cuda":
-        available, _ = torch.cuda.mem_get_info(device)
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, available = memory_needed(facts, device), memory_of(device)
     if needed > available:
         raise InputError(
             f"{facts.path} needs {needed / 1e9:.1f} GB on {device} ({facts.parameters} parameters), {available / 1e9:.1f} GB are there; "
@@ -285,6 +332,45 @@ def _on_meta(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"config.json describes no model that transformers can build as {model_type!r}: {reason}") from None
     return model.eval()
+
+
+def _widen_the_rest(model: nn.Module, facts: ModelFacts, narrow: Collection[str]) -> None:
+    """Gives a model that was loaded in 16 bits what it would have in float32, but for the parameters in `narrow`.
+
+    Buffers that no file holds (rotary frequencies, scales) are computed anew, so that they are not rounded.
+    """
+    kept = {id(model.get_parameter(name)) for name in narrow}
+    for parameter in model.parameters():
+        if id(parameter) not in kept and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    stored = model.state_dict().keys()
+    with _parameters_on_meta():
+        computed = type(model)(build_config(facts.model_type, facts.config), **facts.arguments)
+    for name, buffer in computed.named_buffers():
+        found = model.get_buffer(name)
+        found.data = found.data.float() if name in stored and found.is_floating_point() else found.data if name in stored else buffer
+    model.config.dtype = torch.float32  # type: ignore[union-attr]
+
+
+def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [] if head is None else list(head.parameters())
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have buffers, but no memory for parameters."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def _matched(

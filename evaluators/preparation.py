@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from autoeff.errors import InputError
-from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, memory_needed, resolve_model, skeleton
+from autoeff.evaluators.footprint import Footprint, footprint_of
+from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, resolve_model, skeleton
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import Passages, make_passages
 from autoeff.spaces.build import build_space
@@ -22,7 +23,7 @@ from autoeff.spaces.units import UnitKnob
 
 __all__ = ["EVALUATOR_VERSION", "Preparation", "device_of", "prepare"]
 
-EVALUATOR_VERSION = 1  # raised when a value of the same key could change
+EVALUATOR_VERSION = 2  # raised when a value of the same key could change
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Preparation:
         knobs: By name.
         passages: Search and held-out text.
         left_out: Sublayers whose units cannot be cut, and why.
+        footprint: Predicted use of memory and disk.
         digest: Names everything that a quality value depends on besides configuration, split and windows.
     """
 
@@ -46,6 +48,7 @@ class Preparation:
     passages: Mapping[Literal["search", "held_out"], Passages]
     device: torch.device
     left_out: Mapping[str, str]
+    footprint: Footprint
     digest: str
 
     @property
@@ -75,7 +78,10 @@ class Preparation:
             "quality": self.quality,
             "decisions": len(self.space.decisions),
             "configurations": str(self.space.size),
-            "memory_bytes": memory_needed(self.facts, self.device),
+            "memory_bytes": self.footprint.memory_bytes,
+            "memory_parts": dict(self.footprint.parts),
+            "bank_bytes": self.footprint.bank_bytes,
+            "bank_missing_bytes": self.footprint.missing_bytes,
             "hardware": hardware_name(self.device),
             "torch": torch.__version__,
             "notices": self.notices,
@@ -99,6 +105,7 @@ def prepare(setup: EvaluationSetup) -> Preparation:
     space, knobs = build_space(structure, setup.space)
     tokenizer = load_tokenizer(facts)
     passages = make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed)
+    footprint = footprint_of(setup, facts, model, structure, space, knobs, passages, device)
     digest = digest_of(
         {
             "evaluator": EVALUATOR_VERSION,
@@ -109,7 +116,7 @@ def prepare(setup: EvaluationSetup) -> Preparation:
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
         }
     )
-    return Preparation(facts, structure, space, knobs, passages, device, left_out, digest)
+    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, digest)
 
 
 def device_of(name: str) -> torch.device:

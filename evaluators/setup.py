@@ -26,6 +26,7 @@ class EvaluationSetup:
         seed: Draws the windows.
         device: `cpu`, `cuda` or `cuda:N`.
         bank: Folder of the level bank.
+        memory_bytes: What may be held on the device; None allows all that is there.
     """
 
     model: str
@@ -35,6 +36,7 @@ class EvaluationSetup:
     seed: int
     device: str
     bank: str
+    memory_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,188 @@
+"""What a runner will hold in memory and on disk, worked out from shapes before a weight is loaded.
+
+A part that cannot shrink is refused where it does not fit. Kept block states and decoded levels share what is left; neither
+changes a value. Figures are predictions: within 15 % of what was measured on the shapes of Llama 3.2 1B.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoeff.errors import InputError
+from autoeff.evaluators.bank import Bank, Statistics, Step, entry_bytes
+from autoeff.evaluators.forward import BATCH_TOKENS, state_bytes, state_stride
+from autoeff.evaluators.loading import ModelFacts, compute_dtype, keeps_narrow, memory_of
+from autoeff.evaluators.quality import CHUNK_LOGITS, CHUNK_ROWS
+from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.text import Passages
+from autoeff.evaluators.widening import narrow_names, scratch_elements
+from autoeff.spaces.knob import Knob
+from autoeff.spaces.sites import Structure
+from autoeff.spaces.space import SearchSpace
+
+__all__ = ["Footprint", "footprint_of", "steps_of"]
+
+_PROCESS_BYTES = 500 << 20  # Python with torch and transformers, measured
+_KEEP_STATES_BYTES = 2 << 30
+_KEEP_DECODED_BYTES = 2 << 30
+_MARGIN = 0.1  # of what may be held is not given to what can do with less
+_BUILD_BYTES_PER_WEIGHT = 20  # float32 values, codes, groups and what packing takes, of one linear; measured
+_FILE_BYTES = 1 << 10  # of an entry besides its tensors
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Predicted use of memory and disk.
+
+    Attributes:
+        parts: Bytes by what they are for, on the device; on a CPU those of the process among them.
+        capacity: Bytes that may be held.
+        narrow: Parameters that are kept in 16 bits although the device computes in float32.
+        state_stride: The inputs of every how manieth block are kept; None for none.
+        keep_decoded: Bytes of decoded levels that are kept.
+        bank_bytes: Of all single-knob entries.
+        missing_bytes: Of those that are still to be built.
+    """
+
+    parts: Mapping[str, int]
+    capacity: int
+    narrow: frozenset[str]
+    state_stride: int | None
+    keep_decoded: int
+    bank_bytes: int
+    missing_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def footprint_of(
+    setup: EvaluationSetup,
+    facts: ModelFacts,
+    model: nn.Module,
+    structure: Structure,
+    space: SearchSpace,
+    knobs: Mapping[str, Knob],
+    passages: Mapping[str, Passages],
+    device: torch.device,
+) -> Footprint:
+    """The footprint of a runner of this setup.
+
+    Args:
+        setup: Names the bank and what may be held.
+        facts: Of the model's files.
+        model: On the meta device.
+        structure: Its sites.
+        space: The search space.
+        knobs: By name.
+        passages: Both splits.
+        device: Where it runs.
+
+    Raises:
+        InputError: Memory or disk cannot do; one line with what would make it fit.
+    """
+    narrow = narrow_names(model, structure.linears) if keeps_narrow(facts, device) else frozenset()
+    width = 2 if narrow else compute_dtype(facts, device).itemsize
+    hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    steps = list(steps_of(structure, space, knobs))
+    search = passages["search"].ids.numel()
+    shaped = {linear.name: linear for step in steps for linear in step.site.linears}
+    in_force = width * sum(linear.parameters for linear in shaped.values())
+    of_values = {step.knob.name for step in steps}
+    every_level = width * sum(step.site.parameters for step in steps)
+    fixed = {
+        "process": _PROCESS_BYTES if device.type == "cpu" else 0,
+        "weights": _weight_bytes(facts, model, narrow, device),
+        "teacher": 4 * sum(_targets(p, hidden, decoder=facts.task == "decoder") for p in passages.values()),
+        "statistics": _statistics_bytes(structure, knobs),
+        "working": _working_bytes(structure, model, narrow, steps, hidden),
+    }
+    capacity = min(memory_of(device), setup.memory_bytes or memory_of(device))
+    left = capacity - sum(fixed.values()) - in_force
+    if left < 0:
+        raise InputError(_too_much({**fixed, "levels in force": in_force}, capacity, facts, device))
+    left = max(0, left - int(_MARGIN * capacity))
+    stride = state_stride(len(structure.blocks), search, hidden, min(_KEEP_STATES_BYTES, left))
+    states = 0 if stride is None else state_bytes((len(structure.blocks) - 1) // stride, search, hidden)
+    keep = min(_KEEP_DECODED_BYTES, in_force + left - states)
+    kept = max(keep, in_force) if len(of_values) > 1 else min(every_level, max(keep, in_force))
+    bank = Bank(Path(setup.bank), facts.digest, {}, lambda name: torch.empty(0), lambda tensor: tensor, 0)
+    bank.statistics = Statistics(passages["search"].digest, {})
+    stored = {(step.linears, step.knob.name, step.knob.stored_level(step.site, step.level)): step for step in steps}
+    missing = sum(entry_bytes(step) + _FILE_BYTES for step in bank.missing((step,) for step in steps))
+    _check_disk(Path(setup.bank), missing, knobs)
+    return Footprint(
+        parts={**fixed, "states": states, "levels": kept},
+        capacity=capacity,
+        narrow=narrow,
+        state_stride=stride,
+        keep_decoded=keep,
+        bank_bytes=sum(entry_bytes(step) + _FILE_BYTES for step in stored.values()),
+        missing_bytes=missing,
+    )
+
+
+def steps_of(structure: Structure, space: SearchSpace, knobs: Mapping[str, Knob]) -> Iterator[Step]:
+    """Every level other than the dense one that acts through values, alone: what the bank builds ahead."""
+    sites = {site.name: site for site in structure.sites}
+    for decision in space.decisions:
+        if knobs[decision.knob].of_values:
+            yield from (Step(knobs[decision.knob], sites[decision.site], level) for level in decision.levels[1:])
+
+
+def _weight_bytes(facts: ModelFacts, model: nn.Module, narrow: frozenset[str], device: torch.device) -> int:
+    width = compute_dtype(facts, device).itemsize
+    return sum(p.numel() * (2 if name in narrow else width) for name, p in model.named_parameters()) + 4 * scratch_elements(model, narrow)
+
+
+def _targets(passages: Passages, hidden: int, *, decoder: bool) -> int:
+    """Numbers kept of the dense model: a vector and a score a token, or a vector a sentence."""
+    return passages.ids.numel() * (hidden + 1) if decoder else len(passages.ids) * hidden
+
+
+def _statistics_bytes(structure: Structure, knobs: Mapping[str, Knob]) -> int:
+    """A float32 matrix, or vector, for every tensor that linears are fed; those of experts are not watched."""
+    needs = {need for knob in knobs.values() for need in knob.needs}
+    widths = [site.linears[0].in_features for site in structure.sites if site.kind == "linears" and not site.linears[0].experts]
+    return sum(4 * k * (k * ("hessian" in needs) + ("input_norm" in needs)) for k in widths)
+
+
+def _working_bytes(structure: Structure, model: nn.Module, narrow: frozenset[str], steps: list[Step], hidden: int) -> int:
+    """The most that a batch, the head or the building of an entry takes for a moment."""
+    outputs = [[linear.out_features for linear in site.linears] for site in structure.sites if site.kind != "linears"]
+    forward = 4 * BATCH_TOKENS * (max(sum(sizes) + max(sizes) for sizes in outputs) + 4 * hidden)
+    head = 3 * 4 * CHUNK_LOGITS + (4 * CHUNK_ROWS * hidden if narrow else 0) + 4 * BATCH_TOKENS * hidden
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = max((linear.parameters for step in steps for linear in step.site.linears), default=0)
+    return max(forward, head if vocabulary > CHUNK_ROWS else head // 4, _BUILD_BYTES_PER_WEIGHT * largest)
+
+
+def _too_much(parts: Mapping[str, int], capacity: int, facts: ModelFacts, device: torch.device) -> str:
+    greatest = max(parts, key=lambda name: parts[name])
+    remedy = {
+        "statistics": "choose methods that need no hessian, such as bits.quantizer=rtn or sparsity.criterion=wanda",
+        "teacher": "take fewer --windows",
+    }.get(greatest, "use a smaller model or a machine with more memory")
+    named = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in sorted(parts.items(), key=lambda item: -item[1]) if size >= 5e7)
+    return (
+        f"{facts.path} needs {sum(parts.values()) / 1e9:.1f} GB on {device} ({named}), {capacity / 1e9:.1f} GB are allowed; {remedy}, "
+        f"or raise AUTOEFF_MEMORY_CAP_BYTES if it is set"
+    )
+
+
+def _check_disk(folder: Path, needed: int, knobs: Mapping[str, Knob]) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        nested = "set bits.store=nested (a third of the bytes), " if getattr(knobs.get("bits"), "store", "nested") != "nested" else ""
+        raise InputError(
+            f"the level bank needs {needed / 1e9:.1f} GB more at {folder}, {free / 1e9:.1f} GB are free; {nested}allow fewer levels, or set "
+            f"AUTOEFF_HOME to a larger disk"
+        )

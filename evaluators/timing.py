@@ -1,0 +1,185 @@
+"""Predicts how long a search will take on this machine, from a few seconds of its own work at the model's shapes.
+
+Timed are one block of the model, one piece of the head, widening, every level of one site, and a synced write. Each is scaled by
+what it is proportional to: a block by its operations, an entry by its weights (with a Hessian also by its inputs), a file by its
+bytes. What else the machine does meanwhile counts in the sample as it will in the search.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoeff.evaluators.bank import Step
+from autoeff.evaluators.footprint import steps_of
+from autoeff.evaluators.forward import BATCH_TOKENS
+from autoeff.evaluators.loading import compute_dtype, one_block
+from autoeff.evaluators.preparation import Preparation
+from autoeff.evaluators.quality import CHUNK_ROWS
+from autoeff.spaces.material import Material
+from autoeff.spaces.sites import Linear, Site
+
+__all__ = ["Seconds", "predict_seconds"]
+
+_TOKENS = 512  # of the timed pass: its speed per token is that of a full batch within a few percent
+_ROWS = 512  # of every linear of the timed site
+_WRITTEN_BYTES = 32 << 20
+_TIMES = 2  # of each sample the least counts
+_START_S = 12.0  # a process, its imports, headers and digest of the files, without their weights
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Predicted wall time.
+
+    Attributes:
+        opening: Start of a runner: the process, and the dense model over the search text.
+        bank: Building and writing the entries that are missing.
+        evaluation: One configuration with a random level everywhere, over the whole search text, without reuse.
+    """
+
+    opening: float
+    bank: float
+    evaluation: float
+
+    def search(self, trials: float) -> float:
+        """Of a whole search: an upper bound, since candidates share what they have in common."""
+        return self.opening + self.bank + trials * self.evaluation
+
+
+def predict_seconds(preparation: Preparation, bank: Path) -> Seconds:
+    """Times samples of the work that a search will do; takes some seconds.
+
+    Args:
+        preparation: The job's preflight.
+        bank: Folder of the level bank.
+    """
+    facts, structure, device = preparation.facts, preparation.structure, preparation.device
+    tokens = preparation.passages["search"].tokens
+    linears = structure.linears
+    body = tokens * sum(linear.parameters_per_token for linear in linears) * _body_s(preparation)
+    if preparation.footprint.narrow:
+        batches = -(-tokens // BATCH_TOKENS)
+        body += batches * (sum(linear.parameters for linear in linears) + structure.head_parameters) * _widening_s(facts.store_dtype)
+    head = tokens * structure.head_parameters * _head_s(preparation) if facts.task == "decoder" else 0.0
+    built = decoded = 0.0
+    samples: dict[tuple[object, ...], tuple[float, float]] = {}
+    steps = list(steps_of(structure, preparation.space, preparation.knobs))
+    share = {decision.key: 1 / len(decision.levels) for decision in preparation.space.decisions}
+    for step in steps:
+        kind = (step.knob.name, step.knob.stored_level(step.site, step.level), step.level)
+        if kind not in samples:
+            samples[kind] = _level_s(step, facts.store_dtype, device)
+        weights = sum(linear.parameters for linear in step.site.linears)
+        if step.level == step.knob.stored_level(step.site, step.level):
+            built += samples[kind][0] * sum(_work(step, linear) for linear in step.site.linears)
+        decoded += samples[kind][1] * weights * share[f"{step.site.name}:{step.knob.name}"]
+    missing = preparation.footprint.missing_bytes
+    part = missing / max(1, preparation.footprint.bank_bytes)
+    return Seconds(
+        opening=_START_S + body + 2 * head,
+        bank=built * part + (missing * _write_s(bank) if missing else 0.0),
+        evaluation=body + head + decoded,
+    )
+
+
+def _least(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the quickest of a few calls, after one that does not count."""
+    times = []
+    for _ in range(_TIMES + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+@torch.no_grad()
+def _body_s(preparation: Preparation) -> float:
+    """Seconds per token and weight of the linears, attention and all else included."""
+    device = preparation.device
+    model: Any = one_block(preparation.facts, device)
+    passages = preparation.passages["search"]
+    rows = max(1, min(len(passages.ids), _TOKENS // passages.ids.shape[1]))
+    ids = passages.ids[:rows].to(device)
+    arguments = {} if passages.mask is None else {"attention_mask": passages.mask[:rows].to(device)}
+    body = getattr(model, "base_model", model)
+    counted = ids.numel() if passages.mask is None else int(passages.mask[:rows].sum())
+    weights = sum(linear.parameters_per_token for linear in preparation.structure.linears if linear.name.startswith(_first(preparation)))
+    return _least(lambda: body(input_ids=ids, **arguments), device) / counted / max(1, weights)
+
+
+def _first(preparation: Preparation) -> str:
+    return preparation.structure.blocks[0] + "."
+
+
+@torch.no_grad()
+def _head_s(preparation: Preparation) -> float:
+    """Seconds per token and weight of the head."""
+    device, vocabulary = preparation.device, preparation.facts.vocabulary
+    rows, hidden = min(CHUNK_ROWS, vocabulary), preparation.structure.head_parameters // vocabulary
+    weight = torch.full((rows, hidden), 0.01, device=device)
+    states = torch.full((_TOKENS, hidden), 0.01, device=device)
+    return _least(lambda: torch.logsumexp(nn.functional.linear(states, weight), -1), device) / _TOKENS / weight.numel()
+
+
+def _widening_s(dtype: torch.dtype) -> float:
+    """Seconds per weight."""
+    stored, wide = torch.zeros(1 << 23, dtype=dtype), torch.zeros(1 << 23)
+    return _least(lambda: wide.copy_(stored), torch.device("cpu")) / stored.numel()
+
+
+def _level_s(step: Step, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds to build a level, per unit of `_work`, and to decode it, per weight; measured on some rows of the site's first linear."""
+    if step.knob.kind == "structure":
+        return 0.0, 0.0
+    first = step.site.linears[0]
+    linear = replace(first, out_features=min(_ROWS, first.rows), experts=0)
+    site = Site("sample", step.site.kind, 0, (linear,))
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(linear.out_features, linear.in_features, generator=generator).mul_(0.02).to(dtype)
+    statistics: dict[str, Tensor] = {}
+    if "input_norm" in step.knob.needs:
+        statistics[f"{linear.name}.input_norm"] = torch.ones(linear.in_features)
+    if "hessian" in step.knob.needs:
+        statistics[f"{linear.name}.hessian"] = torch.eye(linear.in_features)
+    material = Material({linear.name: weight}, statistics=statistics)
+    cpu = torch.device("cpu")
+    stored = step.knob.stored_level(step.site, step.level)
+    building = 0.0
+    if step.level == stored:
+        building = _least(lambda: step.knob.build(site, stored, material), cpu) / _work(step, linear)
+    entry = step.knob.build(site, stored, material)
+
+    def decode() -> None:
+        step.knob.transform(site, step.level, step.knob.derived(site, step.level, entry), material)
+
+    return building, _least(decode, cpu) / linear.parameters
+
+
+def _work(step: Step, linear: Linear) -> int:
+    """What the time to build is proportional to: weights, or with a Hessian weights and rows of its factors times inputs."""
+    k = linear.in_features
+    return (linear.rows + k) * k * k if "hessian" in step.knob.needs else linear.parameters
+
+
+def _write_s(folder: Path) -> float:
+    """Seconds per byte of a new file, synced."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    data = random.Random(0).randbytes(_WRITTEN_BYTES)
+    started = time.perf_counter()
+    with tempfile.TemporaryFile(dir=there) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return (time.perf_counter() - started) / len(data)
