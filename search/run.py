@@ -169,7 +169,8 @@ def run_search(*args: Any, **kwargs: Any) -> Result:  # noqa: D417  (the two for
             decides which configuration is found.
         limits: Such as `parameters<=1e6` or `accuracy>=0.9`. They are checked when a candidate has been measured; samplers learn from it.
         trials: Budget in evaluations. Equal configurations are evaluated once, and the search ends when all are known.
-        timeout: Wall-clock budget of the search in seconds. AUTOEFF_EVALUATION_TIMEOUT_S limits one candidate (default 600), and
+        timeout: Wall-clock budget in seconds, after which nothing is proposed; baselines are measured all the same.
+            AUTOEFF_EVALUATION_TIMEOUT_S limits one candidate (default 600), and
             AUTOEFF_MEMORY_CAP_BYTES its memory.
         seed: Of the search, and of the generators of Python, numpy and torch at the start of each candidate.
         sampler: Default `tpe` for one objective, `nsga2` for more; also `gp` and `random`.

@@ -13,7 +13,7 @@ from autoeff.search.storage.holders import holder_is_dead
 from autoeff.search.storage.records import Attempt, Claim, Counts, Failure, Job, Trial
 from autoeff.search.storage.tables import AttemptRow, ConfigurationRow, EvaluationRow, JobRow, MeasurementRow, TrialRow, now
 from autoeff.spaces.configuration import Configuration
-from autoeff.spaces.measurements import Measurement
+from autoeff.spaces.measurements import MEASURES, Measurement
 
 __all__ = [
     "ATTEMPT",
@@ -141,7 +141,7 @@ def measurement_of(row: Row[Any]) -> Measurement:
         statistic=row.statistic,
         method=row.method,
         hardware=row.hardware,
-        own=not row.unit,
+        own=not row.unit and row.name not in MEASURES,
     )
 
 
