@@ -29,10 +29,19 @@ def test_every_kernel_compiles_for_hopper_and_fits(rows: list[Any]) -> None:
     assert {row.as_json() for row in rows if not row.passes} == set()
     variants = Counter(row.case.name for row in rows)
     assert variants == {
+        "attention_block_sparse": 2 * 2,  # dtypes x blocks
         "attention_decode join": 2,  # dtypes
         "attention_decode part": 4 * 2,  # widths x dtypes
         "dequantize_wq": 5 * 5,  # widths; dtypes x symmetry, and a ragged one
+        "ffn_sparse join gated": 2,
+        "ffn_sparse join plain": 2,
+        "ffn_sparse list": 2,
+        "ffn_sparse product": 2,
+        "kv_evict gather": 2,
+        "kv_evict mass": 2,
+        "kv_evict score": 2,
         "linear_24 left": 2,  # dtypes
+        "linear_block_sparse left": 2 * 2,  # dtypes x blocks
         "linear_lora expand": 2 * 2,  # dtypes x ranks
         "linear_lora shrink": 2 * 2,
         "linear_lowrank expand": 2,
