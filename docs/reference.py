@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 
 from autoeff.flags import FIELDS
 from autoeff.search.exporter import known_exporters
-from autoeff.search.job import Budget, Data, JobSpec, Space
+from autoeff.search.job import JobSpec
 from autoeff.search.sampler import known_samplers
 from autoeff.search.settings import Settings
 from autoeff.spaces.criterion import known_criteria
@@ -35,9 +35,18 @@ from autoeff.spaces.quantizer import known_quantizers
 from autoeff.spaces.sites import Structure
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS: Mapping[str, type[BaseModel]] = {"data": Data, "space": Space, "budget": Budget}
 SPELLED = {"settings": "set"}
 """Flags whose parameter has another name."""
+
+
+def part_of(kind: Any) -> type[BaseModel] | None:
+    """The model that a field holds, where it is a section of its own."""
+    return next((item for item in (kind, *get_args(kind)) if isinstance(item, type) and issubclass(item, BaseModel)), None)
+
+
+PARTS: Mapping[str, type[BaseModel]] = {
+    name: part for name, field in JobSpec.model_fields.items() if name != "eval_data" and (part := part_of(field.annotation))
+}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -29,10 +29,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 import typer
+from pydantic import BaseModel
 
 from autoeff.cli import app, main
 from autoeff.flags import FIELDS
-from autoeff.search.job import Budget, Data, JobSpec, Space
+from autoeff.search.job import JobSpec
 from autoeff.search.run import plan
 from autoeff.search.settings import Settings
 from autoeff.spaces.couplings import coupled
@@ -259,7 +260,9 @@ def test_links_of_the_repository_lead_somewhere() -> None:
 def test_configuration_reference_is_complete(site: Path) -> None:
     text = (site / "reference" / "job" / "index.html").read_text()
     names = [*JobSpec.model_fields, *(f"AUTOEFF_{name.upper()}" for name in Settings.model_fields)]
-    names += [f"{part}.{name}" for part, model in (("data", Data), ("space", Space), ("budget", Budget)) for name in model.model_fields]
+    names += [
+        f"{part}.{name}" for part, value in JobSpec(model="demo") if isinstance(value, BaseModel) for name in type(value).model_fields
+    ]
     names += ["--set" if name == "settings" else "--" + name.replace("_", "-") for name in FIELDS if name != "model"]
     assert [name for name in names if f"<code>{name}</code>" not in text] == []
 
