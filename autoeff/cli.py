@@ -31,6 +31,7 @@ from autoeff.spaces.measurements import MEASURES, described
 if TYPE_CHECKING:
     from autoeff.search.run import Plan, Result
     from autoeff.search.runs import Run
+    from autoeff.search.settings import Settings
     from autoeff.search.storage.records import Job
 
 __all__ = ["Form", "app", "main"]
@@ -123,7 +124,7 @@ def search(
     spec = JobSpec.parse(job_fields(ctx.params, {} if config is None else JobSpec.read(config)))
     machine = Settings.read()
     if dry_run:
-        _print_plan(run.plan(spec, machine), form)
+        _print_plan(run.plan(spec, machine), machine, form)
         return
     folder = run.default_folder(spec.model) if out is None else out
     check_new(folder)
@@ -534,14 +535,18 @@ def _shown(row: Mapping[str, Any], name: str) -> str | None:
 _HELD_OUT = [name for name in MEASURES if name.endswith("_held_out")]
 
 
-def _print_plan(plan: Plan, form: Form) -> None:
+def _print_plan(plan: Plan, machine: Settings, form: Form) -> None:
+    from autoeff.evaluators.timing import predict_seconds
     from autoeff.search.standing import TABLE_WORDS
 
-    preflight = plan.preflight
+    preflight, seconds = plan.preflight, predict_seconds(plan.preparation, machine.bank)
+    whole = seconds.search(plan.budget)
     if form is Form.JSON:
         print_json(
             {
                 "preflight": preflight,
+                "seconds": {"opening": seconds.opening, "bank": seconds.bank, "evaluation": seconds.evaluation, "search": whole},
+                "memory_cap_bytes": machine.memory_cap,
                 "space": plan.space.to_json(),
                 "limits": [{"name": limit.name, "bound": float(limit.bound), "text": limit.text} for limit in plan.limits],
                 "minimum_trials": plan.minimum_trials,
@@ -565,7 +570,10 @@ def _print_plan(plan: Plan, form: Form) -> None:
             "quality": preflight["quality"],
             "decisions": preflight["decisions"],
             "configurations": _magnitude(preflight["configurations"]),
-            "memory needed": MEASURES["weight_bytes"].text(preflight["memory_bytes"]),
+            "memory needed": f"{_size(preflight['memory_bytes'])} of the {_size(machine.memory_cap)} that are allowed",
+            "level bank": f"{_size(preflight['bank_bytes'])}, {_size(preflight['bank_missing_bytes'])} of them to be built",
+            "time": f"about {_duration(seconds.bank)} for the bank, {_duration(seconds.evaluation)} an evaluation, "
+            f"at most {_duration(whole)} in all",
             "hardware": preflight["hardware"],
             "damage table": TABLE_WORDS[plan.table],
             "least --trials": plan.minimum_trials,
@@ -588,6 +596,14 @@ def _print_plan(plan: Plan, form: Form) -> None:
 def _share(value: float, dense: float) -> str:
     """In the form of a limit, rounded up so that it is one that can be kept."""
     return f"{math.ceil(value / dense * 10**4) / 10**4:.4f}x" if dense else ""
+
+
+def _size(size: float) -> str:
+    return MEASURES["weight_bytes"].text(size)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _magnitude(number: str) -> str:

@@ -181,8 +181,8 @@ def _check_disk(folder: Path, needed: int, knobs: Mapping[str, Knob]) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
-        nested = "set bits.store=nested (a third of the bytes), " if getattr(knobs.get("bits"), "store", "nested") != "nested" else ""
+        nested = "set bits.store=nested (a third of the bytes), " if getattr(knobs.get("bits"), "store", None) == "separate" else ""
         raise InputError(
-            f"the level bank needs {needed / 1e9:.1f} GB more at {folder}, {free / 1e9:.1f} GB are free; {nested}allow fewer levels, or set "
-            f"AUTOEFF_HOME to a larger disk"
+            f"the level bank needs {needed / 1e9:.1f} GB more at {folder}, {free / 1e9:.1f} GB are free; "
+            f"{nested}allow fewer levels, or set AUTOEFF_HOME to a larger disk"
         )

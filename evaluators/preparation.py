@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from autoeff.errors import InputError
 from autoeff.evaluators.footprint import Footprint, footprint_of
 from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, resolve_model, skeleton
 from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.tasks import check_tasks
 from autoeff.evaluators.text import Passages, make_passages
 from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
@@ -38,6 +40,7 @@ class Preparation:
         passages: Search and held-out text.
         left_out: Sublayers whose units cannot be cut, and why.
         footprint: Predicted use of memory and disk.
+        seconds: How long finding all this took.
         digest: Names everything that a quality value depends on besides configuration, split and windows.
     """
 
@@ -49,6 +52,7 @@ class Preparation:
     device: torch.device
     left_out: Mapping[str, str]
     footprint: Footprint
+    seconds: float
     digest: str
 
     @property
@@ -94,6 +98,7 @@ def prepare(setup: EvaluationSetup) -> Preparation:
     Raises:
         InputError: Anything wrong with the model, the text, the knobs or the device.
     """
+    started = time.perf_counter()
     device = device_of(setup.device)
     facts = inspect_model(resolve_model(setup.model))
     check_memory(facts, device)
@@ -103,6 +108,9 @@ def prepare(setup: EvaluationSetup) -> Preparation:
     if any(knob.coupled for name, knob in known_knobs().items() if name in setup.space.knobs):
         structure, left_out = coupled(model, structure)
     space, knobs = build_space(structure, setup.space)
+    if setup.tasks is not None and facts.task == "encoder":
+        raise InputError(f"tasks {', '.join(setup.tasks.names)} are for decoders; {facts.path} is an encoder")
+    asked = {} if setup.tasks is None else {"tasks": check_tasks(setup.tasks)}
     tokenizer = load_tokenizer(facts)
     passages = make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed)
     footprint = footprint_of(setup, facts, model, structure, space, knobs, passages, device)
@@ -114,9 +122,10 @@ def prepare(setup: EvaluationSetup) -> Preparation:
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
+            **asked,
         }
     )
-    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, digest)
+    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, time.perf_counter() - started, digest)
 
 
 def device_of(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from autoeff.evaluators.bank import Step
 from autoeff.evaluators.footprint import steps_of
 from autoeff.evaluators.forward import BATCH_TOKENS
-from autoeff.evaluators.loading import compute_dtype, one_block
+from autoeff.evaluators.loading import one_block
 from autoeff.evaluators.preparation import Preparation
 from autoeff.evaluators.quality import CHUNK_ROWS
 from autoeff.spaces.material import Material
@@ -31,10 +31,9 @@ from autoeff.spaces.sites import Linear, Site
 __all__ = ["Seconds", "predict_seconds"]
 
 _TOKENS = 512  # of the timed pass: its speed per token is that of a full batch within a few percent
-_ROWS = 512  # of every linear of the timed site
+_WEIGHTS = 9 << 20  # of the timed linear: its float32 values are past the 32 MiB up to which malloc hands out warm pages
 _WRITTEN_BYTES = 32 << 20
-_TIMES = 2  # of each sample the least counts
-_START_S = 12.0  # a process, its imports, headers and digest of the files, without their weights
+_IMPORTS_S = 6.0  # of a new process
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def predict_seconds(preparation: Preparation, bank: Path) -> Seconds:
         preparation: The job's preflight.
         bank: Folder of the level bank.
     """
-    facts, structure, device = preparation.facts, preparation.structure, preparation.device
+    facts, structure = preparation.facts, preparation.structure
     tokens = preparation.passages["search"].tokens
     linears = structure.linears
     body = tokens * sum(linear.parameters_per_token for linear in linears) * _body_s(preparation)
@@ -72,36 +71,49 @@ def predict_seconds(preparation: Preparation, bank: Path) -> Seconds:
         body += batches * (sum(linear.parameters for linear in linears) + structure.head_parameters) * _widening_s(facts.store_dtype)
     head = tokens * structure.head_parameters * _head_s(preparation) if facts.task == "decoder" else 0.0
     built = decoded = 0.0
-    samples: dict[tuple[object, ...], tuple[float, float]] = {}
     steps = list(steps_of(structure, preparation.space, preparation.knobs))
     share = {decision.key: 1 / len(decision.levels) for decision in preparation.space.decisions}
+    samples = {kind: _level_s(step, linear, facts.store_dtype) for kind, (step, linear) in _largest(steps).items()}
     for step in steps:
-        kind = (step.knob.name, step.knob.stored_level(step.site, step.level), step.level)
-        if kind not in samples:
-            samples[kind] = _level_s(step, facts.store_dtype, device)
-        weights = sum(linear.parameters for linear in step.site.linears)
+        building, decoding = samples[_kind(step)]
         if step.level == step.knob.stored_level(step.site, step.level):
-            built += samples[kind][0] * sum(_work(step, linear) for linear in step.site.linears)
-        decoded += samples[kind][1] * weights * share[f"{step.site.name}:{step.knob.name}"]
+            built += building * sum(_work(step, linear) for linear in step.site.linears)
+        decoded += decoding * step.site.parameters * share[f"{step.site.name}:{step.knob.name}"]
     missing = preparation.footprint.missing_bytes
     part = missing / max(1, preparation.footprint.bank_bytes)
     return Seconds(
-        opening=_START_S + body + 2 * head,
+        opening=_IMPORTS_S + preparation.seconds + body + 2 * head,
         bank=built * part + (missing * _write_s(bank) if missing else 0.0),
         evaluation=body + head + decoded,
     )
 
 
-def _least(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the quickest of a few calls, after one that does not count."""
-    times = []
-    for _ in range(_TIMES + 1):
-        started = time.perf_counter()
+def _kind(step: Step) -> tuple[str, object]:
+    return step.knob.name, step.level
+
+
+def _largest(steps: Sequence[Step]) -> dict[tuple[str, object], tuple[Step, Linear]]:
+    """For every kind of level the largest linear that takes it."""
+    found: dict[tuple[str, object], tuple[Step, Linear]] = {}
+    for step in steps:
+        linear = max(step.site.linears, key=lambda item: item.parameters)
+        if _kind(step) not in found or linear.parameters > found[_kind(step)][1].parameters:
+            found[_kind(step)] = (step, linear)
+    return found
+
+
+def _mean_s(work: Callable[[], object], device: torch.device, times: int = 2, *, warm: bool = True) -> float:
+    """Seconds of a call, on average; the first one does not count where `warm`."""
+    if warm:
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / times
 
 
 @torch.no_grad()
@@ -116,7 +128,7 @@ def _body_s(preparation: Preparation) -> float:
     body = getattr(model, "base_model", model)
     counted = ids.numel() if passages.mask is None else int(passages.mask[:rows].sum())
     weights = sum(linear.parameters_per_token for linear in preparation.structure.linears if linear.name.startswith(_first(preparation)))
-    return _least(lambda: body(input_ids=ids, **arguments), device) / counted / max(1, weights)
+    return _mean_s(lambda: body(input_ids=ids, **arguments), device) / counted / max(1, weights)
 
 
 def _first(preparation: Preparation) -> str:
@@ -130,21 +142,21 @@ def _head_s(preparation: Preparation) -> float:
     rows, hidden = min(CHUNK_ROWS, vocabulary), preparation.structure.head_parameters // vocabulary
     weight = torch.full((rows, hidden), 0.01, device=device)
     states = torch.full((_TOKENS, hidden), 0.01, device=device)
-    return _least(lambda: torch.logsumexp(nn.functional.linear(states, weight), -1), device) / _TOKENS / weight.numel()
+    return _mean_s(lambda: torch.logsumexp(nn.functional.linear(states, weight), -1), device) / _TOKENS / weight.numel()
 
 
 def _widening_s(dtype: torch.dtype) -> float:
     """Seconds per weight."""
     stored, wide = torch.zeros(1 << 23, dtype=dtype), torch.zeros(1 << 23)
-    return _least(lambda: wide.copy_(stored), torch.device("cpu")) / stored.numel()
+    return _mean_s(lambda: wide.copy_(stored), torch.device("cpu")) / stored.numel()
 
 
-def _level_s(step: Step, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Seconds to build a level, per unit of `_work`, and to decode it, per weight; measured on some rows of the site's first linear."""
+def _level_s(step: Step, largest: Linear, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds to build a level, per unit of `_work`, and to decode it, per weight; measured on some rows of its largest linear."""
     if step.knob.kind == "structure":
         return 0.0, 0.0
-    first = step.site.linears[0]
-    linear = replace(first, out_features=min(_ROWS, first.rows), experts=0)
+    k = largest.in_features
+    linear = replace(largest, out_features=min(-(-_WEIGHTS // k), largest.rows), experts=0)
     site = Site("sample", step.site.kind, 0, (linear,))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(linear.out_features, linear.in_features, generator=generator).mul_(0.02).to(dtype)
@@ -154,17 +166,15 @@ def _level_s(step: Step, dtype: torch.dtype, device: torch.device) -> tuple[floa
     if "hessian" in step.knob.needs:
         statistics[f"{linear.name}.hessian"] = torch.eye(linear.in_features)
     material = Material({linear.name: weight}, statistics=statistics)
-    cpu = torch.device("cpu")
     stored = step.knob.stored_level(step.site, step.level)
-    building = 0.0
-    if step.level == stored:
-        building = _least(lambda: step.knob.build(site, stored, material), cpu) / _work(step, linear)
+    started = time.perf_counter()
     entry = step.knob.build(site, stored, material)
+    building = (time.perf_counter() - started) / _work(step, linear)
 
     def decode() -> None:
         step.knob.transform(site, step.level, step.knob.derived(site, step.level, entry), material)
 
-    return building, _least(decode, cpu) / linear.parameters
+    return building, _mean_s(decode, torch.device("cpu"), 1, warm=False) / linear.parameters
 
 
 def _work(step: Step, linear: Linear) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def plan(spec: JobSpec, settings: Settings) -> Plan:
         UnreachableLimit: No configuration keeps the limits.
     """
     check_sampler(spec.sampler)
-    preparation = prepare(spec.setup(settings.bank))
+    preparation = prepare(replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap))
     context = spec.context or preparation.facts.context
     if context is None:
         raise InputError(f"model_type {preparation.facts.model_type!r} states no context length, which cache costs need; give --context")

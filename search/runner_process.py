@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,7 +102,8 @@ class RunnerProcess:
             )
         self.starts += 1
         self._pending.clear()
-        answer = self._ask({"kind": "open", "setup": self._setup.to_json()}, self._settings.open_timeout_s, tick)
+        setup = replace(self._setup, memory_bytes=self._settings.memory_cap)
+        answer = self._ask({"kind": "open", "setup": setup.to_json()}, self._settings.open_timeout_s, tick)
         self.digest = answer["digest"]
 
     def evaluate(self, request: EvaluationRequest, tick: _Tick = lambda: None) -> Measured:
@@ -210,7 +211,7 @@ def answers(
     """
     deadline = time.monotonic() + timeout_s
     watched = psutil.Process(pid)
-    cap = settings.memory_cap_bytes or int(settings.memory_share * psutil.virtual_memory().total)
+    cap = settings.memory_cap
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
         while True:
