@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from autoeff.spaces.grid import Grid, grouped
+from autoeff.spaces.grid import grouped
 from autoeff.spaces.hessian import compensated, inverse_factor
 from autoeff.spaces.quantizer import NO_STATISTICS, Codes, Quantizer
+from autoeff.spaces.quantizers.hqq import fitted
 
 __all__ = ["GPTQ"]
 
@@ -20,11 +21,12 @@ __all__ = ["GPTQ"]
 class GPTQ(Quantizer):
     """Columns are rounded in turn, most active input first; what each loses is made good by those that follow.
 
-    Scales and minima are those of round to nearest, taken from the original weights before anything is rounded ("static
+    Scales and minima are those of half-quadratic quantization, fitted to the original weights before anything is rounded ("static
     groups"): the order by activity visits the groups in between one another, so there is no moment at which a group starts, and
-    they stay where the packed format wants them. With uncorrelated inputs of equal norm the codes are those of round to nearest.
-    An input that was always 0 on the calibration text is rounded to nearest and takes no part. Pruned weights stay zero; what
-    compensation would have moved them by is passed on to the columns after them.
+    they stay where the packed format wants them. The source takes those of round to nearest, whose values lie too far apart at 2
+    and 3 bits. With uncorrelated inputs of equal norm every weight takes the nearest value. An input that was always 0 on the
+    calibration text is rounded to nearest and takes no part. Pruned weights stay zero; what compensation would have moved them by
+    is passed on to the columns after them.
 
     Source: GPTQ, arXiv:2210.17323.
     """
@@ -34,7 +36,7 @@ class GPTQ(Quantizer):
 
     def codes(self, weight: Tensor, bits: int, mask: Tensor | None = None, statistics: Mapping[str, Tensor] = NO_STATISTICS) -> Codes:
         size = self.group_of(weight)
-        grid = Grid.spanning(*grouped(weight, mask, size), bits, self.symmetric)
+        grid = fitted(*grouped(weight, mask, size), bits, self.symmetric)
         hessian = statistics["hessian"].to(weight.device)
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         factor = inverse_factor(hessian[order][:, order], weight.device)

@@ -1,4 +1,4 @@
-"""Half-quadratic quantization: round to nearest with minima that forgive outliers; no data."""
+"""Half-quadratic quantization: round to nearest on the grid that fits best; no data."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from autoeff.spaces.grid import LARGEST, Grid, grouped
 from autoeff.spaces.quantizer import NO_STATISTICS, Codes, Quantizer
 
-__all__ = ["HalfQuadratic"]
+__all__ = ["HalfQuadratic", "fitted"]
 
-_P = 0.7
 _STEPS = 20
-_BETA, _KAPPA = 10.0, 1.01  # weight of the quadratic term, and its growth per step
 
 
 @dataclass(frozen=True)
 class HalfQuadratic(Quantizer):
-    """The grid of round to nearest, shifted by group to lower the sum of |w - w'|^0.7, to which outliers matter less.
+    """Round to nearest on a grid that is fitted to its group: scale and minimum take turns with the codes for 20 steps.
 
-    Two closed forms take turns for 20 steps: a shrinkage splits the residuals into outliers E and the rest, then the
-    minimum becomes the mean of what is left of the weights without E. Symmetric codes have no minimum; there the scale becomes
-    the least-squares one. Residuals are counted in steps of the first grid, so that scaling a weight changes no code (the source
-    counts them in units of the weights, where those of trained linears are too small for any to be shrunk). Every group keeps the
-    best grid that it met, fp16 rounding included, the first among them: its error is never above that of round to nearest. The
-    error may rise on the way, so that no group stops early and none depends on another.
+    The codes are the nearest, then scale and minimum those of least squares. Every group keeps the grid of least mean |w - w'| that
+    it met, fp16 rounding included, that of round to nearest among them. The error may rise on the way, so that no group stops
+    early and none depends on another.
+
+    Two things differ from the source. It fits the minimum alone, which at 2 bits can be worse than round to nearest: four values
+    from the least weight to the greatest lie too far apart, wherever they begin. And it takes what exceeds |r|^-0.3 / 10 of a
+    residual r for an outlier; no residual below 0.17 has any, so trained weights have none, and greater ones would only be fitted
+    more slowly. Without that, scaling a weight changes no code.
 
     Source: Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models.
     """
@@ -37,35 +37,42 @@ class HalfQuadratic(Quantizer):
 
     def codes(self, weight: Tensor, bits: int, mask: Tensor | None = None, statistics: Mapping[str, Tensor] = NO_STATISTICS) -> Codes:
         groups, kept = grouped(weight, mask, self.group_of(weight))
-        grid = best = Grid.spanning(groups, kept, bits, self.symmetric)
-        unit = grid.divisor
-        least_error = torch.full_like(unit, torch.inf)
-        beta = _BETA
-        for _ in range(_STEPS + 1):
-            codes = grid.nearest(groups)
-            residual = (groups - grid.values(codes)).div_(unit).mul_(kept)
-            size = residual.abs()
-            powers = size.pow(_P)
-            error = powers.sum(2, keepdim=True).masked_fill_(_overflows(grid), torch.inf)
-            better = error < least_error
-            least_error = torch.where(better, error, least_error)
-            best = _chosen(better, grid, best)
-            # what the shrinkage leaves to the quadratic term: at most |r|^(p-1) / beta of every residual
-            rest = torch.minimum(size, powers.div_(size * beta).nan_to_num_(0.0)).copysign_(residual)
-            grid = _refitted(grid, unit, codes, rest, kept)
-            beta *= _KAPPA
-        return Codes.on(best, best.nearest(groups), weight.shape[1])
+        grid = fitted(groups, kept, bits, self.symmetric)
+        return Codes.on(grid, grid.nearest(groups), weight.shape[1])
 
 
-def _refitted(grid: Grid, unit: Tensor, codes: Tensor, rest: Tensor, kept: Tensor) -> Grid:
-    """The grid that fits best, by least squares, to the values of `codes` plus `rest` (in units)."""
-    unit = torch.where(unit.isinf(), 0.0, unit)
-    if grid.minimum is not None:
-        shift = rest.sum(2, keepdim=True) / kept.sum(2, keepdim=True).clamp_(min=1)
-        return replace(grid, minimum=(grid.start + shift * unit).clamp_(-LARGEST, LARGEST).half())
+def fitted(groups: Tensor, kept: Tensor, bits: int, symmetric: bool) -> Grid:
+    """The grid [N, G, 1] of `HalfQuadratic`; arguments are those of `Grid.spanning`."""
+    grid = best = Grid.spanning(groups, kept, bits, symmetric)
+    least_error = torch.full_like(grid.step, torch.inf)
+    for _ in range(_STEPS + 1):
+        codes = grid.nearest(groups)
+        residual = (groups - grid.values(codes)).mul_(kept)
+        error = residual.abs().sum(2, keepdim=True).masked_fill_(_overflows(grid), torch.inf)
+        better = error < least_error
+        least_error = torch.where(better, error, least_error)
+        best = _chosen(better, grid, best)
+        grid = _refitted(grid, codes, residual, kept)
+    return best
+
+
+def _refitted(grid: Grid, codes: Tensor, residual: Tensor, kept: Tensor) -> Grid:
+    """The grid that fits best, by least squares, to the values of `codes` plus `residual`, which is 0 where nothing is kept."""
     levels = (codes - grid.zero).mul_(kept)
-    growth = (levels * rest).sum(2, keepdim=True) / levels.square().sum(2, keepdim=True).clamp_(min=1)
-    return replace(grid, scale=(grid.step + growth * unit).clamp_(0.0, LARGEST).half())
+    if grid.minimum is None:
+        growth = _slope(levels, residual)
+        return replace(grid, scale=(grid.step + growth).clamp_(0.0, LARGEST).half())
+    count = kept.sum(2, keepdim=True).clamp_(min=1)
+    centre, shift = levels.sum(2, keepdim=True) / count, residual.sum(2, keepdim=True) / count
+    growth = _slope((levels - centre).mul_(kept), residual)
+    minimum = (grid.start + shift - growth * centre).clamp_(-LARGEST, LARGEST).half()
+    return Grid((grid.step + growth).clamp_(0.0, LARGEST).half(), minimum, grid.bits)
+
+
+def _slope(levels: Tensor, residual: Tensor) -> Tensor:
+    """Of the line through the origin that fits best; 0 where all `levels` are 0."""
+    squares = levels.square().sum(2, keepdim=True)
+    return (levels * residual).sum(2, keepdim=True) / squares.masked_fill_(squares == 0, 1.0)
 
 
 def _overflows(grid: Grid) -> Tensor:

@@ -1,4 +1,4 @@
-"""GPTQ against round to nearest, from which it differs by what inputs know of one another."""
+"""GPTQ against rounding on the same grid, from which it differs by what inputs know of one another."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _output_error(weight: Tensor, other: Tensor, inputs: Tensor) -> float:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 1e-8, 1e6])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_uncorrelated_inputs_give_round_to_nearest(bits: int, factor: float, symmetric: bool) -> None:
+def test_uncorrelated_inputs_give_the_nearest_values_of_the_half_quadratic_grid(bits: int, factor: float, symmetric: bool) -> None:
     weight, hessian = _weight(9, 341), factor * torch.eye(341)
-    plain, found = (make_quantizer(name, group_size=64, symmetric=symmetric) for name in ("rtn", "gptq"))
+    plain, found = (make_quantizer(name, group_size=64, symmetric=symmetric) for name in ("hqq", "gptq"))
     packed, expected = found.quantize(weight, bits, None, {"hessian": hessian}), plain.quantize(weight, bits)
     assert packed.keys() == expected.keys()
     assert all(torch.equal(packed[name], expected[name]) for name in packed)
@@ -48,17 +48,17 @@ def test_uncorrelated_inputs_give_round_to_nearest(bits: int, factor: float, sym
 def test_outputs_of_correlated_inputs_lose_less(k: int, bits: int, symmetric: bool) -> None:
     weight, inputs = _weight(24, k), _inputs(k)
     hessian = inputs.T @ inputs / len(inputs)
-    nearest, found = (_output_error(weight, _back(name, weight, bits, hessian, symmetric), inputs) for name in ("rtn", "gptq"))
+    nearest, found = (_output_error(weight, _back(name, weight, bits, hessian, symmetric), inputs) for name in ("hqq", "gptq"))
     assert found < 0.5 * nearest
     masked = _weight(24, k).abs().argsort(1) < k // 2
     pruned = weight.masked_fill(~masked, 0.0)
-    nearest, found = (_output_error(pruned, _back(name, pruned, bits, hessian, symmetric, masked), inputs) for name in ("rtn", "gptq"))
+    nearest, found = (_output_error(pruned, _back(name, pruned, bits, hessian, symmetric, masked), inputs) for name in ("hqq", "gptq"))
     assert found < 0.7 * nearest
 
 
-def test_every_value_is_on_the_grid_of_round_to_nearest_with_the_groups_where_they_were() -> None:
+def test_every_value_is_on_the_half_quadratic_grid_with_the_groups_where_they_were() -> None:
     inputs, weight = _inputs(200), _weight(6, 200)
-    plain, found = (make_quantizer(name, group_size=64, symmetric=False) for name in ("rtn", "gptq"))
+    plain, found = (make_quantizer(name, group_size=64, symmetric=False) for name in ("hqq", "gptq"))
     expected, packed = plain.quantize(weight, 3), found.quantize(weight, 3, None, {"hessian": inputs.T @ inputs})
     assert torch.equal(expected["scale"], packed["scale"])
     assert torch.equal(expected["minimum"], packed["minimum"])
@@ -80,7 +80,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_nothing_else_changes() -> None:
     dead = torch.tensor([3, 4, 50])
     inputs[:, dead] = 0
     hessian = inputs.T @ inputs
-    found, nearest = _back("gptq", weight, 3, hessian), _back("rtn", weight, 3, hessian)
+    found, nearest = _back("gptq", weight, 3, hessian), _back("hqq", weight, 3, hessian)
     assert torch.equal(found[:, dead], nearest[:, dead])
     assert _output_error(weight, found, inputs) < 0.5 * _output_error(weight, nearest, inputs)
     assert torch.equal(_back("gptq", weight, 3, torch.zeros(96, 96)), nearest)
