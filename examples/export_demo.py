@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from train_demo import CONTEXT, RECIPES, RETRIEVAL_SHARE, TEXT_PACKAGES, passkey_document, trained_model, training_documents
+from train_demo import CONTEXT, RECIPES, RETRIEVAL_SHARE, TEXT_PACKAGES, kept_documents, passkey_document, trained_model
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from autoeff.evaluators.text import read_package
@@ -201,7 +201,7 @@ def main(
         tokenizer.save_pretrained(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for path in Path(temporary).iterdir():
-            shutil.copy(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)  # not the mode: temporary weights are private
     (folder / "texts.json").write_text(
         json.dumps(
             {"format": 1, **{k: {"package": TEXT_PACKAGES[k], "version": t.version, "sha256": t.sha256} for k, t in texts.items()}},
@@ -214,7 +214,7 @@ def main(
     held_ids, bytes_per_token = windows_of(tokenizer, held_out, 48)
     search_ids, _ = windows_of(tokenizer, search, 48)
     held_loss = loss_of(model, held_ids)
-    trained, _ = training_documents()
+    trained, _ = kept_documents(work)
     passkeys = {tokens: passkey_accuracy(model, tokenizer, held_out, tokens, trials) for tokens in (128, 256, 512, 900)}
     routing = ""
     if hasattr(model.config, "num_local_experts"):

@@ -114,7 +114,7 @@ RECIPES = {
             **COMMON,
         ),
         phases=(Phase(0.75, 256, 8), Phase(0.25, CONTEXT, 2)),  # small batches: a short training has more use for steps
-        steps=1700,
+        steps=1232,
         tokenizer=ROOT / "autoeff" / "models" / "demo" / "tokenizer.json",
     ),
 }
@@ -189,6 +189,15 @@ def training_documents() -> tuple[list[str], dict[str, object]]:
         documents.append(text)
         owners[owner] = owners.get(owner, 0) + len(text)
     return documents, {"bytes": sum(owners.values()), "files": len(documents), "sha256": digest.hexdigest(), "owners": owners}
+
+
+def kept_documents(work: Path) -> tuple[list[str], dict[str, object]]:
+    """`training_documents` as they were when training in `work` began: a package installed since must not change what is resumed."""
+    path = work / "documents.json"
+    if not path.exists():
+        path.write_text(json.dumps(training_documents()))
+    documents, facts = json.loads(path.read_text())
+    return documents, facts
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
@@ -278,7 +287,7 @@ def train(training: Training, work: Path) -> PreTrainedModel:
     torch.set_num_threads(training.threads)
     recipe = RECIPES[training.model]
     work.mkdir(parents=True, exist_ok=True)
-    documents, facts = training_documents()
+    documents, facts = kept_documents(work)
     if recipe.tokenizer is not None:
         shutil.copy(recipe.tokenizer, work / "tokenizer.json")
     elif not (work / "tokenizer.json").exists():
