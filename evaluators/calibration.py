@@ -82,15 +82,18 @@ def gradients(model: nn.Module, linears: Collection[Linear], head: nn.Linear | N
 
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
-    handles = [weight.requires_grad_().register_post_accumulate_grad_hook(taken(sums[linear])) for linear, weight in weights.items()]
+    handles: list[Any] = []
     try:
+        for linear, weight in weights.items():
+            parameter: Any = weight.requires_grad_()  # the hook has no types
+            handles.append(parameter.register_post_accumulate_grad_hook(taken(sums[linear])))
         with torch.enable_grad():
             for i in range(len(ids)):
                 row: dict[str, Any] = {"input_ids": ids[i : i + 1], "use_cache": False}
                 if mask is not None:
                     row = {"input_ids": ids[i : i + 1, : int(mask[i].sum())]}
                 hidden: Tensor = body(**row).last_hidden_state
-                hidden.backward(_of_greatest_logits(hidden, head), inputs=list(weights.values()))
+                torch.autograd.backward(hidden, _of_greatest_logits(hidden, head), inputs=list(weights.values()))
     finally:
         for handle in handles:
             handle.remove()
@@ -105,7 +108,7 @@ def _of_greatest_logits(hidden: Tensor, head: nn.Linear | None) -> Tensor:
     tokens = hidden[0].float()
     vocabulary = torch.eye(tokens.shape[1], device=tokens.device) if head is None else head.weight
     found = torch.zeros_like(tokens)
-    for rows in vocabulary.split(max(1, _CHUNK_LOGITS // len(tokens))):
+    for rows in torch.split(vocabulary, max(1, _CHUNK_LOGITS // len(tokens))):
         greatest = (tokens @ rows.float().T).argmax(0)  # the head's bias is the same at every token
         found.index_add_(0, greatest, rows.float(), alpha=1 / len(vocabulary))
     return found[None].to(hidden.dtype)
