@@ -7,7 +7,7 @@ changes a value. Figures are predictions: within 15 % of what was measured on th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ _PROCESS_BYTES = 500 << 20  # Python with torch and transformers, measured
 _KEEP_STATES_BYTES = 2 << 30
 _KEEP_DECODED_BYTES = 2 << 30
 _MARGIN = 0.1  # of what may be held is not given to what can do with less
+_HEAP_SHARE = 0.3  # what malloc keeps of freed memory between decoded levels, per byte of them; measured
 _BUILD_BYTES_PER_WEIGHT = 20  # float32 values, codes, groups and what packing takes, of one linear; measured
 _FILE_BYTES = 1 << 10  # of an entry besides its tensors
 
@@ -88,7 +89,9 @@ def footprint_of(
     Raises:
         InputError: Memory or disk cannot do; one line with what would make it fit.
     """
-    narrow = narrow_names(model, structure.linears) if keeps_narrow(facts, device) else frozenset()
+    needs = {need for knob in knobs.values() for need in knob.needs}
+    # gradients have the dtype of their parameters, and float16 has no room for theirs
+    narrow = narrow_names(model, structure.linears) if keeps_narrow(facts, device) and "gradient" not in needs else frozenset()
     width = 2 if narrow else compute_dtype(facts, device).itemsize
     hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     steps = list(steps_of(structure, space, knobs))
@@ -101,17 +104,18 @@ def footprint_of(
         "process": _PROCESS_BYTES if device.type == "cpu" else 0,
         "weights": _weight_bytes(facts, model, narrow, device),
         "teacher": 4 * sum(_targets(p, hidden, decoder=facts.task == "decoder") for p in passages.values()),
-        "statistics": _statistics_bytes(structure, knobs),
-        "working": _working_bytes(structure, model, narrow, steps, hidden),
+        "statistics": _statistics_bytes(structure, steps, needs),
+        "working": _working_bytes(structure, model, narrow, steps, hidden)
+        + ("gradient" in needs) * _activation_bytes(structure, hidden, passages["search"].ids.shape[1]),
     }
     capacity = min(memory_of(device), setup.memory_bytes or memory_of(device))
     left = capacity - sum(fixed.values()) - in_force
     if left < 0:
         raise InputError(_too_much({**fixed, "levels in force": in_force}, capacity, facts, device))
-    left = max(0, left - int(_MARGIN * capacity))
+    left = max(0, left - int(_MARGIN * capacity) - int(_HEAP_SHARE * in_force))
     stride = state_stride(len(structure.blocks), search, hidden, min(_KEEP_STATES_BYTES, left))
     states = 0 if stride is None else state_bytes((len(structure.blocks) - 1) // stride, search, hidden)
-    keep = min(_KEEP_DECODED_BYTES, in_force + left - states)
+    keep = min(_KEEP_DECODED_BYTES, in_force + int((left - states) / (1 + _HEAP_SHARE)))
     kept = max(keep, in_force) if len(of_values) > 1 else min(every_level, max(keep, in_force))
     bank = Bank(Path(setup.bank), facts.digest, {}, lambda name: torch.empty(0), lambda tensor: tensor, 0)
     bank.statistics = Statistics(passages["search"].digest, {})
@@ -119,7 +123,7 @@ def footprint_of(
     missing = sum(entry_bytes(step) + _FILE_BYTES for step in bank.missing((step,) for step in steps))
     _check_disk(Path(setup.bank), missing, knobs)
     return Footprint(
-        parts={**fixed, "states": states, "levels": kept},
+        parts={**fixed, "states": states, "levels": kept + int(_HEAP_SHARE * kept if device.type == "cpu" else 0)},
         capacity=capacity,
         narrow=narrow,
         state_stride=stride,
@@ -147,11 +151,20 @@ def _targets(passages: Passages, hidden: int, *, decoder: bool) -> int:
     return passages.ids.numel() * (hidden + 1) if decoder else len(passages.ids) * hidden
 
 
-def _statistics_bytes(structure: Structure, knobs: Mapping[str, Knob]) -> int:
-    """A float32 matrix, or vector, for every tensor that linears are fed; those of experts are not watched."""
-    needs = {need for knob in knobs.values() for need in knob.needs}
+def _statistics_bytes(structure: Structure, steps: Collection[Step], needs: Collection[str]) -> int:
+    """A float32 matrix, or vector, for every tensor that linears are fed, and a gradient as large as each weight whose knob asks.
+
+    Experts are not watched.
+    """
     widths = [site.linears[0].in_features for site in structure.sites if site.kind == "linears" and not site.linears[0].experts]
-    return sum(4 * k * (k * ("hessian" in needs) + ("input_norm" in needs)) for k in widths)
+    asking = {linear.name: linear for step in steps if "gradient" in step.knob.needs for linear in step.site.linears}
+    of_inputs = sum(4 * k * (k * ("hessian" in needs) + ("input_norm" in needs)) for k in widths)
+    return of_inputs + 4 * sum(linear.parameters for linear in asking.values() if not linear.experts)
+
+
+def _activation_bytes(structure: Structure, hidden: int, length: int) -> int:
+    """What a backward pass over one window keeps of the forward pass."""
+    return 4 * length * sum(2 * linear.out_features for linear in structure.linears) + 4 * length * 8 * hidden * len(structure.blocks)
 
 
 def _working_bytes(structure: Structure, model: nn.Module, narrow: frozenset[str], steps: list[Step], hidden: int) -> int:
@@ -167,7 +180,7 @@ def _working_bytes(structure: Structure, model: nn.Module, narrow: frozenset[str
 def _too_much(parts: Mapping[str, int], capacity: int, facts: ModelFacts, device: torch.device) -> str:
     greatest = max(parts, key=lambda name: parts[name])
     remedy = {
-        "statistics": "choose methods that need no hessian, such as bits.quantizer=rtn or sparsity.criterion=wanda",
+        "statistics": "choose methods that need no hessian or gradient, such as bits.quantizer=rtn or sparsity.criterion=wanda",
         "teacher": "take fewer --windows",
     }.get(greatest, "use a smaller model or a machine with more memory")
     named = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in sorted(parts.items(), key=lambda item: -item[1]) if size >= 5e7)

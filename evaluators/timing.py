@@ -25,6 +25,7 @@ from autoeff.evaluators.forward import BATCH_TOKENS
 from autoeff.evaluators.loading import one_block
 from autoeff.evaluators.preparation import Preparation
 from autoeff.evaluators.quality import CHUNK_ROWS
+from autoeff.spaces.configuration import Level
 from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Linear, Site
 
@@ -33,6 +34,7 @@ __all__ = ["Seconds", "predict_seconds"]
 _TOKENS = 512  # of the timed pass: its speed per token is that of a full batch within a few percent
 _WEIGHTS = 9 << 20  # of the timed linear: its float32 values are past the 32 MiB up to which malloc hands out warm pages
 _WRITTEN_BYTES = 32 << 20
+_DRAWN = 64  # configurations, of whose decoding the mean is taken: levels that silence sublayers save it
 _IMPORTS_S = 6.0  # of a new process
 
 
@@ -70,15 +72,17 @@ def predict_seconds(preparation: Preparation, bank: Path) -> Seconds:
         batches = -(-tokens // BATCH_TOKENS)
         body += batches * (sum(linear.parameters for linear in linears) + structure.head_parameters) * _widening_s(facts.store_dtype)
     head = tokens * structure.head_parameters * _head_s(preparation) if facts.task == "decoder" else 0.0
-    built = decoded = 0.0
+    built, decoding_s = 0.0, dict[tuple[str, Level], float]()
     steps = list(steps_of(structure, preparation.space, preparation.knobs))
-    share = {decision.key: 1 / len(decision.levels) for decision in preparation.space.decisions}
     samples = {kind: _level_s(step, linear, facts.store_dtype) for kind, (step, linear) in _largest(steps).items()}
     for step in steps:
         building, decoding = samples[_kind(step)]
         if step.level == step.knob.stored_level(step.site, step.level):
             built += building * sum(_work(step, linear) for linear in step.site.linears)
-        decoded += decoding * step.site.parameters * share[f"{step.site.name}:{step.knob.name}"]
+        decoding_s[f"{step.site.name}:{step.knob.name}", step.level] = decoding * step.site.parameters
+    rng, space = random.Random(0), preparation.space
+    drawn = [space.at(space.sample(rng)).levels for _ in range(_DRAWN)]
+    decoded = sum(decoding_s.get(taken, 0.0) for levels in drawn for taken in levels.items()) / _DRAWN
     missing = preparation.footprint.missing_bytes
     part = missing / max(1, preparation.footprint.bank_bytes)
     return Seconds(
@@ -165,6 +169,8 @@ def _level_s(step: Step, largest: Linear, dtype: torch.dtype) -> tuple[float, fl
         statistics[f"{linear.name}.input_norm"] = torch.ones(linear.in_features)
     if "hessian" in step.knob.needs:
         statistics[f"{linear.name}.hessian"] = torch.eye(linear.in_features)
+    if "gradient" in step.knob.needs:
+        statistics[f"{linear.name}.gradient"] = torch.ones(weight.shape)
     material = Material({linear.name: weight}, statistics=statistics)
     stored = step.knob.stored_level(step.site, step.level)
     started = time.perf_counter()

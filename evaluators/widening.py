@@ -72,7 +72,7 @@ class _Scratch:
         elements = sum(tensor.numel() for tensor in tensors)
         if elements > self._memory.numel():
             self._memory = torch.empty(elements)
-        parts = self._memory[:elements].split([tensor.numel() for tensor in tensors])
+        parts = torch.split(self._memory[:elements], [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 

@@ -39,11 +39,18 @@ def test_the_bank_takes_the_bytes_that_were_predicted(setup_of: SetupOf, knobs: 
     assert abs(sum(path.stat().st_size for path in files) - before.bank_bytes) < 1024 * len(files)
 
 
-def test_hessians_are_counted_as_they_are_collected(setup_of: SetupOf) -> None:
-    setup = setup_of("llama", {"bits": {"quantizer": "gptq", "group_size": 16}})
+@pytest.mark.parametrize("knobs", [{"bits": {"quantizer": "gptq", "group_size": 16}}, {"sparsity": {"criterion": "nirvana"}}])
+def test_statistics_are_counted_as_they_are_collected(setup_of: SetupOf, knobs: dict[str, dict[str, object]]) -> None:
+    setup = setup_of("llama", knobs)
     evaluator = Evaluator(setup)
     held = {id(tensor): tensor.nbytes for tensor in evaluator.bank.statistics.tensors.values()}
     assert evaluator.preparation.footprint.parts["statistics"] == sum(held.values()) > 0
+
+
+def test_gradients_are_taken_of_float32_weights(setup_of: SetupOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoeff.evaluators.loading._WIDE_BYTES", 0)
+    assert prepare(setup_of("llama", BITS)).footprint.narrow
+    assert not prepare(setup_of("llama", {"sparsity": {"criterion": "nirvana"}})).footprint.narrow
 
 
 def test_the_teacher_and_the_states_are_counted_as_they_are_kept(setup_of: SetupOf) -> None:
@@ -89,7 +96,7 @@ def test_what_cannot_fit_is_refused_with_what_it_is_for(setup_of: SetupOf) -> No
 
 def test_hessians_that_do_not_fit_are_refused_with_a_remedy(setup_of: SetupOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autoeff.evaluators.footprint._statistics_bytes", lambda *_: 10**13)
-    with pytest.raises(InputError, match=r"10000\.0 statistics.* choose methods that need no hessian"):
+    with pytest.raises(InputError, match=r"10000\.0 statistics.* choose methods that need no hessian or gradient"):
         prepare(setup_of("llama", {"bits": {"quantizer": "gptq", "group_size": 16}}))
 
 
