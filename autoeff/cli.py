@@ -78,7 +78,9 @@ def search(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", show_default=False, help="Directory, hub id, or demo. May stand in --config.")
     ] = None,
-    data: Annotated[str | None, _option("Text", "Search text: file, directory, JSONL, CSV of scored pairs, or package:NAME.")] = None,
+    data: Annotated[
+        str | None, _option("Text", "Search text: file, directory, JSONL, parquet, CSV of scored pairs, package:NAME or hub:OWNER/NAME.")
+    ] = None,
     windows: Annotated[int | None, _option("Text", "Windows of text (sentences for encoders); 0 takes all.")] = None,
     length: Annotated[int | None, _option("Text", "Tokens per window.")] = None,
     draw: Annotated[str | None, _option("Text", "Which windows: random, first, or their starts.", metavar="random|first|N,N…")] = None,
@@ -102,6 +104,10 @@ def search(
     limit: Annotated[
         list[str] | None, _option("Goal", "A hard limit such as weight_bytes<=0.30x or avg_bits<=3.5; may be repeated.", metavar="LIMIT")
     ] = None,
+    tasks: Annotated[str | None, _option("Goal", "Tasks of lm-eval to ask finalists (extra tasks).", metavar="NAME,NAME…")] = None,
+    tasks_path: Annotated[str | None, _option("Goal", "Folder of task files of one's own.", metavar="DIR")] = None,
+    task_documents: Annotated[int | None, _option("Goal", "Documents asked of each task; default all.")] = None,
+    max_degradation: Annotated[float | None, _option("Goal", "Share of dense accuracy that may be lost on any task, e.g. 0.01.")] = None,
     batch: Annotated[int | None, _option("Goal", "Sequences decoded together, for cache and read costs.")] = None,
     context: Annotated[int | None, _option("Goal", "Tokens in the cache, for cache and read costs.")] = None,
     trials: Annotated[int | None, _option("Search", "Budget in full-token evaluations; default 300.")] = None,
@@ -625,12 +631,13 @@ def _print_result(result: Result, form: Form) -> None:
     rows, quality, costs = summary["rows"], summary["quality"], cost_columns(job)
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
     held_out = {name: key for name, key in held_out.items() if any(row[key] is not None for row in rows)}
+    held_out |= {name: name for row in rows for name in row if name.startswith("accuracy:")}
     print_table(
         ["", "label", "trial", *costs, quality, *held_out],
         [
             [
                 row["role"], row["point"] or row["label"], row["trial"], *(described(name).text(row["costs"][name]) for name in costs),
-                *(None if row[key] is None else described(name).text(row[key]) for name, key in {quality: "search", **held_out}.items()),
+                *(described(n).text(row[key]) if row.get(key) is not None else None for n, key in {quality: "search", **held_out}.items()),
             ]
             for row in rows
         ],

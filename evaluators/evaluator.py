@@ -32,6 +32,7 @@ from autoeff.evaluators.quality import (
     token_kl,
 )
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
+from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.material import dense_weight
@@ -73,6 +74,7 @@ class Evaluator:
         self.model: Any = load_model(facts, device, footprint.narrow)
         self._texts = {split: _text(passages.to(device)) for split, passages in self.preparation.passages.items()}
         self._head = self._find_head()
+        self._tasks = None if setup.tasks is None else Tasks(setup.tasks, self.model, load_tokenizer(facts), facts.context)
         self._forward = Forward(self.model, self.structure.blocks, footprint.state_stride)
         self._dense_states: dict[int, States] = {}
         self._last_states: dict[int, tuple[tuple[int, ...], States]] = {}
@@ -94,7 +96,7 @@ class Evaluator:
         self._build_bank(progress)
 
     def evaluate(self, request: EvaluationRequest) -> list[Measurement]:
-        """Quality of one configuration on one split.
+        """Quality of one configuration on one split; on the whole held-out text also its accuracy on the setup's tasks.
 
         Raises:
             CandidateError: Its outputs are not finite.
@@ -107,7 +109,8 @@ class Evaluator:
         if text.targets is None:
             self._learn_targets(text, request.split)
         self.candidate.set(indices)
-        return self._quality(text, request)
+        whole = request.split == "held_out" and request.windows == len(text.passages.ids)
+        return self._quality(text, request) + (self._accuracies() if whole else [])
 
     def complete(self, levels: Mapping[str, Level], prompt: str, tokens: int) -> str:
         """The prompt and its greedy continuation under a configuration; decoders only."""
@@ -207,6 +210,16 @@ class Evaluator:
             left, right = as_read[0::2], as_read[1::2]
             result.append(self._measured("spearman", request, Sample(spearman((left * right).sum(-1), scores), None), len(scores)))
         return result
+
+    def _accuracies(self) -> list[Measurement]:
+        """On the tasks, of the model as it stands."""
+        if self._tasks is None:
+            return []
+        hardware = hardware_name(self.preparation.device)
+        return [
+            Measurement(f"accuracy:{found.task}", found.sample.mean, "held_out", found.documents, found.sample.spread, hardware=hardware)
+            for found in self._tasks.measure()
+        ]
 
     def _measured(self, name: str, request: EvaluationRequest, sample: Sample, tokens: int) -> Measurement:
         full = f"{name}_held_out" if request.split == "held_out" else name

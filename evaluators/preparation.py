@@ -13,6 +13,7 @@ from autoeff.errors import InputError
 from autoeff.evaluators.footprint import Footprint, footprint_of
 from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, resolve_model, skeleton
 from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.tasks import check_tasks
 from autoeff.evaluators.text import Passages, make_passages
 from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
@@ -107,6 +108,9 @@ def prepare(setup: EvaluationSetup) -> Preparation:
     if any(knob.coupled for name, knob in known_knobs().items() if name in setup.space.knobs):
         structure, left_out = coupled(model, structure)
     space, knobs = build_space(structure, setup.space)
+    if setup.tasks is not None and facts.task == "encoder":
+        raise InputError(f"tasks {', '.join(setup.tasks.names)} are for decoders; {facts.path} is an encoder")
+    asked = {} if setup.tasks is None else {"tasks": check_tasks(setup.tasks)}
     tokenizer = load_tokenizer(facts)
     passages = make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed)
     footprint = footprint_of(setup, facts, model, structure, space, knobs, passages, device)
@@ -118,6 +122,7 @@ def prepare(setup: EvaluationSetup) -> Preparation:
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
+            **asked,
         }
     )
     return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, time.perf_counter() - started, digest)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autoeff.evaluators.tasks import TaskSpec
 from autoeff.evaluators.text import TextSpec
 from autoeff.spaces.build import SpaceSpec
 from autoeff.spaces.configuration import Level
@@ -27,6 +28,7 @@ class EvaluationSetup:
         device: `cpu`, `cuda` or `cuda:N`.
         bank: Folder of the level bank.
         memory_bytes: What may be held on the device; None allows all that is there.
+        tasks: What is asked besides the whole held-out text.
     """
 
     model: str
@@ -36,6 +38,7 @@ class EvaluationSetup:
     seed: int
     device: str
     bank: str
+    tasks: TaskSpec | None = None
     memory_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +53,8 @@ class EvaluationSetup:
                 fields[name] = TextSpec(**{**fields[name], "draw": tuple(draw) if isinstance(draw, list) else draw})
         space = fields["space"]
         fields["space"] = SpaceSpec(**{**space, "include": tuple(space["include"]), "exclude": tuple(space["exclude"])})
+        if fields.get("tasks") is not None:
+            fields["tasks"] = TaskSpec(**{**fields["tasks"], "names": tuple(fields["tasks"]["names"])})
         return cls(**fields)
 
 

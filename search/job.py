@@ -12,11 +12,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from autoeff.errors import InputError
 from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.tasks import TaskSpec
 from autoeff.evaluators.text import TextSpec
 from autoeff.spaces.build import SpaceSpec
 from autoeff.spaces.configuration import Level
 
-__all__ = ["Budget", "Data", "JobSpec", "Space"]
+__all__ = ["Budget", "Data", "JobSpec", "Space", "Tasks"]
 
 _FILE_CHARACTERS = 256 * 1024
 _FILE_DEPTH = 32
@@ -32,7 +33,7 @@ class _Strict(BaseModel):
 class Data(_Strict):
     """Text to search or judge on."""
 
-    source: str | None = Field(default=None, description="File, directory, JSONL, CSV of scored pairs, or package:NAME.")
+    source: str | None = Field(default=None, description="File, directory, JSONL, parquet, CSV of pairs, package:NAME, hub:OWNER/NAME.")
     windows: int | None = Field(default=None, ge=0, description="Windows of text (sentences for encoders); 0 takes all.")
     length: int | None = Field(default=None, ge=2, description="Tokens per window; default min(512, the model's context).")
     bos: Literal["per_window", "per_document"] = Field(default="per_window", description="Where a BOS token is put.")
@@ -72,6 +73,24 @@ def _listed(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+class Tasks(_Strict):
+    """What finalists are asked with lm-eval."""
+
+    names: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(default=(), description="Tasks of lm-eval, or of `path`.")
+    path: str | None = Field(default=None, description="Folder of task files of one's own.")
+    documents: int | None = Field(default=None, ge=1, description="Documents asked of each task; default all.")
+    max_degradation: float | None = Field(default=None, ge=0, lt=1, description="Share of dense accuracy that may be lost on any task.")
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> Tasks:
+        if not self.names and (self.path, self.documents, self.max_degradation) != (None, None, None):
+            raise ValueError("names are missing: say which tasks are asked")
+        return self
+
+    def asked(self) -> TaskSpec | None:
+        return TaskSpec(self.names, self.path, self.documents) if self.names else None
+
+
 class JobSpec(_Strict):
     """Everything that a search depends on."""
 
@@ -90,6 +109,7 @@ class JobSpec(_Strict):
     )
     limits: tuple[str, ...] = Field(default=(), description="Hard limits, e.g. weight_bytes<=0.30x.")
     budget: Budget = Field(default=Budget(), description="When to stop.")
+    tasks: Tasks = Field(default=Tasks(), description="What finalists are asked with lm-eval.")
     sampler: str = Field(default="additive", description="Who proposes.")
     table_only: bool = Field(default=False, description="Measure the dense model and the damage table, and search nothing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Draws the windows and everything random.")
@@ -148,10 +168,10 @@ class JobSpec(_Strict):
         """What the runner must know."""
         space = SpaceSpec(self.knobs, self.space.include, self.space.exclude, self.space.levels, self.space.untie)
         eval_data = None if self.eval_data is None else self.eval_data.text()
-        return EvaluationSetup(self.model, self.data.text(), eval_data, space, self.seed, self.device, str(bank))
+        return EvaluationSetup(self.model, self.data.text(), eval_data, space, self.seed, self.device, str(bank), tasks=self.tasks.asked())
 
 
-_PARTS: Mapping[str, type[_Strict]] = {"data": Data, "eval_data": Data, "space": Space, "budget": Budget}
+_PARTS: Mapping[str, type[_Strict]] = {"data": Data, "eval_data": Data, "space": Space, "budget": Budget, "tasks": Tasks}
 
 
 def _yaml(text: str) -> Any:

@@ -156,7 +156,9 @@ def plan(spec: JobSpec, settings: Settings) -> Plan:
         least={name: float(least_reachable(cost_model, name)) for name in cost_model.measures},
         dense={name: float(cost_model.dense(name)) for name in cost_model.measures},
         table=table_form(preparation.space, spec.budget.trials, windows),
-        problem=Problem(preparation.space, cost_model, limits, objectives, spec.budget.trials, windows, spec.seed),
+        problem=Problem(
+            preparation.space, cost_model, limits, objectives, spec.budget.trials, windows, spec.seed, spec.tasks.max_degradation
+        ),
     )
 
 

@@ -91,8 +91,23 @@ class Results:
 
     def found(self, point: OperatingPoint) -> Trial | None:
         """The best configuration at a point, guests included: by the held-out text where confirmed, else by the search text."""
-        trials = self.within(point.limits)
+        trials = [trial for trial in self.within(point.limits) if self._keeps_accuracy(trial)]
         return min(trials, key=lambda t: (self.held_out_quality(t), self.quality(t), t.number), default=None)
+
+    def accuracies(self, trial: Trial) -> dict[str, float]:
+        """By measurement name; empty where the trial's configuration was asked no task."""
+        confirmed = self.held_out.get(trial.configuration.digest)
+        measurements = () if confirmed is None else confirmed.measurements
+        return {m.name: m.value for m in measurements if m.name.startswith("accuracy:") and not m.own}
+
+    def _keeps_accuracy(self, trial: Trial) -> bool:
+        """Whether it loses no more on any task than is allowed; what was asked no task does not."""
+        if (allowed := self.problem.max_degradation) is None:
+            return True
+        dense = self.full.get(self.problem.space.dense_configuration.digest)
+        wanted = {} if dense is None else self.accuracies(dense)
+        own = self.accuracies(trial)
+        return bool(wanted) and all(own.get(name, -inf) >= (1 - allowed) * value for name, value in wanted.items())
 
     def guests(self) -> list[tuple[str, str | None, Trial]]:
         """The baselines to compare with: (role, operating point, trial)."""
@@ -150,7 +165,7 @@ class Results:
         names = {"held_out": f"{self.problem.quality}_held_out"}
         for key in ("held_out", "perplexity_held_out", "spearman_held_out"):
             row[key] = None if confirmed is None else confirmed.value(names.get(key, key))
-        return row
+        return row | self.accuracies(trial)
 
     def _closest(self) -> int | None:
         """The evaluated trial nearest to the limits on measured values among those that keep the ones on costs."""

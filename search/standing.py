@@ -78,6 +78,7 @@ def problem_of(job: Job) -> Problem:
         trials=spec["budget"]["trials"],
         windows=preflight["text"]["search"]["windows"],
         seed=spec["seed"],
+        max_degradation=spec.get("tasks", {}).get("max_degradation"),
     )
 
 

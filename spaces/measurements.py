@@ -107,6 +107,7 @@ _ROWS = (
     Measure("flops_per_token", "FLOP/token", "cost", "floating-point operations of the linears per token"),
 )
 MEASURES = {row.name: row for row in _ROWS}
+_ACCURACY = "accuracy:"  # followed by the name of a task
 
 
 def measure(name: str) -> Measure:
@@ -115,6 +116,8 @@ def measure(name: str) -> Measure:
     Raises:
         InputError: There is none.
     """
+    if name.startswith(_ACCURACY) and len(name) > len(_ACCURACY):
+        return Measure(name, "share", "quality", f"right answers on the task {name.removeprefix(_ACCURACY)}, as lm-eval counts", True)
     if name not in MEASURES:
         raise InputError(f"unknown measurement {name!r}; known: {', '.join(sorted(MEASURES))}")
     return MEASURES[name]
@@ -122,4 +125,6 @@ def measure(name: str) -> Measure:
 
 def described(name: str) -> Measure:
     """The row called `name`, or for a metric of the user's own one without a unit: for reading what is stored."""
+    if name.startswith(_ACCURACY):
+        return measure(name)
     return MEASURES.get(name) or Measure(name, "", "quality", "a metric of the user's own")

@@ -62,6 +62,8 @@ class Problem:
         trials: Budget in full-token equivalents, everything counted.
         windows: Windows of the search text at full fidelity.
         seed: Of everything random.
+        max_degradation: Largest share of the dense model's accuracy that a configuration may lose on any task, to be found; tasks are
+            asked of finalists alone.
     """
 
     space: SearchSpace
@@ -71,6 +73,7 @@ class Problem:
     trials: int
     windows: int
     seed: int
+    max_degradation: float | None = None
 
     @property
     def quality(self) -> str:
