@@ -135,7 +135,7 @@ def main(
         data = TextSpec(str(place / "text.txt"), windows=windows, length=length)
         space = SpaceSpec({"bits": {"store": store, "quantizer": quantizer}, "skip": {}})
         cap = int(cap_gib * 2**30)
-        setup = EvaluationSetup(str(place / "model"), data, None, space, 0, "cpu", str(place / "bank"), cap)
+        setup = EvaluationSetup(str(place / "model"), data, None, space, 0, "cpu", str(place / "bank"), memory_bytes=cap)
         started = time.perf_counter()
         preparation = prepare(setup)
         seconds = predict_seconds(preparation, place / "bank")

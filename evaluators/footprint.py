@@ -23,6 +23,7 @@ from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import Passages
 from autoeff.evaluators.widening import narrow_names, scratch_elements
 from autoeff.spaces.knob import Knob
+from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import Structure
 from autoeff.spaces.space import SearchSpace
 
@@ -71,7 +72,7 @@ def footprint_of(
     structure: Structure,
     space: SearchSpace,
     knobs: Mapping[str, Knob],
-    passages: Mapping[str, Passages],
+    passages: Mapping[Split, Passages],
     device: torch.device,
 ) -> Footprint:
     """The footprint of a runner of this setup.

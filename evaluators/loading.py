@@ -188,7 +188,7 @@ def one_block(facts: ModelFacts, device: torch.device) -> nn.Module:
         model: nn.Module = type(skeleton(facts))(config, **facts.arguments)
     dtype = compute_dtype(facts, device)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(p) for p in _head_parameters(model)}
-    values: dict[int, Tensor] = {}  # of tied parameters once
+    values: dict[int, nn.Parameter] = {}  # of tied parameters once
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in values:
@@ -349,7 +349,7 @@ def _widen_the_rest(model: nn.Module, facts: ModelFacts, narrow: Collection[str]
     for name, buffer in computed.named_buffers():
         found = model.get_buffer(name)
         found.data = found.data.float() if name in stored and found.is_floating_point() else found.data if name in stored else buffer
-    model.config.dtype = torch.float32  # type: ignore[union-attr]
+    model.config.dtype = torch.float32
 
 
 def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -365,7 +365,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
     try:
         with quiet_transformers():
             yield
