@@ -1,9 +1,10 @@
 """Compiles every Triton kernel for Hopper (sm_90) on a machine without a GPU, and says what it takes of the chip.
 
-    python -m autoeff.kernels.compile [--json]
+    python -m autoeff.kernels.compile [--json | --write]
 
 A kernel module takes part by a function `hopper_cases`, which yields every kernel x width x dtype x committed configuration. A row is
 refused if it spills, needs more shared memory than a program may have, or lacks `wgmma` where its tile is large enough for it.
+`--write` leaves all rows in `tuning/compiled.json`, which a test compares with the committed configurations.
 What compiling cannot show: speed, races and numbers.
 """
 
@@ -28,8 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 
-__all__ = ["SHARED_BYTES", "Case", "Resources", "Row", "cases", "compile_case", "hopper", "resources"]
+__all__ = ["RESULTS", "SHARED_BYTES", "Case", "Resources", "Row", "cases", "compile_case", "hopper", "resources"]
 
+RESULTS = Path(__file__).resolve().parent / "tuning" / "compiled.json"
 SHARED_BYTES = 232_448
 """Shared memory that one program may use on sm_90; Triton checks it only at launch."""
 
@@ -183,18 +185,24 @@ def _number(pattern: str, log: str) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--json"]):
-        print("usage: python -m autoeff.kernels.compile [--json]", file=sys.stderr)  # noqa: T201
+    if arguments not in ([], ["--json"], ["--write"]):
+        print("usage: python -m autoeff.kernels.compile [--json | --write]", file=sys.stderr)  # noqa: T201
         return 2
-    failed = 0
+    failed, lines = 0, []
     for row in map(compile_case, cases()):
         failed += not row.passes
+        lines.append(row.as_json())
         used = row.used
         text = (
             f"{'ok  ' if row.passes else 'FAIL'} {row.case.name}, {row.case.config}: {used.registers} registers, "
             f"{used.spill_bytes} B spilled, {used.shared_bytes} B shared{', wgmma' if used.wgmma else ''}"
         )
-        print(row.as_json() if arguments else text, flush=True)  # noqa: T201
+        print(lines[-1] if arguments == ["--json"] else text, flush=True)  # noqa: T201
+    if arguments == ["--write"]:  # a row a line, for reading and for comparing
+        rows = ",\n".join(f"    {line}" for line in lines)
+        RESULTS.write_text(
+            f'{{\n  "target": "sm_90",\n  "triton": "{triton.__version__}",\n  "rows": [\n{rows}\n  ]\n}}\n', encoding="utf-8"
+        )
     return 1 if failed else 0
 
 

@@ -133,7 +133,7 @@ def add(y: Tensor, x: Tensor, adapters: Adapters, of_row: Tensor) -> Tensor:
         config = tuned.nearest("linear_lora", max(x.shape[0], 65), adapters.n, adapters.k, x.device)
         launch(x.contiguous(), None, adapters, of_row, None, y, config)
         return y
-    for adapter in of_row.unique().tolist():
+    for adapter in sorted(set(of_row.tolist())):
         if adapter >= 0:
             rows = (of_row == adapter).nonzero()[:, 0]
             share = dense_linear(dense_linear(x[rows], adapters.a[adapter]), adapters.b[adapter])

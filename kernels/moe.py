@@ -184,7 +184,7 @@ def experts(x: Tensor, weights: Experts, chosen: Tensor, share: Tensor) -> Tenso
         launch(x.contiguous(), weights, chosen.contiguous(), share.contiguous(), y, config)
         return y
     total = torch.zeros(x.shape, dtype=torch.float32)
-    for expert in chosen.unique().tolist():
+    for expert in sorted(set(chosen.flatten().tolist())):
         token, choice = (chosen == expert).nonzero(as_tuple=True)
         gate_up, down = weights.dense(expert, x.dtype)
         gate, up = dense_linear(x[token], gate_up).float().chunk(2, 1)

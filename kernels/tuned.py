@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["configurations", "label", "nearest"]
+__all__ = ["SIZES", "configurations", "label", "nearest", "path_of"]
 
 _FOLDER = Path(__file__).resolve().parent / "tuning"
-_SIZES = ("m", "n", "k")
+SIZES = ("m", "n", "k")
+"""Of an entry; the rest is its configuration."""
 
 
 @cache
@@ -31,8 +32,8 @@ def configurations(op: str, device: str = "default") -> tuple[Mapping[str, Any],
     Raises:
         KeyError: The default has no such op.
     """
-    for name in (re.sub(r"[^a-z0-9]+", "_", device.lower()), "default"):
-        path = _FOLDER / f"{name}.json"
+    for name in (device, "default"):
+        path = path_of(name)
         entries = json.loads(path.read_text(encoding="utf-8")).get(op) if path.exists() else None
         if entries:
             return tuple(entries)
@@ -45,6 +46,11 @@ def nearest(op: str, m: int, n: int, k: int, device: torch.device) -> Mapping[st
     M is never rounded down: it chooses the regime, and a kernel for one row cannot take five.
     """
     return _nearest(op, m, n, k, torch.cuda.get_device_name(device) if device.type == "cuda" else "default")
+
+
+def path_of(device: str) -> Path:
+    """Where the entries of the device of this name are, if there are any."""
+    return _FOLDER / f"{re.sub(r'[^a-z0-9]+', '_', device.lower())}.json"
 
 
 def label(config: Mapping[str, Any]) -> str:
@@ -61,4 +67,4 @@ def _nearest(op: str, m: int, n: int, k: int, device: str) -> Mapping[str, Any]:
         return sum(abs(log2(max(size, 1)) - log2(entry[name])) for name, size in (("n", n), ("k", k)))
 
     entry = min((entry for entry in entries if entry["m"] == rows), key=distance)
-    return {name: value for name, value in entry.items() if name not in _SIZES}
+    return {name: value for name, value in entry.items() if name not in SIZES}

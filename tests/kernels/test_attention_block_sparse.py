@@ -30,9 +30,9 @@ def _case(
     q, keys, values = (torch.randn(b, h, tokens, d, generator=generator) for h in (heads, kv, kv))
     blocks = -(-tokens // block)
     mask = torch.rand(b, heads, blocks, blocks, generator=generator) < 0.6
-    mask[:, :, -1, 0] = True
     if blocks > 1:
         mask[:, 0, 1] = False
+    mask[:, :, -1, 0] = True
     return q.to(dtype), keys.to(dtype), values.to(dtype), pack(mask, block)
 
 

@@ -65,6 +65,16 @@ def test_weight_reaches_the_tensor_core_without_a_detour_through_shared_memory(r
     assert max(small) <= 128
 
 
+def test_every_committed_configuration_was_compiled_and_passed() -> None:
+    """After a change of a kernel or a configuration: `python -m autoeff.kernels.compile --write`."""
+    written = {(row["kernel"], row["config"]): row for row in json.loads(module.RESULTS.read_text(encoding="utf-8"))["rows"]}
+    cases = {(case.name, case.config): case for case in module.cases()}
+    assert written.keys() == cases.keys()
+    for key, row in written.items():
+        used = module.Resources(row["registers"], row["spill"], row["shared_bytes"], row["wgmma"])
+        assert module.Row(cases[key], used).passes, key
+
+
 def test_spills_and_too_much_shared_memory_do_not_fit() -> None:
     fits = module.Resources(registers=32, spill_bytes=0, shared_bytes=module.SHARED_BYTES, wgmma=False)
     assert fits.fits
