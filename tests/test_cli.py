@@ -397,7 +397,7 @@ def test_a_read_only_place_is_one_line(model: Path, text: Path, command: Command
     make = Path.mkdir
 
     def read_only(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.name == "run":
+        if "run" in path.name.split("."):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         make(path, *arguments, **options)
 
