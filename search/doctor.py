@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ def examine(settings: Settings) -> Diagnosis:
     checks = [
         _python(),
         *(_package(name, wanted) for name, wanted in SUPPORTED.items() if name != "triton" or sys.platform == "linux"),
-        _room("memory", psutil.virtual_memory().available, psutil.virtual_memory().total, "close other programs"),
+        _memory(settings.memory_cap),
         Check("cores", "ok", f"{len(psutil.Process().cpu_affinity()) if sys.platform == 'linux' else os.cpu_count()} of {os.cpu_count()}"),
         *_devices(),
         *_home(settings.home),
@@ -136,6 +136,11 @@ def _room(name: str, free: int, total: int, remedy: str) -> Check:
     text = MEASURES["weight_bytes"].text
     found = f"{text(free)} free of {text(total)}"
     return Check(name, "ok", found) if free >= _ROOM_BYTES else Check(name, "warning", found, remedy)
+
+
+def _memory(cap: int) -> Check:
+    room = _room("memory", psutil.virtual_memory().available, psutil.virtual_memory().total, "close other programs")
+    return replace(room, found=f"{room.found}; a runner may hold {MEASURES['weight_bytes'].text(cap)} (AUTOEFF_MEMORY_CAP_BYTES)")
 
 
 def _devices() -> Iterator[Check]:
