@@ -4,12 +4,13 @@
 
 A kernel module takes part by a function `hopper_cases`, which yields every kernel x width x dtype x committed configuration. A row is
 refused if it spills, needs more shared memory than a program may have, or lacks `wgmma` where its tile is large enough for it.
-`--write` leaves all rows in `tuning/compiled.json`, which a test compares with the committed configurations.
+`--write` leaves all rows in `tuning/compiled.json`; a test compares it with the committed configurations and the kernels' sources.
 What compiling cannot show: speed, races and numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import pkgutil
@@ -29,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 
-__all__ = ["RESULTS", "SHARED_BYTES", "Case", "Resources", "Row", "cases", "compile_case", "hopper", "resources"]
+__all__ = ["RESULTS", "SHARED_BYTES", "Case", "Resources", "Row", "cases", "compile_case", "hopper", "resources", "source"]
 
 RESULTS = Path(__file__).resolve().parent / "tuning" / "compiled.json"
 SHARED_BYTES = 232_448
@@ -177,6 +178,18 @@ class _Hopper(DriverBase):  # type: ignore[misc]
         return None
 
 
+def source(kernel: Any) -> str:
+    """A digest of the kernel's text and of that of the functions it calls; comments count, their place in the file does not."""
+    texts: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        texts[function.__name__] = function.src
+        names = set(re.findall(r"\w+", function.src)) - texts.keys()
+        waiting += [found for name in names if isinstance(found := function.fn.__globals__.get(name), triton.JITFunction)]
+    return hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
+
+
 def _number(pattern: str, log: str) -> int:
     found = re.search(pattern, log)
     if found is None:
@@ -188,10 +201,11 @@ def _main(arguments: list[str]) -> int:
     if arguments not in ([], ["--json"], ["--write"]):
         print("usage: python -m autoeff.kernels.compile [--json | --write]", file=sys.stderr)  # noqa: T201
         return 2
-    failed, lines = 0, []
+    failed, lines, sources = 0, [], {}
     for row in map(compile_case, cases()):
         failed += not row.passes
         lines.append(row.as_json())
+        sources[row.case.name] = source(row.case.kernel)
         used = row.used
         text = (
             f"{'ok  ' if row.passes else 'FAIL'} {row.case.name}, {row.case.config}: {used.registers} registers, "
@@ -200,9 +214,8 @@ def _main(arguments: list[str]) -> int:
         print(lines[-1] if arguments == ["--json"] else text, flush=True)  # noqa: T201
     if arguments == ["--write"]:  # a row a line, for reading and for comparing
         rows = ",\n".join(f"    {line}" for line in lines)
-        RESULTS.write_text(
-            f'{{\n  "target": "sm_90",\n  "triton": "{triton.__version__}",\n  "rows": [\n{rows}\n  ]\n}}\n', encoding="utf-8"
-        )
+        head = f'  "target": "sm_90",\n  "triton": "{triton.__version__}",\n  "sources": {json.dumps(sources, indent=4)[:-1]}  }},\n'
+        RESULTS.write_text(f'{{\n{head}  "rows": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
     return 1 if failed else 0
 
 
