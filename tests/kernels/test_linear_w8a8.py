@@ -110,6 +110,8 @@ def test_operands_that_do_not_belong_together_are_refused() -> None:
 @pytest.mark.parametrize(("m", "k"), [(1, 8), (5, 341), (3, 5000)])
 def test_interpreted_quantisation_gives_the_codes_of_torch(m: int, k: int, form: torch.dtype) -> None:
     x, _, _ = _case(m, 1, k, form, torch.float16)
+    x[0] = torch.arange(k) % 255 * 0.5  # ties, where the scale is 1
+    x[0, -1] = LIMITS[form]
     codes, scale = torch.empty(m, k, dtype=form), torch.full((m,), torch.nan)
     quantize_launch(x, codes, scale)
     expected, scales = quantize(x, form)
