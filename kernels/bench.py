@@ -6,7 +6,7 @@ Shapes are those of the linears, the attention and the FFN of Llama-3-8B and of 
 FFNs of that size. On a GPU the Triton kernels run; on a CPU its own paths run, and the head of the table says so: such times tell nothing
 about a GPU. The floor is the greater of bytes / bandwidth and operations / rate, both measured on this device just before; `share` is
 floor / time. On a CPU a problem that fits into the last cache has no share, since its bytes need not come from memory. 8-bit products count
-at the 16-bit rate. Prints Markdown; `--out` leaves `kernels.json`, `kernels.md` and, where matplotlib is installed, `roofline.png`.
+at the 16-bit rate. Prints Markdown; `--out` leaves `kernels.json` and `kernels.md`, and `benchmarks/kernel_roofline.py` draws the former.
 """
 
 from __future__ import annotations
@@ -188,26 +188,6 @@ def _given(call: Callable[[], object]) -> Callable[[], Callable[[], object]]:
     return lambda: call
 
 
-def _roofline(rows: list[Row], found: Limits, path: Path) -> bool:
-    """Draws reached operations per second over operations per byte; False where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    ours = [row for row in rows if row.moved_bytes and row.flops and row.median_us]
-    for op in sorted({row.op for row in ours}):
-        points = [(row.flops / row.moved_bytes, row.flops / row.median_us / 1e3) for row in ours if row.op == op]  # type: ignore[operator]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=18, label=op)
-    intensity = [2.0**power for power in range(-4, 14)]
-    axes.plot(intensity, [min(x * found.bytes_per_s, found.flops_per_s) / 1e9 for x in intensity], color="black", label="measured limits")
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-    return True
-
-
 def _chosen(text: str, allowed: list[str]) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -226,7 +206,7 @@ def _main(arguments: list[str]) -> int:
     parser.add_argument("--models", type=lambda text: _chosen(text, list(MODELS)), default=models, help="whose shapes; on a CPU: demo")
     parser.add_argument("--phases", type=lambda text: _chosen(text, phases), default=phases, help="decode, prefill or both")
     parser.add_argument("--rounds", type=int, default=30, help="alternating rounds of a shape, at least 2")
-    parser.add_argument("--out", type=Path, help="folder for kernels.json, kernels.md and roofline.png")
+    parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds must be at least 2: got {options.rounds}")
@@ -249,11 +229,9 @@ def _main(arguments: list[str]) -> int:
     print(text, end="")  # noqa: T201
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        result = {"format": 1, **about, "rows": [asdict(row) for row in rows]}
+        result = {"format": 1, **about, "limits": asdict(found), "rows": [asdict(row) for row in rows]}
         (options.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         (options.out / "kernels.md").write_text(text, encoding="utf-8")
-        if not _roofline(rows, found, options.out / "roofline.png"):
-            print("no roofline.png: matplotlib is not installed", file=sys.stderr)  # noqa: T201
     return 0
 
 
