@@ -178,7 +178,7 @@ def test_failures_are_recorded_with_their_traceback_and_the_search_goes_on(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AUTOEFF_EVALUATION_TIMEOUT_S", "8")
-    monkeypatch.setenv("AUTOEFF_MEMORY_CAP_BYTES", str(psutil.Process().memory_info().rss + (256 << 20)))  # a fork counts shared pages too
+    monkeypatch.setenv("AUTOEFF_MEMORY_CAP_BYTES", str(psutil.Process().memory_info().rss + (256 << 20)))
 
     def harm(candidate: str) -> float:
         match candidate:
@@ -192,7 +192,7 @@ def test_failures_are_recorded_with_their_traceback_and_the_search_goes_on(
             case "hang":
                 time.sleep(60)
             case "memory":
-                held = bytearray(512 << 20)
+                held = bytearray(1 << 30)  # a fork does not count the pages of libraries that it has not touched
                 held[::4096] = bytes(len(held) // 4096)
                 time.sleep(60)
             case "exit":

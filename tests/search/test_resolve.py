@@ -30,7 +30,8 @@ def test_measured_proposals_are_as_good_as_a_fresh_search(searched: Any) -> None
     found = resolve(searched.loose, [TIGHT], searched.settings, measure=True)
     assert found.answer == "measured"
     assert found.measured is not None
-    assert min(row["measurements"]["kl"]["value"] for row in found.proposals) <= 1.05 * fresh
+    # random weights leave a KL of some 1e-5, where neighbours differ by several per cent
+    assert min(row["measurements"]["kl"]["value"] for row in found.proposals) <= 1.1 * fresh
     assert "kl_held_out" in found.measured["measurements"]
 
 

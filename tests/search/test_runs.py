@@ -112,10 +112,13 @@ def test_a_disk_that_fills_leaves_no_half_run(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_run_appears_only_once_its_job_is_stored(tmp_path: Path) -> None:
-    made = new_run(tmp_path / "run", JOB, "sqlite:////x.db")
-    assert not made.__enter__().exists()
-    with pytest.raises(RuntimeError, match="not stored"):
-        made.__exit__(RuntimeError, RuntimeError("not stored"), None)
+    def start() -> None:
+        with new_run(tmp_path / "run", JOB, "sqlite:////x.db") as folder:
+            assert not folder.exists()
+            raise RuntimeError("the job could not be stored")
+
+    with pytest.raises(RuntimeError, match="not be stored"):
+        start()
     assert list(tmp_path.iterdir()) == []
 
 

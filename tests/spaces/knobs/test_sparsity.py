@@ -67,7 +67,7 @@ def test_shares_that_save_no_bytes_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": "magic"}, "unknown criterion 'magic'; known: magnitude, sparsegpt, wanda"),
+        ({"criterion": "magic"}, "unknown criterion 'magic'; known: magnitude, nirvana, sparsegpt, wanda"),
         ({"pattern": "half"}, "sparsity.pattern must be unstructured or N:M such as 2:4: got 'half'"),
         ({"pattern": "4:4"}, "sparsity.pattern '4:4' prunes nothing"),
         ({"ratios": "0.5,0.25"}, "sparsity.ratios must rise between 0 and 1: got 0.5, 0.25"),
