@@ -81,13 +81,15 @@ def setup(folder: Path, model: str, method: Method, seed: int, bank: Path) -> Ev
 
 
 def values(folder: Path, model: str, method: Method, seed: int, bank: Path) -> dict[Level, float]:
-    """Held-out damage by level; sites that have no such level take the one before it."""
+    """Held-out damage by level, of levels that some site has; sites that lack one take the last that they have before it."""
     evaluator = Evaluator(setup(folder, model, method, seed, bank))
-    order = list(evaluator.space.decisions[0].levels)
+    decisions = evaluator.space.decisions
+    order = (decisions[0].levels[0], *method.levels)
     found = {}
-    for level in method.levels:
-        before = order[: order.index(level) + 1]
-        chosen = {d.key: next(item for item in reversed(before) if item in d.levels) for d in evaluator.space.decisions}
+    for number, level in enumerate(order[1:], start=1):
+        if not any(level in d.levels for d in decisions):
+            continue
+        chosen = {d.key: next(item for item in reversed(order[: number + 1]) if item in d.levels) for d in decisions}
         windows = len(evaluator.preparation.passages["held_out"].ids)
         found[level] = evaluator.evaluate(EvaluationRequest(chosen, "held_out", windows))[0].value
     return found
@@ -104,7 +106,7 @@ def row(folder: Path, model: str, method: Method, seeds: list[int], work: Path) 
     by_seed += [values(folder, model, method, seed, bank) for seed in seeds[1:]]
     levels = {
         str(level): {"mean": mean(v[level] for v in by_seed), "sd": stdev(v[level] for v in by_seed) if len(seeds) > 1 else None}
-        for level in method.levels
+        for level in by_seed[0]
     }
     seconds = time.perf_counter() - started
     return {"model": model, "table": method.table, "method": method.name, "bank_bytes": size, "seconds": seconds, "levels": levels}
@@ -119,7 +121,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     for column in ("", *names, *(["bank bytes"] if "bits" in title else [])):
         table.add_column(column, justify="right")
     for method, levels in merged.items():
-        cells = [f"{v['mean']:.4g}" + (f" ± {v['sd']:.2g}" if v["sd"] is not None else "") for v in (levels[name] for name in names)]
+        cells = [f"{v['mean']:.4g}" + ("" if v["sd"] is None else f" ± {v['sd']:.2g}") for v in (levels[name] for name in names)]
         size = [f"{next(item['bank_bytes'] for item in rows if item['method'] == method):,}"] if "bits" in title else []
         table.add_row(method, *cells, *size)
     console.print(table)

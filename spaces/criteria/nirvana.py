@@ -18,7 +18,8 @@ class Nirvana(ScoreCriterion):
     """|w * dS/dw|, with S the mean over windows and vocabulary of the greatest logit along the window.
 
     To first order, how far S moves when that weight alone goes. Encoders have no logits; there S is taken of the features of the
-    last hidden state. The source removes units in proportions that it balances over the whole model; here those are decisions.
+    last hidden state. The source removes units in proportions that it balances over the whole model; here those are decisions. It
+    is made for units: of single weights up to half go at a greater loss than by magnitude (`benchmarks/method_fronts.py`).
 
     Source: NIRVANA, arXiv:2509.14230.
     """
