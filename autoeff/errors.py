@@ -3,6 +3,10 @@
     AutoeffError             1    failure that is nobody's input
       InputError             2    what the caller passed is wrong (also a ValueError)
         UnreachableLimit     2    arithmetic proves that no configuration meets the limit
+        NotFound             2    no such job, trial or key
+        Conflict             2    what is asked for does not go with the state that the thing is in
+          Stale              2    it has changed since the caller looked
+      StorageError           1    the database failed; what was committed is kept, and the same call may succeed later
       CandidateError         1    one candidate failed; recorded with its class, the search goes on
       RunnerLost             1    a runner died of something that is not the candidate's fault
       LeaseLost              1    another process took over; whoever hears this stops writing
@@ -14,7 +18,20 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["AutoeffError", "CandidateError", "ExitCode", "FailureClass", "InputError", "LeaseLost", "RunnerLost", "UnreachableLimit"]
+__all__ = [
+    "AutoeffError",
+    "CandidateError",
+    "Conflict",
+    "ExitCode",
+    "FailureClass",
+    "InputError",
+    "LeaseLost",
+    "NotFound",
+    "RunnerLost",
+    "Stale",
+    "StorageError",
+    "UnreachableLimit",
+]
 
 
 class ExitCode:
@@ -57,6 +74,30 @@ class UnreachableLimit(InputError):
     """No configuration of the space meets the limit; the message names the least reachable value."""
 
     problem = "unreachable-limit"
+
+
+class NotFound(InputError):
+    """There is no such thing."""
+
+    problem = "not-found"
+
+
+class Conflict(InputError):
+    """The thing is in a state in which this cannot be done."""
+
+    problem = "conflict"
+
+
+class Stale(Conflict):
+    """The thing has changed since the caller looked."""
+
+    problem = "stale"
+
+
+class StorageError(AutoeffError):
+    """The database failed: full, locked, gone. What was committed is kept, and the same call may succeed later."""
+
+    problem = "storage"
 
 
 class CandidateError(AutoeffError):

@@ -9,11 +9,15 @@ from autoeff.search.storage.records import (
     Failure,
     Job,
     JobState,
+    Message,
+    Orders,
     Origin,
     Proposal,
+    Reply,
     State,
     Trial,
     TrialRef,
+    WorkerInfo,
 )
 from autoeff.search.storage.store import Store
 
@@ -25,11 +29,15 @@ __all__ = [
     "Failure",
     "Job",
     "JobState",
+    "Message",
+    "Orders",
     "Origin",
     "Proposal",
+    "Reply",
     "State",
     "Store",
     "Trial",
     "TrialRef",
+    "WorkerInfo",
     "process_identity",
 ]

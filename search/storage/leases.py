@@ -1,6 +1,9 @@
 """The life of an evaluation: queued, running under a lease, decided once.
 
-    queued -> running -> succeeded | failed | quarantined        back only as running -> queued, and under a new fence
+    queued -> running -> succeeded | failed | quarantined | cancelled      back only as running -> queued, and under a new fence
+
+Whoever changes both locks the evaluation before the jobs that ask for it, and jobs in the order of their ids, so that no two
+transactions wait for each other.
 
 Each function is part of a transaction of the store. All changes of a running evaluation go through `move`, a compare-and-set on
 its fence; so of any two processes that believe to hold it, the database lets one write.
@@ -12,17 +15,36 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, and_, insert, literal, select, update
+from sqlalchemy import Connection, and_, delete, insert, literal, select, update
 
 from autoeff.errors import FailureClass
 from autoeff.search.storage.holders import holder_is_dead
-from autoeff.search.storage.records import Claim, Outcome, State
+from autoeff.search.storage.records import Claim, JobState, Outcome, State
 from autoeff.search.storage.rows import CLAIM, claim_of
-from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, TrialRow, now
+from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, OutboxRow, TrialRow, now
 
-__all__ = ["OPEN", "announce", "decide", "expired", "give_back", "keep_late", "lose", "move", "note", "take"]
+__all__ = [
+    "OPEN",
+    "RUNNING",
+    "announce",
+    "decide",
+    "drop",
+    "expired",
+    "give_back",
+    "keep_late",
+    "lock",
+    "lose",
+    "move",
+    "note",
+    "ring",
+    "settle",
+    "take",
+    "wanted",
+]
 
 OPEN = (State.QUEUED, State.RUNNING)
+RUNNING = literal(State.RUNNING, EvaluationRow.state.type, literal_execute=True)
+"""Written out in the statement: SQLite does not use a partial index for a parameter."""
 LOSSES_TO_QUARANTINE = 3
 """A plant may fail twice under one candidate; the third time it is the candidate (design, law 7)."""
 
@@ -34,7 +56,10 @@ def take(connection: Connection, evaluation_id: int, worker: str, ttl_s: float) 
     queued = and_(EvaluationRow.id == evaluation_id, EvaluationRow.state == State.QUEUED)
     if connection.execute(update(EvaluationRow).where(queued).values(step | lease)).rowcount == 0:
         return None
-    claim = claim_of(connection.execute(CLAIM.where(EvaluationRow.id == evaluation_id)).one())
+    row = connection.execute(CLAIM.where(EvaluationRow.id == evaluation_id)).one()
+    claim = claim_of(row)
+    if row.queue is not None:
+        connection.execute(delete(OutboxRow).where(OutboxRow.evaluation_id == evaluation_id))
     connection.execute(insert(AttemptRow).values(evaluation_id=evaluation_id, fence=claim.fence, worker=worker, started_at=now()))
     announce(connection, evaluation_id, State.RUNNING, {"worker": worker, "attempt": claim.attempt})
     return claim
@@ -46,6 +71,22 @@ def move(connection: Connection, evaluation_id: int, fence: int, values: Mapping
     return connection.execute(update(EvaluationRow).where(mine).values(values)).rowcount == 1
 
 
+def lock(connection: Connection, evaluation_id: int) -> State:
+    """The state of the evaluation, which no other transaction changes until this one ends."""
+    return connection.execute(select(EvaluationRow.state).where(EvaluationRow.id == evaluation_id).with_for_update()).scalar_one()
+
+
+def wanted(connection: Connection, evaluation_id: int) -> bool:
+    """Whether any job still wants the result: one that is neither cancelled nor about to be."""
+    query = select(TrialRow.number).join(JobRow, JobRow.id == TrialRow.job_id).where(TrialRow.evaluation_id == evaluation_id)
+    return connection.execute(query.where(JobRow.state.not_in((JobState.CANCELLING, JobState.CANCELLED))).limit(1)).first() is not None
+
+
+def ring(connection: Connection, evaluation_id: int, queue: str) -> None:
+    """Has a message sent for a queued evaluation, until somebody claims it."""
+    connection.execute(insert(OutboxRow).values(evaluation_id=evaluation_id, queue=queue, not_before=now(), sent=0))
+
+
 def decide(connection: Connection, evaluation_id: int, fence: int, state: State, outcome: Outcome, **attempt: Any) -> bool:
     """Ends the evaluation with this attempt's verdict; False when the fence is stale."""
     verdict = {"state": state, "accepted_fence": fence, "lease_until": None, "ended_at": now()}
@@ -55,14 +96,33 @@ def decide(connection: Connection, evaluation_id: int, fence: int, state: State,
 def give_back(connection: Connection, evaluation_id: int, fence: int, outcome: Outcome, *, losses: int = 0, **attempt: Any) -> bool:
     """Queues the evaluation again; False when the fence is stale."""
     back = {"state": State.QUEUED, "fence": fence + 1, "losses": EvaluationRow.losses + losses, "worker": None, "lease_until": None}
-    return move(connection, evaluation_id, fence, back) and _end_attempt(connection, evaluation_id, fence, outcome, **attempt)
+    if not move(connection, evaluation_id, fence, back):
+        return False
+    queue = connection.execute(select(EvaluationRow.queue).where(EvaluationRow.id == evaluation_id)).scalar_one()
+    if queue is not None:
+        ring(connection, evaluation_id, queue)
+    return _end_attempt(connection, evaluation_id, fence, outcome, **attempt)
 
 
-def lose(connection: Connection, evaluation_id: int, fence: int, reason: str, log: str) -> None:
-    """Counts a lost worker: queued again, quarantined the third time; nothing when the fence is stale."""
-    losses = connection.execute(select(EvaluationRow.losses).where(EvaluationRow.id == evaluation_id).with_for_update()).scalar_one() + 1
+def drop(connection: Connection, evaluation_id: int) -> None:
+    """Cancels a queued evaluation that nobody wants any more; nothing happens otherwise."""
+    if lock(connection, evaluation_id) is not State.QUEUED or wanted(connection, evaluation_id):
+        return
+    verdict = {"state": State.CANCELLED, "accepted_fence": EvaluationRow.fence, "ended_at": now()}
+    connection.execute(update(EvaluationRow).where(EvaluationRow.id == evaluation_id).values(verdict))
+    connection.execute(delete(OutboxRow).where(OutboxRow.evaluation_id == evaluation_id))
+    announce(connection, evaluation_id, State.CANCELLED, {})
+
+
+def lose(connection: Connection, evaluation_id: int, fence: int, reason: str, log: str) -> bool:
+    """Counts a lost worker: queued again, quarantined the third time, cancelled if nobody wants it; False when the fence is stale."""
+    lock(connection, evaluation_id)
+    losses = connection.execute(select(EvaluationRow.losses).where(EvaluationRow.id == evaluation_id)).scalar_one() + 1
     attempt = {"failure": str(FailureClass.LOST), "message": reason, "log": log}
-    if losses < LOSSES_TO_QUARANTINE:
+    if not wanted(connection, evaluation_id):
+        state = State.CANCELLED
+        moved = decide(connection, evaluation_id, fence, state, "cancelled", **attempt)
+    elif losses < LOSSES_TO_QUARANTINE:
         state = State.QUEUED
         moved = give_back(connection, evaluation_id, fence, "lost", losses=1, **attempt)
     else:
@@ -71,14 +131,13 @@ def lose(connection: Connection, evaluation_id: int, fence: int, reason: str, lo
         moved = decide(connection, evaluation_id, fence, state, "lost", **attempt)
     if moved:
         announce(connection, evaluation_id, state, {"reason": reason})
+    return moved
 
 
 def expired(connection: Connection) -> list[tuple[int, int, str]]:
     """Running evaluations without a living holder: id, fence, holder."""
     query = select(EvaluationRow.id, EvaluationRow.fence, EvaluationRow.worker, (EvaluationRow.lease_until <= now()).label("ended"))
-    # Written out: SQLite does not use a partial index for a parameter.
-    running = EvaluationRow.state == literal(State.RUNNING, EvaluationRow.state.type, literal_execute=True)
-    rows = connection.execute(query.where(running).order_by(EvaluationRow.lease_until)).all()
+    rows = connection.execute(query.where(EvaluationRow.state == RUNNING).order_by(EvaluationRow.lease_until)).all()
     return [(row.id, row.fence, row.worker) for row in rows if row.ended or holder_is_dead(row.worker)]
 
 
@@ -95,6 +154,17 @@ def announce(connection: Connection, evaluation_id: int, state: State, body: Map
     for job_id, trials in groupby(rows, lambda row: str(row.job_id)):
         events = [(f"trial.{state}", {"trial": row.number, **body}) for row in trials]
         note(connection, job_id, events, {state: len(events)} if state.terminal else {})
+        if state.terminal:
+            settle(connection, job_id)
+
+
+def settle(connection: Connection, job_id: str) -> None:
+    """Ends a job that is being cancelled once none of its trials is open."""
+    open_trials = JobRow.trials - JobRow.succeeded - JobRow.failed - JobRow.quarantined - JobRow.cancelled
+    over = and_(JobRow.id == job_id, JobRow.state == JobState.CANCELLING, open_trials == 0)
+    end = {"state": JobState.CANCELLED, "version": JobRow.version + 1, "ended_at": now()}
+    if connection.execute(update(JobRow).where(over).values(end)).rowcount:
+        note(connection, job_id, [("job.cancelled", {})])
 
 
 def note(

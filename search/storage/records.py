@@ -20,16 +20,20 @@ __all__ = [
     "Failure",
     "Job",
     "JobState",
+    "Message",
+    "Orders",
     "Origin",
     "Outcome",
     "Proposal",
+    "Reply",
     "State",
     "Trial",
     "TrialRef",
+    "WorkerInfo",
 ]
 
 Origin = Literal["dense", "uniform", "random", "table", "additive", "searched", "given"]
-Outcome = Literal["succeeded", "failed", "lost", "released"]
+Outcome = Literal["succeeded", "failed", "lost", "released", "cancelled"]
 
 
 class State(StrEnum):
@@ -40,6 +44,7 @@ class State(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     QUARANTINED = "quarantined"
+    CANCELLED = "cancelled"
 
     @property
     def terminal(self) -> bool:
@@ -47,11 +52,16 @@ class State(StrEnum):
 
 
 class JobState(StrEnum):
-    """Of a job. PAUSED was stopped by its user and can be resumed; RUNNING without a coordinator was killed and can be resumed."""
+    """Of a job. PENDING waits for a coordinator.
+
+    PAUSED was stopped by its user and can be resumed; RUNNING without a coordinator was killed and can be resumed. A job is CANCELLING
+    until no worker evaluates for it any more.
+    """
 
     PENDING = "pending"
     RUNNING = "running"
     PAUSED = "paused"
+    CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -75,11 +85,12 @@ class Counts:
     failed: int
     quarantined: int
     cost: float
+    cancelled: int = 0
 
     @property
     def open(self) -> int:
         """Queued or running."""
-        return self.trials - self.succeeded - self.failed - self.quarantined
+        return self.trials - self.succeeded - self.failed - self.quarantined - self.cancelled
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,12 @@ class Job:
         setup_digest: Names what the results depend on besides the configuration; a resumed job must find the same.
         result: The final summary, once there is one.
         coordinator: The process that drives the job now; None when nobody does.
+        version: Grows with every change of state, budget, result or error.
+        owner: Whose key submitted it; None for a search without a server.
+        queue: Workers that evaluate it (`cpu`, `gpu.any`, `gpu.KIND`); None where the process that began it does.
+        budget: Trials and seconds as they are now, if they were changed after the start.
+        error: Why it failed.
+        events: The `seq` of its last event.
     """
 
     id: str
@@ -106,6 +123,24 @@ class Job:
     ended_at: datetime | None
     coordinator: str | None
     counts: Counts
+    version: int = 1
+    owner: str | None = None
+    queue: str | None = None
+    budget: Mapping[str, Any] | None = None
+    error: str | None = None
+    events: int = 0
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the user of a job wants now.
+
+    Attributes:
+        budget: As in `Job`.
+    """
+
+    state: JobState
+    budget: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +154,7 @@ class Proposal:
         windows: Fidelity, in windows of that text.
         cost: Budget that it uses, in full-token equivalents.
         eval_key: SHA-256 over everything that the measurements depend on; equal keys are equal work.
-        costs: Exact cost measures by name.
+        costs: Cost measures by name: a number where it is exact, else its `value` and `method`.
         feasible: Whether the exact costs meet the job's limits.
         label: For people, such as "bits=3".
         sampler_state: What the sampler needs to go on from here after a restart.
@@ -132,7 +167,7 @@ class Proposal:
     windows: int
     cost: float
     eval_key: str
-    costs: Mapping[str, float]
+    costs: Mapping[str, float | Mapping[str, Any]]
     feasible: bool
     label: str | None = None
     sampler_state: Mapping[str, Any] | None = None
@@ -263,3 +298,61 @@ class Event:
     kind: str
     body: Mapping[str, Any]
     at: datetime
+
+
+@dataclass(frozen=True)
+class Message:
+    """Work that waits in a queue.
+
+    Attributes:
+        sent: How often a message was sent for it before.
+    """
+
+    evaluation_id: int
+    queue: str
+    sent: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a request that may be made again.
+
+    Attributes:
+        key_prefix: Of the API key.
+        request_hash: SHA-256 of the request; another one under the same idempotency key is a mistake.
+        status: Of HTTP.
+        ttl_s: Seconds for which it is given again.
+    """
+
+    key_prefix: str
+    idempotency_key: str
+    request_hash: str
+    status: int
+    body: Mapping[str, Any]
+    ttl_s: float
+
+    def values(self) -> dict[str, Any]:
+        """The columns, but for the time."""
+        names = ("key_prefix", "idempotency_key", "request_hash", "status")
+        return {name: getattr(self, name) for name in names} | {"body": dict(self.body)}
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """A process that evaluates.
+
+    Attributes:
+        id: The identity under which it claims.
+        kind: Of its device.
+        facts: Of its machine.
+        evaluation_id: What it works on.
+    """
+
+    id: str
+    queues: Sequence[str]
+    kind: str
+    facts: Mapping[str, Any]
+    started_at: datetime
+    seen_until: datetime
+    alive: bool
+    evaluation_id: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Row, and_, select
@@ -30,7 +30,7 @@ __all__ = [
     "values_of",
 ]
 
-COUNTS = select(JobRow.trials, JobRow.succeeded, JobRow.failed, JobRow.quarantined, JobRow.cost)
+COUNTS = select(JobRow.trials, JobRow.succeeded, JobRow.failed, JobRow.quarantined, JobRow.cost, JobRow.cancelled)
 JOB = select(JobRow.__table__, (JobRow.coordinator_until > now()).label("leased"))
 TRIAL = (
     select(
@@ -71,13 +71,19 @@ def job_of(row: Row[Any]) -> Job:
         created_at=row.created_at,
         ended_at=row.ended_at,
         coordinator=row.coordinator if row.leased and not holder_is_dead(row.coordinator) else None,
-        counts=Counts(row.trials, row.succeeded, row.failed, row.quarantined, row.cost),
+        counts=Counts(row.trials, row.succeeded, row.failed, row.quarantined, row.cost, row.cancelled),
+        version=row.version,
+        owner=row.owner,
+        queue=row.queue,
+        budget=row.budget,
+        error=row.error,
+        events=row.events,
     )
 
 
 def trial_of(row: Row[Any], measured: Sequence[Measurement]) -> Trial:
     """A row of `TRIAL` with the measurements of its evaluation."""
-    exact = [Measurement(name, value, method="exact") for name, value in row.costs.items()]
+    costs = [_cost(name, stored) for name, stored in row.costs.items()]
     return Trial(
         number=row.number,
         evaluation_id=row.evaluation_id,
@@ -89,7 +95,7 @@ def trial_of(row: Row[Any], measured: Sequence[Measurement]) -> Trial:
         windows=row.windows,
         cost=row.cost,
         feasible=row.feasible,
-        measurements=(*exact, *measured),
+        measurements=(*costs, *measured),
         failure=_failure(row),
         seconds=row.seconds,
         attempts=row.attempts,
@@ -98,6 +104,13 @@ def trial_of(row: Row[Any], measured: Sequence[Measurement]) -> Trial:
         created_at=row.created_at,
         ended_at=row.ended_at,
     )
+
+
+def _cost(name: str, stored: float | Mapping[str, Any]) -> Measurement:
+    """A number is exact; what came about otherwise says how."""
+    if isinstance(stored, Mapping):
+        return Measurement(name, stored["value"], method=stored["method"])
+    return Measurement(name, stored, method="exact")
 
 
 def claim_of(row: Row[Any]) -> Claim:

@@ -13,36 +13,69 @@ from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, Select, and_, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, Row, Select, and_, delete, insert, or_, select, tuple_, update
 
-from autoeff.errors import FailureClass, InputError, LeaseLost
+from autoeff.errors import Conflict, FailureClass, InputError, LeaseLost, NotFound, Stale
 from autoeff.search.storage import leases
-from autoeff.search.storage.database import Database
+from autoeff.search.storage.database import Database, insert_absent, storable
 from autoeff.search.storage.holders import holder_is_dead
-from autoeff.search.storage.records import Attempt, Claim, Counts, Event, Job, JobState, Proposal, State, Trial, TrialRef
+from autoeff.search.storage.records import (
+    Attempt,
+    Claim,
+    Counts,
+    Event,
+    Job,
+    JobState,
+    Message,
+    Orders,
+    Proposal,
+    Reply,
+    State,
+    Trial,
+    TrialRef,
+    WorkerInfo,
+)
 from autoeff.search.storage.rows import ATTEMPT, COUNTS, JOB, MEASUREMENT, TRIAL, attempt_of, job_of, measurement_of, trial_of, values_of
-from autoeff.search.storage.tables import AttemptRow, ConfigurationRow, EvaluationRow, EventRow, JobRow, MeasurementRow, TrialRow, now
+from autoeff.search.storage.tables import (
+    AttemptRow,
+    ConfigurationRow,
+    EvaluationRow,
+    EventRow,
+    HardwareRow,
+    IdempotencyRow,
+    JobRow,
+    MeasurementRow,
+    OutboxRow,
+    TrialRow,
+    WorkerRow,
+    now,
+)
+from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.measurements import Measurement
 
 __all__ = ["Store"]
 
+_FORGOTTEN_S = 86_400.0  # a worker that has not been seen for this long
 LOG_CHARACTERS = 65_536
 """Of an attempt's log the end is kept; that is where the reason stands."""
 _NEXT: Mapping[JobState, frozenset[JobState]] = {
-    JobState.PENDING: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset({JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.PAUSED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
-    JobState.FAILED: frozenset({JobState.RUNNING}),  # a full disk is mended and the job resumed
+    JobState.PENDING: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED}),
+    JobState.PAUSED: frozenset({JobState.PENDING, JobState.RUNNING, JobState.CANCELLING, JobState.CANCELLED}),
+    JobState.CANCELLING: frozenset({JobState.CANCELLED}),
+    JobState.FAILED: frozenset({JobState.PENDING, JobState.RUNNING}),  # a full disk is mended and the job resumed
     JobState.SUCCEEDED: frozenset(),
     JobState.CANCELLED: frozenset(),
 }
+_STANDING = (JobState.PAUSED, JobState.CANCELLING, JobState.CANCELLED)
+"""States in which nothing more is proposed."""
 
 
 class Store:
     """The database of jobs, trials and their results.
 
     Safe to share between threads, and to open in any number of processes. A database that fails (full disk, locked for long)
-    raises `AutoeffError`; the transaction under way then did not happen.
+    raises `StorageError`; the transaction under way then did not happen.
     """
 
     def __init__(self, database: Database) -> None:
@@ -50,15 +83,21 @@ class Store:
 
     @classmethod
     def open(cls, url: str) -> Self:
-        """Opens the database at `url`, made where absent and upgraded where of an older revision.
+        """Opens the database at `url`, made where absent. A SQLite file of an older revision is upgraded.
 
         Args:
-            url: Such as `sqlite:////home/me/autoeff.db`.
+            url: Such as `sqlite:////home/me/autoeff.db` or `postgresql+psycopg://me@host/autoeff`.
 
         Raises:
-            InputError: The URL cannot be used: unwritable, no database, or of a newer version.
+            InputError: The URL cannot be used: unwritable, no database, of a newer version, or on a server and of an older one.
+            StorageError: The server does not answer.
         """
         return cls(Database(url))
+
+    @property
+    def database(self) -> Database:
+        """For what else is kept there."""
+        return self._database
 
     def close(self) -> None:
         self._database.close()
@@ -72,36 +111,77 @@ class Store:
     # Jobs
 
     def create_job(
-        self, job_id: str, spec: Mapping[str, Any], preflight: Mapping[str, Any], space: Mapping[str, Any], setup_digest: str
-    ) -> None:
+        self,
+        job_id: str,
+        spec: Mapping[str, Any],
+        preflight: Mapping[str, Any],
+        space: Mapping[str, Any],
+        setup_digest: str,
+        *,
+        owner: str | None = None,
+        queue: str | None = None,
+        reply: Reply | None = None,
+    ) -> Job:
         """Adds a pending job.
 
+        Args:
+            job_id: Of the job.
+            spec: The validated `JobSpec` as JSON.
+            preflight: What is known before the first evaluation.
+            space: The search space as JSON.
+            setup_digest: Names what the results depend on besides the configuration.
+            owner: Who submitted it to a server.
+            queue: Workers that evaluate it; None where this process does.
+            reply: Answer to be given again to the same request, stored with the job or not at all.
+
         Raises:
-            InputError: There is a job of this id.
+            Conflict: There is a job of this id, or an answer to that request.
         """
         with self._database.write() as connection:
-            if connection.execute(select(JobRow.id).where(JobRow.id == job_id)).first():
-                raise InputError(f"job {job_id!r} exists already; choose another id")
-            zeros = {"coordinator_fence": 0, "trials": 0, "succeeded": 0, "failed": 0, "quarantined": 0, "cost": 0.0, "events": 0}
+            zeros = {"trials": 0, "succeeded": 0, "failed": 0, "quarantined": 0, "cancelled": 0, "cost": 0.0, "events": 0}
             content = {"spec": dict(spec), "preflight": dict(preflight), "space": dict(space), "setup_digest": setup_digest}
-            connection.execute(insert(JobRow).values(id=job_id, state=JobState.PENDING, created_at=now(), **content, **zeros))
+            begun = {"state": JobState.PENDING, "version": 1, "coordinator_fence": 0, "created_at": now(), "owner": owner, "queue": queue}
+            if not insert_absent(connection, JobRow, {"id": job_id, **begun, **content, **zeros}):
+                raise Conflict(f"job {job_id!r} exists already; choose another id")
             leases.note(connection, job_id, [("job.created", {})])
+            if reply is not None:
+                connection.execute(delete(IdempotencyRow).where(IdempotencyRow.expires_at <= now()))
+                if not insert_absent(connection, IdempotencyRow, reply.values() | {"expires_at": now() + reply.ttl_s}):
+                    raise Conflict(f"the request {reply.idempotency_key!r} has an answer already")
+        return self.job(job_id)
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str, owner: str | None = None) -> Job:
         """The job of this id.
 
+        Args:
+            job_id: Of the job.
+            owner: Where given, a job of somebody else is as unknown as one that does not exist.
+
         Raises:
-            InputError: There is none.
+            NotFound: There is none.
         """
         with self._database.read() as connection:
             row = connection.execute(JOB.where(JobRow.id == job_id)).one_or_none()
-        if row is None:
+        if row is None or owner not in (None, row.owner):
             raise _unknown(job_id)
         return job_of(row)
 
-    def jobs(self, limit: int = 100, before: str | None = None) -> list[Job]:
-        """The newest `limit` jobs; of those older than the job `before`, the last of the page before, where that is given."""
+    def jobs(
+        self, limit: int = 100, before: str | None = None, *, owner: str | None = None, states: Iterable[JobState] | None = None
+    ) -> list[Job]:
+        """The newest `limit` jobs; of those older than the job `before`, the last of the page before, where that is given.
+
+        Args:
+            limit: Of the page.
+            before: Id of a job.
+            owner: Whose jobs; None for everybody's.
+            states: Which; None for all.
+        """
         query = JOB.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
+        if owner is not None:
+            query = query.where(JobRow.owner == owner)
+        if states is not None:
+            query = query.where(JobRow.state.in_(tuple(states)))
         if before is not None:
             last = select(JobRow.created_at).where(JobRow.id == before).scalar_subquery()
             query = query.where(tuple_(JobRow.created_at, JobRow.id) < tuple_(last, before))
@@ -120,23 +200,93 @@ class Store:
             raise _unknown(job_id)
         return Counts(*row)
 
-    def set_job_state(self, job_id: str, fence: int, state: JobState, result: Mapping[str, Any] | None = None) -> None:
+    def set_job_state(
+        self, job_id: str, fence: int, state: JobState, result: Mapping[str, Any] | None = None, error: str | None = None
+    ) -> None:
         """Moves the job to `state`, the one it is in included, and replaces its `result`, the final summary, where given.
+
+        Args:
+            job_id: The job.
+            fence: The coordinator's.
+            state: Where to.
+            result: The final summary.
+            error: Why it failed, in one line.
 
         Raises:
             LeaseLost: Another process took over.
-            InputError: The job cannot go from its state to that one.
+            Conflict: The job cannot go from its state to that one.
         """
         with self._database.write() as connection:
             job = _fenced(connection, job_id, fence)
-            if state is not job.state and state not in _NEXT[job.state]:
-                raise InputError(f"job {job_id!r} is {job.state} and cannot become {state}")
-            values: dict[str, Any] = {"state": state, "ended_at": now() if state.terminal else None}
+            values: dict[str, Any] = {"error": error}
             if result is not None:
                 values["result"] = dict(result)
+            _move_job(connection, job_id, job.state, state, values)
+
+    # What its user wants
+
+    def pause(self, job_id: str, version: int | None = None) -> Job:
+        """Stops proposing for the job, what runs is finished; a paused one stays so.
+
+        Args:
+            job_id: The job.
+            version: The one that the caller saw; None for any.
+
+        Raises:
+            NotFound: No such job.
+            Conflict: It has ended; `Stale` where it is of another version.
+        """
+        return self._order(job_id, version, JobState.PAUSED, (JobState.PAUSED,))
+
+    def resume(self, job_id: str, version: int | None = None) -> Job:
+        """Has a paused or failed job go on; one that does anyway stays as it is. Raises as `pause`."""
+        return self._order(job_id, version, JobState.PENDING, (JobState.PENDING, JobState.RUNNING))
+
+    def cancel(self, job_id: str, version: int | None = None) -> Job:
+        """Ends the job: what is queued is dropped, workers hear of it when they renew their leases. Raises as `pause`."""
+        self._order(job_id, version, JobState.CANCELLING, (JobState.CANCELLING, JobState.CANCELLED))
+        self._sweep(job_id)
+        return self.job(job_id)
+
+    def change_budget(self, job_id: str, budget: Mapping[str, Any], version: int) -> Job:
+        """Replaces trials or seconds of a job that has not ended.
+
+        Args:
+            job_id: The job.
+            budget: `trials`, `seconds` or both.
+            version: The one that the caller saw.
+
+        Raises:
+            NotFound: No such job.
+            Conflict: It has ended; `Stale` where it is of another version.
+        """
+        with self._database.write() as connection:
+            job = _versioned(connection, job_id, version)
+            if job.state.terminal or job.state is JobState.CANCELLING:
+                raise Conflict(f"job {job_id!r} is {job.state}; its budget cannot change any more")
+            changed = {**(job.budget or job.spec.get("budget") or {}), **budget}
+            values = {"budget": changed, "version": JobRow.version + 1}
             connection.execute(update(JobRow).where(JobRow.id == job_id).values(values))
-            if state is not job.state:
-                leases.note(connection, job_id, [(f"job.{state}", {})])
+            leases.note(connection, job_id, [("job.budget", changed)])
+        return self.job(job_id)
+
+    def _order(self, job_id: str, version: int | None, state: JobState, done: tuple[JobState, ...]) -> Job:
+        with self._database.write() as connection:
+            job = _versioned(connection, job_id, version)
+            if job.state not in done:
+                _move_job(connection, job_id, job.state, state, {})
+        return self.job(job_id)
+
+    def _sweep(self, job_id: str) -> None:
+        """Drops what is queued for a job that is being cancelled, and ends it when nothing runs for it."""
+        query = select(EvaluationRow.id).join(TrialRow, TrialRow.evaluation_id == EvaluationRow.id).order_by(EvaluationRow.id)
+        with self._database.read() as connection:
+            queued = connection.execute(query.where(TrialRow.job_id == job_id, EvaluationRow.state == State.QUEUED)).scalars().all()
+        for evaluation_id in queued:  # each on its own: see `leases` for the order of locks
+            with self._database.write() as connection:
+                leases.drop(connection, evaluation_id)
+        with self._database.write() as connection:
+            leases.settle(connection, job_id)
 
     # The coordinator's lease
 
@@ -151,7 +301,8 @@ class Store:
             ttl_s: Seconds until the lease ends unless renewed.
 
         Raises:
-            InputError: No such job, or another process drives it.
+            NotFound: No such job.
+            Conflict: Another process drives it.
         """
         with self._database.write() as connection:
             leased = (JobRow.coordinator_until > now()).label("leased")
@@ -160,7 +311,7 @@ class Store:
             if job is None:
                 raise _unknown(job_id)
             if job.leased and not holder_is_dead(job.coordinator):
-                raise InputError(f"job {job_id!r} is driven by the process {job.coordinator}; stop that one or wait for its end")
+                raise Conflict(f"job {job_id!r} is driven by the process {job.coordinator}; stop that one or wait for its end")
             fence: int = job.coordinator_fence + 1
             lease = {"coordinator": owner, "coordinator_until": now() + ttl_s, "coordinator_fence": fence}
             connection.execute(update(JobRow).where(JobRow.id == job_id).values(lease))
@@ -176,6 +327,27 @@ class Store:
         with self._database.write() as connection:
             _fenced(connection, job_id, fence)
             connection.execute(update(JobRow).where(JobRow.id == job_id).values(coordinator_until=now() + ttl_s))
+
+    def orders(self, job_id: str, fence: int) -> Orders:
+        """What the user of the job wants now.
+
+        Raises:
+            LeaseLost: Another process took over.
+        """
+        query = select(JobRow.state, JobRow.budget, JobRow.coordinator, JobRow.coordinator_fence).where(JobRow.id == job_id)
+        with self._database.read() as connection:
+            row = connection.execute(query).one()
+        if row.coordinator_fence != fence:
+            raise _taken_over(job_id, row.coordinator)
+        return Orders(row.state, row.budget)
+
+    def waiting_jobs(self) -> list[str]:
+        """Submitted jobs that are to go on and that nobody drives, the oldest first."""
+        wants = and_(JobRow.queue.is_not(None), JobRow.state.in_((JobState.PENDING, JobState.RUNNING)))
+        query = select(JobRow.id, JobRow.coordinator, (JobRow.coordinator_until > now()).label("leased"))
+        with self._database.read() as connection:
+            rows = connection.execute(query.where(wants).order_by(JobRow.created_at, JobRow.id)).all()
+        return [row.id for row in rows if not row.leased or holder_is_dead(row.coordinator)]
 
     def release_coordinator(self, job_id: str, fence: int) -> None:
         """Ends the lease; nothing happens where it was lost before."""
@@ -210,12 +382,16 @@ class Store:
 
         Raises:
             LeaseLost: Another process took over.
+            Conflict: The job is paused or being cancelled.
         """
         with self._database.write() as connection:
+            found = _equal_work(connection, job_id, proposal.eval_key)
             job = _fenced(connection, job_id, fence)
+            if job.state in _STANDING:
+                raise Conflict(f"job {job_id!r} is {job.state}; nothing is proposed for it")
             if proposal.number != job.trials:
                 raise ValueError(f"trial numbers are dense: {proposal.number} cannot follow {job.trials} trials")
-            evaluation_id, state, repeated = _evaluation(connection, job_id, proposal)
+            evaluation_id, state, repeated = found or _new_work(connection, job_id, proposal, job.queue)
             cost = 0.0 if repeated else proposal.cost
             connection.execute(
                 insert(TrialRow).values(
@@ -275,9 +451,13 @@ class Store:
             return leases.take(connection, evaluation_id, worker, ttl_s)
 
     def renew(self, claim: Claim, ttl_s: float) -> bool:
-        """Moves the end of the lease to `ttl_s` seconds from now; False when the claim is void and the work should stop."""
+        """Moves the end of the lease to `ttl_s` seconds from now.
+
+        False when the work should stop: the claim is void, or no job wants the result any more. `release` then puts things right.
+        """
         with self._database.write() as connection:
-            return leases.move(connection, claim.evaluation_id, claim.fence, {"lease_until": now() + ttl_s})
+            moved = leases.move(connection, claim.evaluation_id, claim.fence, {"lease_until": now() + ttl_s})
+            return moved and leases.wanted(connection, claim.evaluation_id)
 
     def complete(self, claim: Claim, measurements: Sequence[Measurement], seconds: float, facts: Mapping[str, Any] | None = None) -> bool:
         """Stores the results; False when the claim was void: they are then kept with the attempt and do not count.
@@ -327,7 +507,7 @@ class Store:
         """
         if failure is FailureClass.LOST:
             raise ValueError("a lost worker is no failure of the candidate; call lost()")
-        attempt = {"failure": str(failure), "message": message, "log": _end(log), "seconds": seconds, "facts": dict(facts or {})}
+        attempt = {"failure": str(failure), "message": storable(message), "log": _end(log), "seconds": seconds, "facts": dict(facts or {})}
         with self._database.write() as connection:
             if not leases.decide(connection, claim.evaluation_id, claim.fence, State.FAILED, "failed", **attempt):
                 leases.keep_late(connection, claim, attempt)
@@ -341,27 +521,98 @@ class Store:
         It is queued again, or quarantined after the third loss. A void claim changes nothing.
         """
         with self._database.write() as connection:
-            leases.lose(connection, claim.evaluation_id, claim.fence, reason, _end(log))
+            leases.lose(connection, claim.evaluation_id, claim.fence, storable(reason), _end(log))
             return connection.execute(select(EvaluationRow.state).where(EvaluationRow.id == claim.evaluation_id)).scalar_one()
 
     def release(self, claim: Claim) -> bool:
-        """Gives the work back unfinished, on an orderly shutdown: no loss is counted. False when the claim was void."""
+        """Gives the work back unfinished, on an orderly shutdown: no loss is counted. False when the claim was void.
+
+        What no job wants any more is cancelled instead.
+        """
         with self._database.write() as connection:
-            if not leases.give_back(connection, claim.evaluation_id, claim.fence, "released"):
-                return False
-            leases.announce(connection, claim.evaluation_id, State.QUEUED, {"reason": "the worker was asked to stop"})
-            return True
+            leases.lock(connection, claim.evaluation_id)
+            if not leases.wanted(connection, claim.evaluation_id):
+                state, body = State.CANCELLED, {}
+                moved = leases.decide(connection, claim.evaluation_id, claim.fence, state, "cancelled")
+            else:
+                state, body = State.QUEUED, {"reason": "the worker was asked to stop"}
+                moved = leases.give_back(connection, claim.evaluation_id, claim.fence, "released")
+            if moved:
+                leases.announce(connection, claim.evaluation_id, state, body)
+            return moved
 
     def reap(self) -> int:
-        """Ends the claims of workers whose lease ran out or who are surely dead, as `lost` does; returns how many."""
+        """Ends the claims of workers whose lease ran out or who are surely dead, as `lost` does; returns how many.
+
+        Jobs whose cancelling was interrupted are cancelled to the end.
+        """
         with self._database.read() as connection:
-            if not leases.expired(connection):  # the usual case, and readers wait for nobody
-                return 0
-        with self._database.write() as connection:
             expired = leases.expired(connection)
-            for evaluation_id, fence, worker in expired:
-                leases.lose(connection, evaluation_id, fence, f"no sign of life from worker {worker}", "")
-            return len(expired)
+            cancelling = connection.execute(select(JobRow.id).where(JobRow.state == JobState.CANCELLING)).scalars().all()
+        for job_id in cancelling:
+            self._sweep(job_id)
+        ended = 0
+        for evaluation_id, fence, worker in expired:
+            with self._database.write() as connection:
+                ended += leases.lose(connection, evaluation_id, fence, f"no sign of life from worker {worker}", "")
+        return ended
+
+    # Messages to workers
+
+    def waiting(self, queues: Iterable[str], limit: int = 1) -> list[int]:
+        """Evaluations that are queued for a worker of these queues, the oldest first."""
+        query = select(OutboxRow.evaluation_id).where(OutboxRow.queue.in_(tuple(queues)))
+        with self._database.read() as connection:
+            return list(connection.execute(query.order_by(OutboxRow.evaluation_id).limit(limit)).scalars())
+
+    def due(self, again_s: float, limit: int = 500) -> list[Message]:
+        """Messages that are to be sent now; each is due again `again_s` seconds later, unless its evaluation is claimed."""
+        is_due = OutboxRow.not_before <= now()
+        with self._database.read() as connection:
+            if connection.execute(select(OutboxRow.evaluation_id).where(is_due).limit(1)).first() is None:
+                return []
+        with self._database.write() as connection:
+            query = select(OutboxRow.evaluation_id, OutboxRow.queue, OutboxRow.sent).where(is_due)
+            rows = connection.execute(query.order_by(OutboxRow.evaluation_id).limit(limit).with_for_update(skip_locked=True)).all()
+            sent = OutboxRow.evaluation_id.in_([row.evaluation_id for row in rows])
+            connection.execute(update(OutboxRow).where(sent).values(not_before=now() + again_s, sent=OutboxRow.sent + 1))
+        return [Message(*row) for row in rows]
+
+    # Workers
+
+    def announce_worker(self, worker: str, queues: Sequence[str], kind: str, facts: Mapping[str, Any], ttl_s: float) -> None:
+        """Notes that a worker takes evaluations of these queues, for `ttl_s` seconds unless it is seen again.
+
+        Args:
+            worker: From `process_identity`.
+            queues: That it listens to.
+            kind: Of its device, as in `gpu.KIND`.
+            facts: What else is to be known of its machine; equal facts are one row.
+            ttl_s: As above.
+        """
+        fingerprint = digest_of([kind, facts])
+        row = {"id": worker, "queues": list(queues), "started_at": now(), "seen_until": now() + ttl_s}
+        with self._database.write() as connection:
+            insert_absent(connection, HardwareRow, {"fingerprint": fingerprint, "kind": kind, "facts": dict(facts), "created_at": now()})
+            hardware = select(HardwareRow.id).where(HardwareRow.fingerprint == fingerprint).scalar_subquery()
+            connection.execute(delete(WorkerRow).where(or_(WorkerRow.id == worker, WorkerRow.seen_until < now() - _FORGOTTEN_S)))
+            connection.execute(insert(WorkerRow).values(hardware_id=hardware, **row))
+
+    def worker_seen(self, worker: str, ttl_s: float) -> None:
+        """Notes that the worker is alive; with `ttl_s` 0, that it has ended."""
+        with self._database.write() as connection:
+            connection.execute(update(WorkerRow).where(WorkerRow.id == worker).values(seen_until=now() + ttl_s))
+
+    def workers(self) -> list[WorkerInfo]:
+        """Workers of the last day, the newest first."""
+        alive = (WorkerRow.seen_until > now()).label("alive")
+        columns = WorkerRow.id, WorkerRow.queues, HardwareRow.kind, HardwareRow.facts, WorkerRow.started_at, WorkerRow.seen_until, alive
+        query = select(*columns).join(HardwareRow, HardwareRow.id == WorkerRow.hardware_id).order_by(WorkerRow.started_at.desc())
+        busy = select(EvaluationRow.worker, EvaluationRow.id).where(EvaluationRow.state == leases.RUNNING)
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+            at = {row.worker: row.id for row in connection.execute(busy)}
+        return [WorkerInfo(*row[:6], row.alive and not holder_is_dead(row.id), at.get(row.id)) for row in rows]
 
     # Reading
 
@@ -376,9 +627,24 @@ class Store:
             raise InputError(f"job {job_id!r} has no trial {number}; it has {self.counts(job_id).trials}, counted from 0")
         return found[0]
 
-    def trials(self, job_id: str, after: int = -1, limit: int = 500) -> list[Trial]:
-        """The next `limit` trials by number, following the trial `after`, the last of the page before."""
-        return self._trials(TRIAL.where(TrialRow.job_id == job_id, TrialRow.number > after).order_by(TrialRow.number).limit(limit))
+    def trials(
+        self, job_id: str, after: int = -1, limit: int = 500, *, states: Iterable[State] | None = None, origin: str | None = None
+    ) -> list[Trial]:
+        """The next `limit` trials by number, following the trial `after`, the last of the page before.
+
+        Args:
+            job_id: The job.
+            after: Number of a trial.
+            limit: Of the page.
+            states: Which; None for all.
+            origin: Which; None for all.
+        """
+        query = TRIAL.where(TrialRow.job_id == job_id, TrialRow.number > after).order_by(TrialRow.number).limit(limit)
+        if states is not None:
+            query = query.where(EvaluationRow.state.in_(tuple(states)))
+        if origin is not None:
+            query = query.where(TrialRow.origin == origin)
+        return self._trials(query)
 
     def attempts(self, evaluation_id: int) -> list[Attempt]:
         """Every try at an evaluation with its log, the first one first."""
@@ -393,6 +659,12 @@ class Store:
         with self._database.read() as connection:
             return [Event(*row) for row in connection.execute(query)]
 
+    def last_events(self, job_ids: Iterable[str]) -> dict[str, int]:
+        """The `seq` of the last event of each of these jobs: tells with one query which have news."""
+        query = select(JobRow.id, JobRow.events).where(JobRow.id.in_(tuple(job_ids)))
+        with self._database.read() as connection:
+            return {row.id: row.events for row in connection.execute(query)}
+
     def _trials(self, query: Select[Any]) -> list[Trial]:
         with self._database.read() as connection:
             rows = connection.execute(query).all()
@@ -403,51 +675,74 @@ class Store:
         return [trial_of(row, measured.get(row.evaluation_id, [])) for row in rows]
 
 
-def _unknown(job_id: str) -> InputError:
-    return InputError(f"this database has no job {job_id!r}; `autoeff ls` shows those it has")
+def _unknown(job_id: str) -> NotFound:
+    return NotFound(f"this database has no job {job_id!r}; `autoeff ls` shows those it has")
+
+
+def _taken_over(job_id: str, coordinator: str | None) -> LeaseLost:
+    return LeaseLost(f"job {job_id!r} is no longer driven by this process but by {coordinator or 'none'}; nothing was written")
 
 
 def _end(log: str) -> str:
-    return log[-LOG_CHARACTERS:]
+    return storable(log[-LOG_CHARACTERS:])
 
 
-def _fenced(connection: Connection, job_id: str, fence: int) -> Row[JobState, int, str | None, int]:
+def _fenced(connection: Connection, job_id: str, fence: int) -> Row[JobState, int, str | None, int, str | None]:
     """The job, locked for this transaction, once `fence` is seen to be its newest."""
-    query = select(JobRow.state, JobRow.trials, JobRow.coordinator, JobRow.coordinator_fence)
+    query = select(JobRow.state, JobRow.trials, JobRow.coordinator, JobRow.coordinator_fence, JobRow.queue)
     row = connection.execute(query.where(JobRow.id == job_id).with_for_update()).one_or_none()
     if row is None:
         raise _unknown(job_id)
     if row.coordinator_fence != fence:
-        raise LeaseLost(f"job {job_id!r} is no longer driven by this process but by {row.coordinator or 'none'}; nothing was written")
+        raise _taken_over(job_id, row.coordinator)
     return row
 
 
-def _evaluation(connection: Connection, job_id: str, proposal: Proposal) -> tuple[int, State, bool]:
-    """The work for a proposal, made where there is none: its id, its state, and whether this job had asked for it before."""
+def _versioned(connection: Connection, job_id: str, version: int | None) -> Row[JobState, int, Any, Any]:
+    """The job, locked for this transaction, once it is seen to be of that version."""
+    query = select(JobRow.state, JobRow.version, JobRow.budget, JobRow.spec)
+    row = connection.execute(query.where(JobRow.id == job_id).with_for_update()).one_or_none()
+    if row is None:
+        raise _unknown(job_id)
+    if version not in (None, row.version):
+        raise Stale(f"job {job_id!r} is of version {row.version}, not {version}; look at it again")
+    return row
+
+
+def _move_job(connection: Connection, job_id: str, before: JobState, state: JobState, values: Mapping[str, Any]) -> None:
+    if state is not before and state not in _NEXT[before]:
+        raise Conflict(f"job {job_id!r} is {before} and cannot become {state}")
+    moved = {"state": state, "ended_at": now() if state.terminal else None, "version": JobRow.version + 1}
+    connection.execute(update(JobRow).where(JobRow.id == job_id).values(moved | dict(values)))
+    if state is not before:
+        said = {"message": values["error"]} if values.get("error") else {}
+        leases.note(connection, job_id, [(f"job.{state}", said)])
+
+
+def _equal_work(connection: Connection, job_id: str, eval_key: str) -> tuple[int, State, bool] | None:
+    """The work of this key that a trial of the job can share: its id, its state, and whether this job had asked for it before."""
     own = select(TrialRow.number).where(TrialRow.evaluation_id == EvaluationRow.id, TrialRow.job_id == job_id).exists()
     reusable = or_(own, EvaluationRow.state.in_((*leases.OPEN, State.SUCCEEDED)))
-    query = select(EvaluationRow.id, EvaluationRow.state, own.label("own")).where(EvaluationRow.eval_key == proposal.eval_key, reusable)
-    row = connection.execute(query.order_by(own.desc(), EvaluationRow.id.desc()).limit(1)).one_or_none()
-    if row is not None:
-        return row.id, row.state, row.own
+    query = select(EvaluationRow.id, EvaluationRow.state, own.label("own")).where(EvaluationRow.eval_key == eval_key, reusable)
+    # Locked, or it could end between this look and the insertion of the trial, which would then never hear of it.
+    row = connection.execute(query.order_by(own.desc(), EvaluationRow.id.desc()).limit(1).with_for_update()).one_or_none()
+    return None if row is None else (row.id, row.state, row.own)
+
+
+def _new_work(connection: Connection, job_id: str, proposal: Proposal, queue: str | None) -> tuple[int, State, bool]:
+    """As `_equal_work`, for a proposal that had none."""
     digest = proposal.configuration.digest
-    if connection.execute(select(ConfigurationRow.digest).where(ConfigurationRow.digest == digest)).first() is None:
-        connection.execute(insert(ConfigurationRow).values(digest=digest, canonical=proposal.configuration.canonical))
-    inserted = connection.execute(
-        insert(EvaluationRow).values(
-            configuration=digest,
-            eval_key=proposal.eval_key,
-            split=proposal.split,
-            windows=proposal.windows,
-            state=State.QUEUED,
-            attempts=0,
-            losses=0,
-            fence=0,
-            created_at=now(),
-        )
-    )
-    assert inserted.inserted_primary_key is not None
-    return inserted.inserted_primary_key[0], State.QUEUED, False
+    insert_absent(connection, ConfigurationRow, {"digest": digest, "canonical": proposal.configuration.canonical})
+    work = {"configuration": digest, "eval_key": proposal.eval_key, "split": proposal.split, "windows": proposal.windows, "queue": queue}
+    begun = {"state": State.QUEUED, "attempts": 0, "losses": 0, "fence": 0, "created_at": now()}
+    inserted = insert_absent(connection, EvaluationRow, work | begun)
+    if inserted is None:  # another job's coordinator was faster
+        found = _equal_work(connection, job_id, proposal.eval_key)
+        assert found is not None
+        return found
+    if queue is not None:
+        leases.ring(connection, inserted[0], queue)
+    return inserted[0], State.QUEUED, False
 
 
 def _mark_told(connection: Connection, job_id: str, numbers: Iterable[int]) -> None:

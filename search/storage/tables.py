@@ -34,19 +34,24 @@ from autoeff.search.storage.records import JobState, State
 
 __all__ = [
     "REVISION",
+    "ApiKeyRow",
     "AttemptRow",
     "Base",
     "ConfigurationRow",
     "EvaluationRow",
     "EventRow",
+    "HardwareRow",
+    "IdempotencyRow",
     "Instant",
     "JobRow",
     "MeasurementRow",
+    "OutboxRow",
     "TrialRow",
+    "WorkerRow",
     "now",
 ]
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration. Known here so that opening a current database does not import Alembic (0.3 s)."""
 
 
@@ -80,7 +85,7 @@ def _now_sqlite(element: now, compiler: SQLCompiler, **_: Any) -> str:
 
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: SQLCompiler, **_: Any) -> str:
-    return "extract(epoch FROM clock_timestamp())"
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 
 
 def _states(kind: type[State] | type[JobState]) -> Enum:
@@ -98,7 +103,15 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map: ClassVar = {datetime: Instant(), dict[str, Any]: JSON(none_as_null=True), float: Double()}
+    type_annotation_map: ClassVar = {
+        datetime: Instant(),
+        dict[str, Any]: JSON(none_as_null=True),
+        list[str]: JSON(),
+        float: Double(),
+    }
+
+
+_OPEN_JOBS = "queue IS NOT NULL AND state IN ('pending', 'running', 'cancelling')"
 
 
 class JobRow(Base):
@@ -106,11 +119,16 @@ class JobRow(Base):
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     state: Mapped[JobState] = mapped_column(_states(JobState))
+    version: Mapped[int]
+    owner: Mapped[str | None] = mapped_column(String(64))
+    queue: Mapped[str | None] = mapped_column(String(64))  # NULL: the process that began it evaluates it
     spec: Mapped[dict[str, Any]]
+    budget: Mapped[dict[str, Any] | None]  # NULL: that of the spec
     preflight: Mapped[dict[str, Any]]
     space: Mapped[dict[str, Any]]
     setup_digest: Mapped[str] = mapped_column(String(64))
     result: Mapped[dict[str, Any] | None]
+    error: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
     coordinator: Mapped[str | None] = mapped_column(Text)
@@ -121,10 +139,15 @@ class JobRow(Base):
     succeeded: Mapped[int]
     failed: Mapped[int]
     quarantined: Mapped[int]
+    cancelled: Mapped[int]
     cost: Mapped[float]
     events: Mapped[int]
 
-    __table_args__ = (Index(None, "created_at", "id"),)
+    __table_args__ = (
+        Index(None, "created_at", "id"),
+        Index(None, "owner", "created_at", "id"),
+        Index("ix_job_open", "state", sqlite_where=text(_OPEN_JOBS), postgresql_where=text(_OPEN_JOBS)),
+    )
 
 
 class ConfigurationRow(Base):
@@ -142,6 +165,7 @@ class EvaluationRow(Base):
     eval_key: Mapped[str] = mapped_column(String(64))
     split: Mapped[str] = mapped_column(String(16))
     windows: Mapped[int]
+    queue: Mapped[str | None] = mapped_column(String(64))
     state: Mapped[State] = mapped_column(_states(State))
     attempts: Mapped[int]
     losses: Mapped[int]
@@ -229,3 +253,65 @@ class EventRow(Base):
     kind: Mapped[str] = mapped_column(String(32))
     body: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
+
+
+class OutboxRow(Base):
+    """A queued evaluation whose message is to be sent, or sent again: gone when it is claimed."""
+
+    __tablename__ = "outbox"
+
+    evaluation_id: Mapped[int] = mapped_column(ForeignKey("evaluation.id"), primary_key=True)
+    queue: Mapped[str] = mapped_column(String(64))
+    not_before: Mapped[datetime]
+    sent: Mapped[int]
+
+    __table_args__ = (Index(None, "queue", "evaluation_id"), Index(None, "not_before"))
+
+
+class HardwareRow(Base):
+    __tablename__ = "hardware"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64), unique=True)
+    kind: Mapped[str] = mapped_column(String(64))
+    facts: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class WorkerRow(Base):
+    __tablename__ = "worker"
+
+    id: Mapped[str] = mapped_column(String(255), primary_key=True)  # the process identity under which it claims
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    queues: Mapped[list[str]]
+    started_at: Mapped[datetime]
+    seen_until: Mapped[datetime]
+
+    __table_args__ = (Index(None, "seen_until"),)
+
+
+class ApiKeyRow(Base):
+    __tablename__ = "api_key"
+
+    prefix: Mapped[str] = mapped_column(String(16), primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    sha256: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[list[str]]
+    owner: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class IdempotencyRow(Base):
+    __tablename__ = "idempotency"
+
+    key_prefix: Mapped[str] = mapped_column(ForeignKey("api_key.prefix"), primary_key=True)
+    idempotency_key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    request_hash: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int]
+    body: Mapped[dict[str, Any]]
+    expires_at: Mapped[datetime]
+
+    __table_args__ = (Index(None, "expires_at"),)

@@ -13,7 +13,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-__all__ = ["configuration", "upgrade"]
+__all__ = ["check_known", "configuration", "upgrade"]
 
 
 def configuration(connection: Connection) -> Config:
@@ -24,14 +24,13 @@ def configuration(connection: Connection) -> Config:
     return config
 
 
-def upgrade(connection: Connection, found: str | None) -> None:
-    """Brings the database from revision `found` to the newest one, inside the connection's transaction.
-
-    Raises:
-        LookupError: `found` is no revision of this version.
-    """
-    config = configuration(connection)
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+def check_known(connection: Connection, found: str | None) -> None:
+    """Raises LookupError where `found` is no revision of this version."""
+    known = {script.revision for script in ScriptDirectory.from_config(configuration(connection)).walk_revisions()}
     if found is not None and found not in known:
         raise LookupError(found)
-    command.upgrade(config, "head")
+
+
+def upgrade(connection: Connection) -> None:
+    """Brings the database to the newest revision, inside the connection's transaction."""
+    command.upgrade(configuration(connection), "head")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from autoeff.search.storage.migrations.triggers import freeze
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -115,21 +117,13 @@ def upgrade() -> None:
         sa.Column("body", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
     )
-    _freeze("attempt", "UPDATE OF outcome, ended_at, seconds, failure, message, log, facts", "OLD.outcome IS NOT NULL")
-    _freeze("evaluation", "UPDATE", "OLD.state IN ('succeeded', 'failed', 'quarantined')")
+    freeze("attempt", "UPDATE OF outcome, ended_at, seconds, failure, message, log, facts", "OLD.outcome IS NOT NULL")
+    freeze("evaluation", "UPDATE", "OLD.state IN ('succeeded', 'failed', 'quarantined')")
     for table in ("measurement", "event"):
-        _freeze(table, "UPDATE")
+        freeze(table, "UPDATE")
     for table in ("evaluation", "attempt", "measurement", "event"):
-        _freeze(table, "DELETE")
+        freeze(table, "DELETE")
 
 
 def _create_partial_index(name: str, table: str, columns: list[str], where: str, *, unique: bool = False) -> None:
     op.create_index(name, table, columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
-
-
-def _freeze(table: str, operation: str, when: str = "1") -> None:
-    # SQLite's dialect of triggers.
-    op.execute(
-        f"CREATE TRIGGER {table}_{operation.split()[0].lower()}_is_final BEFORE {operation} ON {table} WHEN {when} "
-        f"BEGIN SELECT RAISE(ABORT, '{table} is final'); END"
-    )
