@@ -185,7 +185,7 @@ class Database:
 
 def insert_absent(connection: Connection, into: type[Base], values: Mapping[str, Any]) -> Row[Any] | None:
     """Inserts a row and returns its primary key; None where a unique key of it is taken."""
-    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
+    insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
     statement = insert(into).values(**values).on_conflict_do_nothing().returning(*inspect(into).primary_key)
     return connection.execute(statement).one_or_none()
 

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, inspect
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 
-from autoeff.errors import AutoeffError, ExitCode, InputError
+from autoeff.errors import AutoeffError, ExitCode, InputError, StorageError
 from autoeff.search.storage import JobState, Proposal, State, Store, database
 from autoeff.search.storage.database import Database
 from autoeff.search.storage.migrations import configuration
@@ -65,7 +65,8 @@ class TestOpening:
         ("url", "says"),
         [
             ("autoeff.db", "no database URL"),
-            ("postgresql://me:secret@host/autoeff", "not supported"),
+            ("mysql://me:secret@host/autoeff", "not supported"),
+            ("postgresql://me:secret@host", "names no database"),
             ("sqlite://", "name a file"),
             ("sqlite:///:memory:", "name a file"),
             ("sqlite:///file:x?mode=memory&uri=true", "name a file"),
@@ -218,7 +219,7 @@ class TestFailing:
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(AutoeffError, match="database or disk is full; free some space") as caught:
             store.propose(*job, proposal(1, sampler_state={"x": "y" * 100_000}))
-        assert type(caught.value) is AutoeffError
+        assert type(caught.value) is StorageError
         assert "\n" not in str(caught.value)
         assert store.counts("job").trials == 1
         with store._database.write() as connection:
@@ -233,9 +234,7 @@ class TestFailing:
             with pytest.raises(AutoeffError, match="database is locked; another process has been writing"):
                 store.create_job("job", {}, {}, {}, "0" * 64)
             assert store.jobs() == []  # readers do not wait
-            with pytest.raises(AutoeffError, match="database is locked") as caught:
-                Store.open(url)
-            assert not isinstance(caught.value, InputError)
+            Store.open(url).close()  # nor does opening what needs no upgrade
             other.rollback()
             store.create_job("job", {}, {}, {}, "0" * 64)
 
@@ -246,4 +245,4 @@ class TestFailing:
 
 def test_every_dialect_has_a_clock_in_utc_seconds() -> None:
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-    assert str(now().compile(dialect=dialect)) == "extract(epoch FROM clock_timestamp())"
+    assert str(now().compile(dialect=dialect)) == "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
