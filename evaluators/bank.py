@@ -110,7 +110,7 @@ class Bank:
         if (entry := _read(path)) is not None:
             return entry
         *before, step = chain
-        tensors = step.knob.build(step.site, step.level, self._material(tuple(before), step.linears, step.knob.needs))
+        tensors = step.knob.build(step.site, step.level, self.material(tuple(before), step.linears, step.knob.needs))
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"entry": canonical_json(self._facts(chain))})
         try:
             _write(path, data)
@@ -127,7 +127,7 @@ class Bank:
         if key in self._decoded:
             self._decoded.move_to_end(key)
             return self._decoded[key]
-        material = self._material(chain, linears)
+        material = self.material(chain, linears)
         entry = {self._linears[name].weight: self._place(material.parameter(self._linears[name])) for name in linears}
         self._decoded[key] = entry
         self._decoded_bytes += _bytes(entry)
@@ -143,10 +143,10 @@ class Bank:
             beside = sum(size for part, size in parts.items() if part in chain[i].knob.beside)
             total += beside
             values = sum(parts.values()) - beside if parts else values
-        return total + (self._material(chain, [linear]).weights[linear].nbytes if values is None else values)
+        return total + (self.material(chain, [linear]).weights[linear].nbytes if values is None else values)
 
-    def _material(self, chain: Chain, linears: Sequence[str], needs: Collection[str] = ()) -> Material:
-        """The linears after the steps of a chain."""
+    def material(self, chain: Chain, linears: Sequence[str], needs: Collection[str] = ()) -> Material:
+        """The linears after the steps of a chain, with the statistics that are asked for."""
         tensors = self.statistics.tensors
         statistics = {name: tensors[name] for linear in linears for need in needs if (name := f"{linear}.{need}") in tensors}
         material = Material({name: self._weights(name) for name in linears}, statistics=statistics)

@@ -185,7 +185,7 @@ def _trial(side: _Side, trial: Trial, held_out: bool) -> dict[str, Any]:
         "trial": trial.number,
         "digest": trial.configuration.digest,
         "origin": trial.origin,
-        "costs": {m.name: m.value for m in trial.measurements if m.method == "exact" or (m.own and m.name != quality)},
+        "costs": {m.name: m.value for m in trial.measurements if m.is_cost or (m.own and m.name != quality)},
         quality: trial.value(quality),
         f"{quality}_held_out": value,
     }

@@ -252,7 +252,10 @@ class Coordinator:
             windows=candidate.windows,
             cost=candidate.windows / self._problem.windows if split == "search" else 0.0,
             eval_key=digest_of([self._subject.digest, configuration.digest, split, candidate.windows]),
-            costs=self._problem.cost_model.values(candidate.indices),
+            costs={
+                m.name: m.value if m.method == "exact" else {"value": m.value, "method": m.method}
+                for m in self._problem.cost_model.measurements(candidate.indices)
+            },
             feasible=self._problem.feasible(candidate.indices),
             label=candidate.label,
             sampler_state=state,

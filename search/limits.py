@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -18,6 +18,7 @@ __all__ = ["Limit", "check_reachable", "cost_limits", "feasible", "least_reachab
 
 _FORM = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>|==|=)\s*((?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)\s*([A-Za-z]*)\s*")
 _BYTES = {"B": 1} | {f"{letter}{mark}B": base ** (i + 1) for i, letter in enumerate("KMGT") for mark, base in (("", 1000), ("i", 1024))}
+_TIMES = {"us": Fraction(1, 1000), "ms": Fraction(1), "s": Fraction(1000)}
 _EXAMPLE = "write for example weight_bytes<=0.30x, linear_bytes<=900MB or avg_bits<=3.5"
 
 
@@ -73,11 +74,12 @@ def parse_limit(text: str, cost_model: CostModel, quality: str = "kl") -> Limit:
             raise InputError(f"limit {text!r}: {name} of the dense model is 0, so it takes an absolute bound such as {name}<=0.1")
         return Limit(name, value * cost_model.dense(name), text.strip())
     if unit:
-        if not _is_bytes(name):
+        units = _units(name)
+        if not units:
             raise InputError(f"limit {text!r}: {name} is in {MEASURES[name].unit} and takes no {unit!r}; write a plain number or 0.30x")
-        if unit not in _BYTES:
-            raise InputError(f"limit {text!r}: unknown unit {unit!r}; allowed: {', '.join(_BYTES)} and x")
-        value *= _BYTES[unit]
+        if unit not in units:
+            raise InputError(f"limit {text!r}: unknown unit {unit!r}; allowed: {', '.join(units)} and x")
+        value *= units[unit]
     return Limit(name, value, text.strip())
 
 
@@ -136,13 +138,16 @@ def check_reachable(limits: Sequence[Limit], cost_model: CostModel) -> None:
         raise UnreachableLimit(f"limit {last.text!r} cannot be kept together with {rest}: under those {least_text}; raise one of them")
 
 
-def _is_bytes(name: str) -> bool:
-    return MEASURES[name].unit.startswith("bytes")
+def _units(name: str) -> Mapping[str, int | Fraction]:
+    """The units that a limit on a measure may be written in, by their size in the measure's own."""
+    unit = MEASURES[name].unit
+    return _BYTES if unit.startswith("bytes") else _TIMES if unit == "ms" else {}
 
 
 def _like(limit: Limit, value: Fraction, cost_model: CostModel) -> str:
     """`value` in the form of the limit's own text, rounded up so that it can be used as a limit."""
-    unit = limit.text[len(limit.text.rstrip("xBKMGTi")) :]
-    scale = cost_model.dense(limit.name) if unit == "x" else Fraction(_BYTES.get(unit, 1))
-    digits = 0 if not unit and _is_bytes(limit.name) else 4
+    unit = limit.text[len(limit.text.rstrip("xBKMGTimus")) :]
+    units = _units(limit.name)
+    scale = cost_model.dense(limit.name) if unit == "x" else Fraction(units.get(unit, 1))
+    digits = 0 if not unit and "B" in units else 4
     return f"{ceil(value / scale * 10**digits) / 10**digits:.{digits}f}{unit}"

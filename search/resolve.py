@@ -318,7 +318,7 @@ def _resolution(
 def _row(problem: Problem, prediction: Prediction) -> dict[str, Any]:
     """As the public row of a trial."""
     configuration = problem.space.at(prediction.indices)
-    costs = [Measurement(name, value, method="exact") for name, value in problem.cost_model.values(prediction.indices).items()]
+    costs = problem.cost_model.measurements(prediction.indices)
     quality = Measurement(problem.quality, prediction.value, "search", spread=prediction.deviation, method="predicted")
     return {
         "digest": configuration.digest,

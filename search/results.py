@@ -160,7 +160,7 @@ class Results:
         row: dict[str, Any] = {"role": role, "label": label, "trial": trial.number, "point": point}
         row["feasible"] = trial.feasible and self.problem.violation(trial.value) == 0
         row["origin"] = trial.origin
-        row["costs"] = {m.name: m.value for m in trial.measurements if m.method == "exact" or (m.own and m.name != self.problem.quality)}
+        row["costs"] = {m.name: m.value for m in trial.measurements if m.is_cost or (m.own and m.name != self.problem.quality)}
         row["search"] = trial.value(self.problem.quality)
         names = {"held_out": f"{self.problem.quality}_held_out"}
         for key in ("held_out", "perplexity_held_out", "spearman_held_out"):

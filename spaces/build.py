@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level
-from autoeff.spaces.knob import KINDS, Knob, make_knob
+from autoeff.spaces.knob import KINDS, Cost, Knob, make_knob
 from autoeff.spaces.sites import BYTES_DENSE, Linear, Site, Structure
 from autoeff.spaces.space import Context, Decision, SearchSpace
 
-__all__ = ["SpaceSpec", "build_space"]
+__all__ = ["FurtherCost", "SpaceSpec", "build_space"]
+
+FurtherCost = Callable[[Knob, Site, Level, Cost], Cost]
+"""What a level changes beyond the cost that its knob states, at a site as earlier levels leave it."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,16 @@ class SpaceSpec:
     untie: bool = False
 
 
-def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dict[str, Knob]]:
+def build_space(
+    structure: Structure, spec: SpaceSpec, further: FurtherCost = lambda knob, site, level, cost: {}, dense: Cost | None = None
+) -> tuple[SearchSpace, dict[str, Knob]]:
     """The space of `structure` under `spec`, and its knobs by name.
+
+    Args:
+        structure: Blocks and sites.
+        spec: What the user says.
+        further: Changes of primary quantities that only a machine can tell, such as times.
+        dense: Their values for the dense model.
 
     Raises:
         InputError: Unknown or conflicting knobs, a glob that matches nothing, or no decision left.
@@ -67,7 +78,7 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
         contexts = {(): {}} if parent is None else shapes[parent]
         seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}
         branches = _branches(knob, site, levels)
-        costs = {context: tuple(dict(knob.cost(as_left, level)) for level in levels) for context, as_left in seen.items()}
+        costs = {context: tuple(_cost(knob, as_left, level, further) for level in levels) for context, as_left in seen.items()}
         decisions.append(Decision(site.name, name, site.block, levels, costs, parent, branches, knob.uniform))
         followed = {branch: level for branch, level in zip(reversed(branches), reversed(levels), strict=True) if branch is not None}
         shapes.append(
@@ -84,7 +95,16 @@ def build_space(structure: Structure, spec: SpaceSpec) -> tuple[SearchSpace, dic
             shaping.update(latest)
     if not decisions:
         raise InputError(f"the space is empty: include, exclude and levels leave nothing to decide for {', '.join(knobs) or 'no knob'}")
-    return SearchSpace(tuple(decisions), _dense(structure)), knobs
+    return SearchSpace(tuple(decisions), _dense(structure) | dict(dense or {})), knobs
+
+
+def _cost(knob: Knob, site: Site, level: Level, further: FurtherCost) -> dict[str, int]:
+    """The knob's own cost, what of its bytes is not read for a token, and what `further` adds."""
+    cost = knob.cost(site, level)
+    read = {}
+    if "linear_bytes" in cost and (knob.kind == "structure" or knob.kernel(site, level) is not None):
+        read["read_bytes"] = cost["linear_bytes"]
+    return {**cost, **read, **further(knob, site, level, cost)}
 
 
 def _reshaped(site: Site, linears: Mapping[str, Linear]) -> Site:
@@ -138,6 +158,7 @@ def _dense(structure: Structure) -> dict[str, int]:
     linear = sum(item.parameters for item in structure.linears)
     return {
         "linear_bytes": linear * BYTES_DENSE,
+        "read_bytes": linear * BYTES_DENSE,
         "linear_parameters": linear,
         "other_bytes": (structure.parameters - linear) * BYTES_DENSE,
         "lookup_bytes": structure.lookup_parameters * BYTES_DENSE,

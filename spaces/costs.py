@@ -10,17 +10,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from autoeff.spaces.measurements import Measurement, Method
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["Affine", "CostModel"]
+__all__ = ["LATENCIES", "Affine", "CostModel"]
+
+LATENCIES: Mapping[str, tuple[str, Method]] = {
+    "decode_ns": ("decode_ms", "predicted"),
+    "prefill_ns": ("prefill_ms", "predicted"),
+    "decode_floor_ns": ("decode_ms", "estimated"),
+    "prefill_floor_ns": ("prefill_ms", "estimated"),
+}
+"""Measure and method of the primary quantities that are times: composed of measured kernels, or floors from a data sheet."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """`offset + sum(coefficient x primary quantity)`."""
+    """`offset + sum(coefficient x primary quantity)`; the arithmetic is exact, `method` says what the quantities are."""
 
     offset: Fraction
     coefficients: Mapping[str, Fraction]
+    method: Method = "exact"
 
     def __call__(self, primary: Mapping[str, int]) -> Fraction:
         return self.offset + sum((c * primary[name] for name, c in self.coefficients.items()), Fraction(0))
@@ -40,6 +50,7 @@ class CostModel:
     def __init__(self, space: SearchSpace, *, batch: int, context: int) -> None:
         dense = space.dense
         one = Fraction(1)
+        read = "read_bytes" if "read_bytes" in dense else "linear_bytes"
         self.space = space
         self.measures: dict[str, Affine] = {
             "linear_bytes": Affine(Fraction(0), {"linear_bytes": one}),
@@ -48,10 +59,13 @@ class CostModel:
             "kv_bytes": Affine(Fraction(0), {"kv_bytes_per_token": Fraction(batch * context)}),
             "bytes_per_token": Affine(
                 Fraction(dense["other_bytes"] - dense["lookup_bytes"], batch),
-                {"linear_bytes": Fraction(1, batch), "kv_bytes_per_token": Fraction(context)},
+                {read: Fraction(1, batch), "kv_bytes_per_token": Fraction(context)},
             ),
             "flops_per_token": Affine(Fraction(0), {"flops_per_token": one}),
         }
+        for quantity, (name, method) in LATENCIES.items():
+            if quantity in dense:
+                self.measures[name] = Affine(Fraction(0), {quantity: Fraction(1, 10**6)}, method)
 
     def exact(self, name: str, indices: Sequence[int]) -> Fraction:
         """The exact value of a cost measure."""
@@ -61,6 +75,10 @@ class CostModel:
         """Every cost measure as stored in results."""
         primary = self.space.primary(indices)
         return {name: float(form(primary)) for name, form in self.measures.items()}
+
+    def measurements(self, indices: Sequence[int]) -> list[Measurement]:
+        """The same with how each value came about."""
+        return [Measurement(name, value, method=self.measures[name].method) for name, value in self.values(indices).items()]
 
     def dense(self, name: str) -> Fraction:
         """The dense model's value, to which `0.30x` refers."""

@@ -109,8 +109,15 @@ class Knob(ABC):
         return swap(model, {})
 
     def kernel(self, site: Site, level: Level) -> str | None:
-        """The file of `kernels/` that serves this level; None means that its latency is dense."""
+        """The file of `kernels/` that serves this level at the site as earlier levels leave it.
+
+        None means that the linears are served dense: with that latency, and reading those bytes.
+        """
         return None
+
+    def kernel_settings(self, site: Site, level: Level) -> Mapping[str, int]:
+        """What that kernel must be told besides the shapes, such as `bits` and `group`; latency tables are keyed by it."""
+        return {}
 
     @property
     def of_values(self) -> bool:

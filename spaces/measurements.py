@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from autoeff.errors import InputError
 
-__all__ = ["MEASURES", "Measure", "Measurement", "Split", "described", "measure"]
+__all__ = ["MEASURES", "Measure", "Measurement", "Method", "Split", "described", "measure"]
 
 Split = Literal["search", "held_out"]
 Method = Literal["exact", "measured", "predicted", "estimated"]
@@ -83,6 +83,11 @@ class Measurement:
     def unit(self) -> str:
         return described(self.name).unit
 
+    @property
+    def is_cost(self) -> bool:
+        """Whether arithmetic gives it before any forward pass."""
+        return not self.own and described(self.name).kind == "cost"
+
     def to_json(self) -> dict[str, Any]:
         """The public form; None fields are left out."""
         row: dict[str, Any] = {"value": self.value, "unit": self.unit}
@@ -105,6 +110,8 @@ _ROWS = (
     Measure("kv_bytes", "bytes", "cost", "key/value cache at the job's batch and context, 16 bit"),
     Measure("bytes_per_token", "bytes/token", "cost", "weight and cache bytes read per decoded token at the job's batch and context"),
     Measure("flops_per_token", "FLOP/token", "cost", "floating-point operations of the linears per token"),
+    Measure("decode_ms", "ms", "cost", "time of one decoding step at the job's batch and context, composed of measured kernels"),
+    Measure("prefill_ms", "ms", "cost", "time to process prompts of the job's context, batch of them at once, composed of measured kernels"),
 )
 MEASURES = {row.name: row for row in _ROWS}
 _ACCURACY = "accuracy:"  # followed by the name of a task

@@ -99,7 +99,13 @@ class Bits(Knob):
         return material.with_weights(values)
 
     def kernel(self, site: Site, level: Level) -> str | None:
-        return None if level == _DENSE else "dequantize_wq"
+        """No kernel reads codes under a mask."""
+        if level == _DENSE or any(linear.kept is not None for linear in site.linears):
+            return None
+        return "moe" if any(linear.experts for linear in site.linears) else "linear_wq"
+
+    def kernel_settings(self, site: Site, level: Level) -> Mapping[str, int]:
+        return {} if level == _DENSE else {"bits": int(level), "group": self.group_size, "symmetric": int(self.symmetric)}
 
     @cached_property
     def _quantizer(self) -> Quantizer:

@@ -133,7 +133,7 @@ def test_bfloat16_weights_can_be_built() -> None:
 
 def test_levels_below_sixteen_are_served_by_a_kernel() -> None:
     site = _site((4, 64))
-    assert {level: Bits().kernel(site, level) for level in (16, 4)} == {16: None, 4: "dequantize_wq"}
+    assert {level: Bits().kernel(site, level) for level in (16, 4)} == {16: None, 4: "linear_wq"}
 
 
 @pytest.mark.parametrize(
