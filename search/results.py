@@ -10,10 +10,17 @@ from autoeff.search.guests import DamageTable
 from autoeff.search.limits import Limit, feasible
 from autoeff.search.pareto import non_dominated
 from autoeff.search.samplers.problem import OperatingPoint, Problem
-from autoeff.search.storage.records import State, Trial
+from autoeff.search.storage.records import Job, State, Trial
 from autoeff.search.storage.store import Store
+from autoeff.spaces.configuration import digest_of
+from autoeff.spaces.measurements import Split
 
-__all__ = ["Results", "all_trials", "rows_of"]
+__all__ = ["Results", "all_trials", "evaluation_key", "page_of", "rows_of"]
+
+
+def evaluation_key(setup_digest: str, configuration_digest: str, split: Split, windows: int) -> str:
+    """Names the work behind a trial: equal keys are equal work, of whatever job."""
+    return digest_of([setup_digest, configuration_digest, split, windows])
 
 
 def all_trials(store: Store, job_id: str) -> list[Trial]:
@@ -27,13 +34,28 @@ def all_trials(store: Store, job_id: str) -> list[Trial]:
 def rows_of(store: Store, job_id: str) -> list[dict[str, Any]]:
     """The JSON row of every trial; what a configuration measured on held-out text stands in the rows of its search trials too."""
     trials = all_trials(store, job_id)
-    held_out = {t.configuration.digest: t for t in trials if t.split == "held_out" and t.state is State.SUCCEEDED}
+    return _rows(trials, trials)
+
+
+def page_of(store: Store, job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The rows of some trials, as `rows_of` gives them, without reading the others."""
+    text = job.preflight.get("text")
+    if not text:  # own code has none
+        return _rows(trials, ())
+    windows = text["held_out"]["windows"]
+    digests = dict.fromkeys(trial.configuration.digest for trial in trials)
+    keys = [evaluation_key(job.setup_digest, digest, "held_out", windows) for digest in digests]
+    return _rows(trials, store.of_keys(job.id, keys))
+
+
+def _rows(trials: Iterable[Trial], confirmed: Iterable[Trial]) -> list[dict[str, Any]]:
+    held_out = {t.configuration.digest: t for t in confirmed if t.split == "held_out" and t.state is State.SUCCEEDED}
     rows = []
     for trial in trials:
         row = trial.to_json()
-        confirmed = held_out.get(trial.configuration.digest)
-        if confirmed is not None and trial.split == "search":
-            row["measurements"].update({m.name: m.to_json() for m in confirmed.measurements if m.split == "held_out"})
+        confirmation = held_out.get(trial.configuration.digest)
+        if confirmation is not None and trial.split == "search":
+            row["measurements"].update({m.name: m.to_json() for m in confirmation.measurements if m.split == "held_out"})
         rows.append(row)
     return rows
 

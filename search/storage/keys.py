@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import Row, and_, func, insert, or_, select, update
 
@@ -16,6 +16,7 @@ __all__ = ["KeyRing"]
 
 _USED_S = 60.0
 """The last use of a key is known to the minute: a call that only reads should not have to write."""
+_DAY_S = 86_400.0
 _KEY = select(ApiKeyRow.__table__)
 _GOOD = and_(ApiKeyRow.revoked_at.is_(None), or_(ApiKeyRow.expires_at.is_(None), ApiKeyRow.expires_at > now()))
 
@@ -30,25 +31,28 @@ class KeyRing:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def make(self, owner: str, scopes: Sequence[str], *, days: int | None = None, first: bool = False) -> tuple[Key, Minted] | None:
+    def empty(self) -> bool:
+        """Whether no key was ever made."""
+        with self._database.read() as connection:
+            return connection.execute(select(func.count()).select_from(ApiKeyRow)).scalar_one() == 0
+
+    def make(self, name: str, owner: str, scopes: Sequence[str], days: int | None = None) -> tuple[Key, Minted]:
         """Makes a key and stores its hash; its text is in the answer and nowhere else.
 
         Args:
+            name: For people.
             owner: Whose jobs it sees.
             scopes: Of `SCOPES`.
             days: After which it ends; None never.
-            first: Only where there is no key at all; None is returned where there is one.
 
         Raises:
-            InputError: An unknown scope or an owner that is no name.
+            InputError: An unknown scope, or a name or an owner that cannot be one.
         """
-        scopes = check_scopes(owner, scopes)
+        scopes = check_scopes(name, owner, scopes)
         minted = mint()
+        ends = None if days is None else now() + days * _DAY_S
+        values = {"prefix": minted.prefix, "name": name, "sha256": minted.sha256, "scopes": list(scopes), "owner": owner}
         with self._database.write() as connection:
-            if first and connection.execute(select(func.count()).select_from(ApiKeyRow)).scalar_one():
-                return None
-            ends = None if days is None else now() + timedelta(days=days).total_seconds()
-            values = {"prefix": minted.prefix, "sha256": minted.sha256, "scopes": list(scopes), "owner": owner}
             connection.execute(insert(ApiKeyRow).values(**values, created_at=now(), expires_at=ends))
             row = connection.execute(_KEY.where(ApiKeyRow.prefix == minted.prefix)).one()
         return _key(row), minted
@@ -56,7 +60,7 @@ class KeyRing:
     def all(self) -> list[Key]:
         """Every key, the newest first, revoked ones too."""
         with self._database.read() as connection:
-            return [_key(row) for row in connection.execute(_KEY.order_by(ApiKeyRow.id.desc()))]
+            return [_key(row) for row in connection.execute(_KEY.order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.prefix))]
 
     def good(self, prefix: str) -> tuple[Key, str] | None:
         """The key of this prefix and its hash, if it is neither revoked nor expired."""
@@ -69,7 +73,7 @@ class KeyRing:
         stale = or_(ApiKeyRow.last_used_at.is_(None), ApiKeyRow.last_used_at < now() - _USED_S)
         mine = and_(ApiKeyRow.prefix == prefix, stale)
         with self._database.read() as connection:
-            if connection.execute(select(ApiKeyRow.id).where(mine)).first() is None:
+            if connection.execute(select(ApiKeyRow.prefix).where(mine)).first() is None:
                 return
         with self._database.write() as connection:
             connection.execute(update(ApiKeyRow).where(mine).values(last_used_at=now()))
@@ -89,8 +93,8 @@ class KeyRing:
         return _key(row)
 
 
-def _key(row: Row[tuple[int, str, str, list[str], str, datetime, datetime | None, datetime | None, datetime | None]]) -> Key:
+def _key(row: Row[Any]) -> Key:
     return Key(
-        id=row.id, prefix=row.prefix, owner=row.owner, scopes=tuple(row.scopes), created_at=row.created_at, expires_at=row.expires_at,
+        prefix=row.prefix, name=row.name, owner=row.owner, scopes=tuple(row.scopes), created_at=row.created_at, expires_at=row.expires_at,
         revoked_at=row.revoked_at, last_used_at=row.last_used_at,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Self
 from sqlalchemy import Connection, Row, Select, and_, delete, insert, or_, select, tuple_, update
 
 from autoeff.errors import Conflict, FailureClass, InputError, LeaseLost, NotFound, Stale
+from autoeff.search.keys import LOCAL
 from autoeff.search.storage import leases
 from autoeff.search.storage.database import Database, insert_absent, storable
 from autoeff.search.storage.holders import holder_is_dead
@@ -155,14 +156,15 @@ class Store:
 
         Args:
             job_id: Of the job.
-            owner: Where given, a job of somebody else is as unknown as one that does not exist.
+            owner: Where given, a job of somebody else is as unknown as one that does not exist. Those without an owner, begun without
+                a server, are the jobs of `LOCAL`.
 
         Raises:
             NotFound: There is none.
         """
         with self._database.read() as connection:
             row = connection.execute(JOB.where(JobRow.id == job_id)).one_or_none()
-        if row is None or owner not in (None, row.owner):
+        if row is None or owner not in (None, row.owner or LOCAL):
             raise _unknown(job_id)
         return job_of(row)
 
@@ -179,7 +181,7 @@ class Store:
         """
         query = JOB.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
         if owner is not None:
-            query = query.where(JobRow.owner == owner)
+            query = query.where(or_(JobRow.owner == owner, JobRow.owner.is_(None)) if owner == LOCAL else JobRow.owner == owner)
         if states is not None:
             query = query.where(JobRow.state.in_(tuple(states)))
         if before is not None:
@@ -658,6 +660,11 @@ class Store:
         query = query.where(EventRow.job_id == job_id, EventRow.seq > after).order_by(EventRow.seq).limit(limit)
         with self._database.read() as connection:
             return [Event(*row) for row in connection.execute(query)]
+    def of_keys(self, job_id: str, eval_keys: Iterable[str]) -> list[Trial]:
+        """The trials of a job behind which stands the work of one of these keys, by number."""
+        these = EvaluationRow.eval_key.in_(tuple(eval_keys))
+        return self._trials(TRIAL.where(TrialRow.job_id == job_id, these).order_by(TrialRow.number))
+
 
     def last_events(self, job_ids: Iterable[str]) -> dict[str, int]:
         """The `seq` of the last event of each of these jobs: tells with one query which have news."""

@@ -1,0 +1,82 @@
+"""Processes for what takes seconds: planning, solving for a new budget, exporting.
+
+Calls go to a pool of spawned processes, so that neither the interpreter lock nor the memory that a model takes is the server's. A process
+that dies takes its call with it and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import ParamSpec, TypeVar
+
+from autoeff.api.problems import ApiError
+
+__all__ = ["Backroom"]
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+class Backroom:
+    """A few processes that wait for work.
+
+    Args:
+        processes: How many; they start when they are first needed.
+        timeout_s: How long a request waits for an answer.
+    """
+
+    def __init__(self, processes: int = 1, timeout_s: float = 30.0) -> None:
+        self._processes, self._timeout_s = processes, timeout_s
+        self._pool: ProcessPoolExecutor | None = None
+
+    async def ask(self, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        """What `function`, of a module, returns; its errors are raised here.
+
+        Raises:
+            ApiError: 503: it took too long, or its process died.
+        """
+        future = self.start(function, *args, **kwargs)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
+        except TimeoutError:
+            message = f"this takes more than {self._timeout_s:g} s here; submit the job, which is checked before it starts"
+            raise ApiError(503, "timeout", message, {"Retry-After": "30"}) from None
+        except BrokenProcessPool:
+            self._pool = None
+            raise ApiError(503, "unavailable", "the process that worked on this died; try again", {"Retry-After": "5"}) from None
+
+    def start(self, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Future[Result]:
+        """Begins and does not wait."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"), _leave_with_parent)
+        try:
+            return self._pool.submit(function, *args, **kwargs)
+        except BrokenProcessPool:
+            self._pool = None
+            return self.start(function, *args, **kwargs)
+
+    def close(self) -> None:
+        """Ends the processes; what has not begun never will."""
+        if self._pool is not None:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_with_parent() -> None:
+    """Ends this process soon after the server that started it, however that ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,177 @@
+"""What a job leaves for download: its report, and trials written out as archives.
+
+An archive is named by its trial and format, and is made once: its description is written last, so that what has one is whole. Asking
+again for what is there, or under way, starts nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import Any
+
+from autoeff.api.backroom import Backroom
+from autoeff.errors import AutoeffError, NotFound
+from autoeff.search.runs import write_file
+from autoeff.search.settings import Settings
+
+__all__ = ["FILES", "Exports", "export_archive"]
+
+FILES = {"report.html": "text/html", "front.png": "image/png", "damage.png": "image/png", "runner.log": "text/plain"}
+"""What a search writes into its run directory, and what it is."""
+_ARCHIVE = re.compile(r"trial-(\d{1,9})\.([a-z0-9-]{1,40})\.tar")
+_CHUNK = 1 << 20
+
+
+class Exports:
+    """The files of jobs.
+
+    Args:
+        settings: Of this machine.
+        backroom: Where exports are made.
+    """
+
+    def __init__(self, settings: Settings, backroom: Backroom) -> None:
+        self._settings, self._backroom = settings, backroom
+        self._under_way: dict[Path, Future[None]] = {}
+        self._lock = threading.Lock()
+
+    def request(self, job_id: str, number: int, format_name: str) -> dict[str, Any]:
+        """The archive of a trial: as it is, or begun now. One that failed is begun again."""
+        name = f"trial-{number}.{format_name}.tar"
+        path = self._folder(job_id) / "exports" / name
+        with self._lock:
+            if self._running(path) or _described(path).get("sha256"):
+                return self._archive(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _description(path).unlink(missing_ok=True)
+            self._under_way[path] = self._backroom.start(export_archive, job_id, number, str(path), format_name, self._settings)
+        return self._archive(path)
+
+    def all(self, job_id: str) -> list[dict[str, Any]]:
+        """Every file of a job."""
+        folder = self._folder(job_id)
+        found = [self.one(job_id, name) for name in FILES if (folder / name).is_file()]
+        with self._lock:
+            under_way = {path for path, future in self._under_way.items() if path.parent.parent == folder and not future.done()}
+        stored = {path.with_suffix("") for path in (folder / "exports").glob("*.tar.json")}
+        return [*found, *(self._archive(path) for path in sorted(under_way | stored))]
+
+    def one(self, job_id: str, name: str) -> dict[str, Any]:
+        """One file of a job.
+
+        Raises:
+            NotFound: There is none of this name.
+        """
+        path = self.path(job_id, name)
+        if _ARCHIVE.fullmatch(name):
+            return self._archive(path)
+        return {"name": name, "state": "ready", "bytes": path.stat().st_size, "media_type": FILES[name]}
+
+    def path(self, job_id: str, name: str) -> Path:
+        """Where a file of a job stands; nothing but the names above is ever looked for.
+
+        Raises:
+            NotFound: There is none of this name.
+        """
+        folder = self._folder(job_id)
+        if name in FILES and (folder / name).is_file():
+            return folder / name
+        if _ARCHIVE.fullmatch(name):
+            path = folder / "exports" / name
+            if self._running(path) or _description(path).is_file():
+                return path
+        raise NotFound("this job has no file of that name (yet)")
+
+    def _folder(self, job_id: str) -> Path:
+        return self._settings.job_folder(job_id)
+
+    def _running(self, path: Path) -> bool:
+        future = self._under_way.get(path)
+        return future is not None and not future.done()
+
+    def _archive(self, path: Path) -> dict[str, Any]:
+        facts: dict[str, Any] = {"name": path.name, "media_type": "application/x-tar"}
+        if self._running(path):
+            return facts | {"state": "building"}
+        described = _described(path)
+        if described:
+            return facts | described
+        future = self._under_way.get(path)
+        died = "the process that wrote it died; ask for it again"
+        if future is None:
+            return facts | {"state": "failed", "failure": died}
+        try:
+            error = future.exception(timeout=0)
+        except (CancelledError, TimeoutError):
+            error = None
+        return facts | {"state": "failed", "failure": str(error) if isinstance(error, AutoeffError) else died}
+
+
+def export_archive(job_id: str, number: int, path: str, format_name: str, settings: Settings) -> None:
+    """Exports a trial, as `autoeff export` does, into a tar file at `path`, and describes it beside.
+
+    Raises:
+        AutoeffError: As `run.export`; the description then says why.
+    """
+    from autoeff.search.run import export  # the engine: this runs in a process of its own
+
+    archive = Path(path)
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".export-") as place:
+        folder = Path(place) / "model"
+        try:
+            facts = export(job_id, number, folder, format_name, settings)
+        except AutoeffError as error:
+            _describe(archive, {"state": "failed", "failure": " ".join(str(error).split())})
+            raise
+        partial = Path(place) / "archive"
+        with tarfile.open(partial, "w") as tar:
+            for file in sorted(folder.iterdir()):
+                tar.add(file, f"{archive.name.removesuffix('.tar')}/{file.name}", filter=_plain)
+        shutil.rmtree(folder)
+        digest, size = hashlib.sha256(), 0
+        for chunk in _chunks(partial):
+            digest.update(chunk)
+            size += len(chunk)
+        partial.replace(archive)
+    kept = {key: facts[key] for key in ("format", "files", "linear_bytes", "quality", "trial", "measured")}
+    _describe(archive, {"state": "ready", "bytes": size, "sha256": digest.hexdigest(), "facts": kept})
+
+
+def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without the names, times and owners of this machine: equal exports are equal archives."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    member.mtime = 0
+    member.mode = 0o644
+    return member
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _description(archive: Path) -> Path:
+    return archive.with_name(archive.name + ".json")
+
+
+def _describe(archive: Path, facts: dict[str, Any]) -> None:
+    write_file(_description(archive), json.dumps(facts).encode())
+
+
+def _described(archive: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_description(archive).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

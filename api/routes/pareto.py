@@ -1,0 +1,55 @@
+"""What a job has found: its front, and the answer for another budget."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from autoeff.api import work
+from autoeff.api.bodies import body_of, documented_body
+from autoeff.api.context import Server
+from autoeff.api.dependencies import OwnedJob, unchanged
+from autoeff.api.problems import described_problems
+from autoeff.api.schemas import Front, ResolutionRow, ResolveRequest
+from autoeff.search.results import page_of
+from autoeff.search.standing import cost_columns
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
+
+
+@router.get(
+    "/pareto",
+    response_model=Front,
+    response_model_exclude_unset=True,
+    responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)},
+)
+def get_front(server: Server, job: OwnedJob, request: Request, response: Response) -> Any:
+    """The trials on the front, by number, also while the search goes on, and the best trial within the limits."""
+    if (same := unchanged(request, response, job)) is not None:
+        return same
+    standing = server.standings.of(job)
+    trials = [server.store.trial(job.id, number) for number in sorted(standing.front)]
+    return server.roots.hide(
+        {
+            "quality": standing.quality,
+            "best": standing.best,
+            "best_quality": standing.best_quality,
+            "feasible": standing.feasible,
+            "columns": cost_columns(job),
+            "items": page_of(server.store, job, trials),
+        }
+    )
+
+
+@router.post(
+    "/resolve",
+    response_model=ResolutionRow,
+    responses=described_problems(404, 413, 415, 422, 503),
+    openapi_extra=documented_body(ResolveRequest),
+)
+async def resolve(server: Server, job: OwnedJob, asked: Annotated[ResolveRequest, Depends(body_of(ResolveRequest))]) -> Any:
+    """The best configuration for a new budget, from what was measured; no model is loaded."""
+    return server.roots.hide(await server.backroom.ask(work.resolved, job.id, asked.limits, server.settings))

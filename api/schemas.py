@@ -1,0 +1,327 @@
+"""What requests and answers look like. The body of a job is `JobSpec` itself.
+
+A row of a trial is the one that `autoeff ls RUN --format json` prints, so that code reads either.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from autoeff.search.storage.records import JobState, Origin, State
+
+__all__ = [
+    "Accepted",
+    "Artifact",
+    "ArtifactPage",
+    "AttemptRow",
+    "Budgets",
+    "DataFile",
+    "DataPage",
+    "ExportRequest",
+    "Failure",
+    "Front",
+    "HardwarePage",
+    "HardwareRow",
+    "Health",
+    "JobDetail",
+    "JobPage",
+    "JobSummary",
+    "KeyMade",
+    "KeyPage",
+    "KeyRequest",
+    "KeyRow",
+    "Measured",
+    "ModelPage",
+    "ModelRow",
+    "Preflight",
+    "ResolutionRow",
+    "ResolveRequest",
+    "TrialDetail",
+    "TrialPage",
+    "TrialRow",
+]
+
+Value = int | float | str
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Health(_Answer):
+    """Whether the server can work."""
+
+    ready: bool
+    checks: dict[str, Literal["ok", "degraded", "failed"]] = Field(default_factory=dict)
+
+
+class Failure(_Answer):
+    """Why there is no value."""
+
+    kind: str = Field(alias="class")
+    message: str
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class Measured(_Answer):
+    """One measured or computed value."""
+
+    value: float
+    unit: str
+    split: Literal["search", "held_out"] | None = None
+    tokens: int | None = None
+    spread: float | None = None
+    method: str | None = None
+    hardware: str | None = None
+
+
+class TrialRow(_Answer):
+    """A trial."""
+
+    trial: int
+    digest: str
+    origin: Origin
+    state: State
+    configuration: dict[str, Value]
+    measurements: dict[str, Measured]
+    label: str | None = None
+    failure: Failure | None = None
+
+
+class AttemptRow(_Answer):
+    """One try at the evaluation behind a trial."""
+
+    worker: str
+    started: str
+    ended: str | None
+    outcome: str | None
+    accepted: bool
+    seconds: float | None
+    failure: Failure | None
+    log: str | None
+
+
+class TrialDetail(TrialRow):
+    """A trial with its attempts."""
+
+    attempts: list[AttemptRow]
+
+
+class TrialPage(_Answer):
+    """Trials by number."""
+
+    items: list[TrialRow]
+    next: str | None = Field(default=None, description="Cursor of the following page.")
+
+
+class JobSummary(_Answer):
+    """A job as lists show it."""
+
+    job: str
+    state: JobState
+    driven_by: str | None = Field(description="Process that drives it now.")
+    model: str
+    limits: list[str]
+    trials: int
+    used: float = Field(description="Evaluations used, in full-token equivalents.")
+    budget: int
+    created: str
+    ended: str | None
+
+
+class Accepted(_Answer):
+    """A job that was taken."""
+
+    job: str
+    links: dict[str, str]
+
+
+class JobDetail(JobSummary):
+    """A job."""
+
+    seconds: float | None = Field(description="Budget of wall time.")
+    succeeded: int
+    failed: int
+    open: int = Field(description="Trials that are queued or running.")
+    events: int = Field(description="Number of its last event.")
+    version: int = Field(description="Grows with every change of state, budget, result or error.")
+    error: str | None = Field(description="Why it failed.")
+    quality: str = Field(description="Name of the measurement that is minimised.")
+    columns: list[str] = Field(description="Cost measures worth a column.")
+    judged_cost: str = Field(description="The cost at which configurations are compared.")
+    spec: dict[str, Any]
+    preflight: dict[str, Any] = Field(description="What was known before the first evaluation.")
+    links: dict[str, str]
+
+
+class JobPage(_Answer):
+    """Jobs, the newest first."""
+
+    items: list[JobSummary]
+    next: str | None = None
+
+
+class Front(_Answer):
+    """The Pareto front of a job, and its best trial within the limits (the closest, where the search ended without one)."""
+
+    quality: str
+    best: int | None
+    best_quality: float | None
+    feasible: bool
+    columns: list[str]
+    items: list[TrialRow]
+
+
+class Budgets(_Request):
+    """A new budget; what is left out stays as it is."""
+
+    trials: int | None = Field(default=None, ge=1, le=100_000)
+    seconds: float | None = Field(default=None, gt=0)
+
+
+class ResolveRequest(_Request):
+    """A new limit to answer from what was measured."""
+
+    limits: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=16)]
+
+
+class ResolutionRow(_Answer):
+    """The answer for a budget."""
+
+    job: str
+    quality: str
+    limits: list[str]
+    answer: Literal["predicted", "measured"]
+    reason: str
+    predicted: dict[str, Any]
+    measured: dict[str, Any] | None
+    proposals: list[dict[str, Any]]
+
+
+class Preflight(_Answer):
+    """What is known of a job before any weight is loaded."""
+
+    preflight: dict[str, Any]
+    seconds: dict[str, float]
+    memory_cap_bytes: int
+    space: dict[str, Any]
+    limits: list[dict[str, Any]]
+    minimum_trials: int
+    dense: dict[str, float]
+    least: dict[str, float]
+    table: str
+    job: dict[str, Any]
+
+
+class ExportRequest(_Request):
+    """How to write a trial's configuration."""
+
+    format: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")] = "hf-dense"
+
+
+class Artifact(_Answer):
+    """A file that a job left."""
+
+    name: str
+    state: Literal["ready", "building", "failed"]
+    bytes: int | None = None
+    sha256: str | None = None
+    media_type: str
+    failure: str | None = None
+    facts: dict[str, Any] | None = Field(default=None, description="Of an export: both qualities, files, packed bytes.")
+    href: str
+
+
+class ArtifactPage(_Answer):
+    """Files of a job."""
+
+    items: list[Artifact]
+
+
+class ModelRow(_Answer):
+    """A model that a job may name."""
+
+    model: str
+    model_type: str | None
+    bytes: int
+    bundled: bool
+
+
+class ModelPage(_Answer):
+    """Models that a job may name."""
+
+    items: list[ModelRow]
+    hub: bool = Field(description="Whether ids of the hub may be named too.")
+
+
+class DataFile(_Answer):
+    """A text that a job may name."""
+
+    source: str
+    bytes: int
+
+
+class DataPage(_Answer):
+    """Texts that a job may name."""
+
+    items: list[DataFile]
+    hub: bool
+
+
+class HardwareRow(_Answer):
+    """A worker and what it runs on."""
+
+    worker: str
+    kind: str = Field(description="Of its device.")
+    queues: list[str]
+    alive: bool
+    busy: bool
+    started: str
+    facts: dict[str, Any]
+
+
+class HardwarePage(_Answer):
+    """Workers."""
+
+    items: list[HardwareRow]
+
+
+class KeyRequest(_Request):
+    """A key to be made."""
+
+    name: Annotated[str, Field(min_length=1, max_length=80, description="For people.")]
+    owner: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@-]{1,64}$")]
+    scopes: Annotated[list[Literal["jobs:read", "jobs:write", "admin"]], Field(min_length=1, max_length=3)]
+    expires_in_days: Annotated[int, Field(ge=1, le=3650)] | None = None
+
+
+class KeyRow(_Answer):
+    """A key, without its secret."""
+
+    key: str
+    name: str
+    owner: str
+    scopes: list[str]
+    created: str
+    expires: str | None
+    revoked: str | None
+    last_used: str | None
+
+
+class KeyMade(KeyRow):
+    """A key that was just made; its text is shown this once."""
+
+    text: str
+
+
+class KeyPage(_Answer):
+    """All keys."""
+
+    items: list[KeyRow]

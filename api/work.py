@@ -1,0 +1,60 @@
+"""What the back room does: functions of plain arguments, each a few seconds of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from autoeff.search.job import JobSpec
+from autoeff.search.settings import Settings
+from autoeff.search.storage.records import Reply
+from autoeff.search.storage.store import Store
+
+__all__ = ["preflight", "resolved", "submitted"]
+
+
+def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What is known of a job before any weight is loaded.
+
+    Raises:
+        InputError: As `plan`.
+    """
+    from autoeff.search.facts import plan_facts
+    from autoeff.search.model import plan
+
+    return plan_facts(plan(JobSpec.parse(job), settings), settings)
+
+
+def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Reply | None) -> str:
+    """Plans a job and stores it for the coordinators; returns its id, which the reply's body is told too.
+
+    Raises:
+        InputError: As `plan`.
+        Conflict: The reply's request has an answer already.
+    """
+    from autoeff.search.service import submit
+
+    def reply_for(job_id: str) -> Reply:
+        assert reply is not None
+        return Reply(reply.key_prefix, reply.idempotency_key, reply.request_hash, reply.status, {"job": job_id}, reply.ttl_s)
+
+    store = _store(settings.database)
+    return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=None if reply is None else reply_for).id
+
+
+def resolved(job_id: str, limits: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """The best configuration of a job within new limits.
+
+    Raises:
+        InputError: As `resolve`.
+    """
+    from autoeff.search.resolve import resolve
+
+    return resolve(job_id, limits, settings).to_json()
+
+
+@lru_cache(1)
+def _store(url: str) -> Store:
+    """Open for as long as this process lives."""
+    return Store.open(url)

@@ -1,0 +1,115 @@
+"""A server over a finished search of a tiny model, with keys of two owners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sqlalchemy import update
+
+from autoeff.api.app import create_app
+from autoeff.search.job import JobSpec
+from autoeff.search.run import start
+from autoeff.search.settings import Settings
+from autoeff.search.storage.keys import KeyRing
+from autoeff.search.storage.store import Store
+from autoeff.search.storage.tables import JobRow
+
+ALL = ("jobs:read", "jobs:write", "admin")
+
+
+@dataclass
+class Served:
+    """A server and what is behind it.
+
+    Attributes:
+        client: Speaks to it without a key.
+        keys: Key texts: `alice`, who owns the finished job and may do everything, `bob`, who may too and owns nothing, and `reader`,
+            who may read what is alice's.
+        job: Id of the finished job.
+        tiny: A job body that a submission may send.
+    """
+
+    settings: Settings
+    store: Store
+    app: FastAPI
+    client: TestClient
+    keys: dict[str, str]
+    job: str
+    tiny: dict[str, Any]
+
+    def ask(self, method: str, path: str, who: str | None = "alice", **options: Any) -> httpx2.Response:
+        headers = dict(options.pop("headers", {}))
+        if who is not None:
+            headers["Authorization"] = f"Bearer {self.keys[who]}"
+        answer: httpx2.Response = self.client.request(method, path, headers=headers, **options)
+        return answer
+
+    def refused(self, answer: httpx2.Response, status: int, kind: str) -> dict[str, Any]:
+        """The body of a problem, once it is seen to be one of this status and kind."""
+        assert answer.headers["content-type"] == "application/problem+json", answer.text
+        body: dict[str, Any] = answer.json()
+        assert (answer.status_code, body["status"], body["type"]) == (status, status, f"urn:autoeff:problem:{kind}"), answer.text
+        assert body["title"]
+        assert body["detail"]
+        assert body["trace_id"] == answer.headers["x-trace-id"]
+        assert str(self.settings.home.parent) not in answer.text
+        return body
+
+
+@pytest.fixture(scope="session")
+def searched_home(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A home with a finished search, and the id of its job."""
+    root = tmp_path_factory.mktemp("api")
+    (root / "text.txt").write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
+    settings = Settings(home=root / "home", memory_cap_bytes=3 << 30)
+    text = {"source": str(root / "text.txt"), "windows": 4, "length": 16}
+    job = {"model": str(tiny_models["llama"]), "data": text, "limits": ["linear_bytes<=0.35x"], "budget": {"trials": 40}}
+    return root, start(JobSpec.parse(job), root / "run", settings).job_id
+
+
+@pytest.fixture(scope="module")
+def make_server(searched_home: tuple[Path, str], tiny_models: dict[str, Path]) -> Iterator[Callable[..., Served]]:
+    """`make_server(**settings)`: a server over that home."""
+    root, job = searched_home
+    running: list[tuple[TestClient, Store]] = []
+
+    def make(**settings: Any) -> Served:
+        given = {"calls_per_minute": 0, "model_roots": (tiny_models["llama"].parent,), "data_roots": (root,)} | settings
+        machine = Settings(home=root / "home", memory_cap_bytes=3 << 30, **given)
+        store = Store.open(machine.database)
+        with store.database.write() as connection:
+            connection.execute(update(JobRow).where(JobRow.id == job).values(owner="alice"))
+        ring = KeyRing(store.database)
+        keys = {
+            "alice": ring.make("all", "alice", ALL)[1].text,
+            "bob": ring.make("all", "bob", ALL)[1].text,
+            "reader": ring.make("reads", "alice", ["jobs:read"])[1].text,
+        }
+        app = create_app(machine, store)
+        client = TestClient(app, raise_server_exceptions=False)
+        client.__enter__()
+        running.append((client, store))
+        tiny = {
+            "model": "llama",
+            "data": {"source": "text.txt", "windows": 4, "length": 16},
+            "limits": ["linear_bytes<=0.35x"],
+            "budget": {"trials": 40},
+        }
+        return Served(machine, store, app, client, keys, job, tiny)
+
+    yield make
+    for client, store in running:
+        client.__exit__(None, None, None)
+        store.close()
+
+
+@pytest.fixture(scope="module")
+def served(make_server: Callable[..., Served]) -> Served:
+    return make_server()

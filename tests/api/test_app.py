@@ -1,0 +1,265 @@
+"""What holds for every route: keys, scopes, owners, problems, limits, and the contract that is checked in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+
+from autoeff.api.app import OPEN_ROUTES, create_app, openapi_document
+from autoeff.search.storage.keys import KeyRing
+
+NOBODY = "0" * 12
+
+
+def routes(app: FastAPI) -> Iterator[tuple[str, str]]:
+    """(method, path) of everything that the application answers."""
+    for context in iter_route_contexts(app.routes):
+        for method in context.methods or ():
+            yield method, str(context.path)
+
+
+def filled(path: str, job: str) -> str:
+    return path.format(job_id=job, number=0, name="report.html", prefix="0" * 8)
+
+
+def test_every_route_but_two_needs_a_key(served: Any) -> None:
+    walked = list(routes(served.app))
+    assert len(walked) > 20
+    for method, path in walked:
+        answer = served.ask(method, filled(path, served.job), who=None)
+        if path in OPEN_ROUTES:
+            assert answer.status_code in (200, 503), path
+        elif method != "HEAD":
+            served.refused(answer, 401, "unauthorized")
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "Basic YTpi", "Bearer ", "Bearer x", "Bearer ae_00000000_" + "a" * 43, "Bearer ae_0000\u00e4000_" + "a" * 43, "bearer"],
+    ids=["empty", "basic", "no key", "no form", "unknown", "no ascii", "no space"],
+)
+def test_what_is_no_key_opens_nothing(served: Any, key: str) -> None:
+    served.refused(served.client.get("/v1/jobs", headers={"Authorization": key.encode()}), 401, "unauthorized")
+
+
+def test_a_key_with_another_secret_opens_nothing(served: Any) -> None:
+    text = served.keys["alice"]
+    forged = text[:-1] + ("A" if text[-1] != "A" else "B")
+    served.refused(served.client.get("/v1/jobs", headers={"Authorization": f"Bearer {forged}"}), 401, "unauthorized")
+
+
+def test_owners_never_meet(served: Any) -> None:
+    """Whatever bob asks of alice's job is answered as for a job that does not exist."""
+    bodies: dict[str, Any] = {"PATCH": {"trials": 50}, "POST": {"limits": ["linear_bytes<=0.3x"]}}
+    asked = [(method, path) for method, path in routes(served.app) if "{job_id}" in path and method != "HEAD"]
+    assert len(asked) > 10
+    for method, path in asked:
+        body = {"format": "recipe"} if path.endswith("export") else bodies.get(method)
+        options = {"headers": {"If-Match": "*"}} | ({"json": body} if body is not None else {})
+        answers = [served.ask(method, filled(path, job), who="bob", **options) for job in (served.job, NOBODY)]
+        for answer in answers:
+            served.refused(answer, 404, "not-found")
+        kept = [{key: value for key, value in answer.json().items() if key != "trace_id"} for answer in answers]
+        assert kept[0] == kept[1], path
+    assert served.ask("GET", "/v1/jobs", who="bob").json()["items"] == []
+    assert [job["job"] for job in served.ask("GET", "/v1/jobs").json()["items"]] == [served.job]
+
+
+def test_a_key_does_what_its_scopes_say(served: Any) -> None:
+    assert served.ask("GET", f"/v1/jobs/{served.job}", who="reader").status_code == 200
+    for method, path, body in [
+        ("POST", "/v1/jobs", served.tiny),
+        ("POST", f"/v1/jobs/{served.job}/cancel", None),
+        ("GET", "/v1/keys", None),
+        ("GET", "/metrics", None),
+    ]:
+        served.refused(served.ask(method, path, who="reader", json=body), 403, "forbidden")
+
+
+def test_framework_errors_are_problems(served: Any) -> None:
+    served.refused(served.ask("GET", "/nothing/here"), 404, "not-found")
+    wrong = served.ask("PUT", "/v1/jobs")
+    served.refused(wrong, 405, "method-not-allowed")
+    assert set(wrong.headers["allow"].split(", ")) >= {"GET"}
+    listed = served.refused(served.ask("GET", "/v1/jobs?limit=many"), 422, "invalid-input")
+    assert listed["errors"][0]["parameter"] == "limit"
+    served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=nobody"), 422, "invalid-input")
+
+
+def test_a_fault_shows_nothing_of_itself(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("SELECT secret FROM /etc/passwd")
+
+    monkeypatch.setattr(type(served.store), "jobs", fail)
+    answer = served.ask("GET", "/v1/jobs")
+    served.refused(answer, 500, "internal")
+    assert "secret" not in answer.text
+    assert "passwd" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "kind"),
+    [
+        (b"", 422, "invalid-input"),
+        (b"{", 422, "invalid-input"),
+        (b"[1]", 422, "invalid-input"),
+        (b'{"model": "demo", "seed": NaN}', 422, "invalid-input"),
+        (b'{"model": "demo", "seed": 1e999}', 422, "invalid-input"),
+        (b'{"model": "demo", "seed": 18446744073709551616}', 422, "invalid-input"),
+        (b'{"model": "demo", "seed": true}', 422, "invalid-input"),
+        (b'{"model": "demo", "seed": "1"}', 422, "invalid-input"),
+        (b'{"model": "de\\u0000mo"}', 422, "invalid-input"),
+        (b'{"model": "\\ud800"}', 422, "invalid-input"),
+        (b'{"model": "demo", "knobs": ' + b"[" * 40 + b"]" * 40 + b"}", 422, "invalid-input"),
+        (b'{"knobs": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", 422, "invalid-input"),
+        (b'{"model": "demo", "limits": [' + b'"a",' * 20_000 + b'"a"]}', 422, "invalid-input"),
+        (b"\xff\xfe{", 422, "invalid-input"),
+        (b'{"model": "' + b"x" * (1 << 20) + b'"}', 413, "too-large"),
+        (b'{"model": "demo", "unknown": 1}', 422, "invalid-input"),
+        (b'{"model": "demo", "budget": {"trials": 1000000}}', 422, "invalid-input"),
+    ],
+    ids=[
+        *(
+            "empty",
+            "cut",
+            "list",
+            "nan",
+            "infinite",
+            "too long",
+            "flag",
+            "text",
+            "nul",
+            "surrogate",
+            "deep",
+            "very deep",
+            "many",
+            "no utf-8",
+        ),
+        *("large", "unknown", "budget"),
+    ],
+)
+def test_a_bad_body_is_a_problem(served: Any, content: bytes, status: int, kind: str) -> None:
+    served.refused(served.ask("POST", "/v1/jobs:validate", content=content, headers={"Content-Type": "application/json"}), status, kind)
+
+
+def test_a_body_is_counted_while_it_comes(served: Any) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b'{"model": "'
+        for _ in range(40):
+            yield b"x" * (1 << 16)
+
+    answer = served.ask("POST", "/v1/jobs", content=parts(), headers={"Content-Type": "application/json"})
+    served.refused(answer, 413, "too-large")
+
+
+def test_pointers_lead_to_what_is_wrong(served: Any) -> None:
+    body = served.refused(
+        served.ask("POST", "/v1/jobs", json={"model": "demo", "budget": {"trials": "many"}, "a/b": 1}), 422, "invalid-input"
+    )
+    assert {item["pointer"] for item in body["errors"]} == {"#/budget/trials", "#/a~1b"}
+
+
+def test_another_content_type_is_refused(served: Any) -> None:
+    served.refused(
+        served.ask("POST", "/v1/jobs", content=b"model: demo", headers={"Content-Type": "application/yaml"}), 415, "unsupported-media-type"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "/etc"},
+        {"model": "../home"},
+        {"model": "llama/../../home"},
+        {"model": "file:///etc/passwd"},
+        {"model": "owner/name"},
+        {"model": "x" * 5000},
+        {"model": "~root"},
+        {"data": {"source": "/etc/passwd"}},
+        {"data": {"source": "home/autoeff.db/../../../etc/passwd"}},
+        {"data": "package:pip"},
+        {"data": "hub:owner/name"},
+        {"eval_data": {"source": "escape"}},
+        {"tasks": {"names": ["a"], "path": "/etc"}},
+        {"tasks": {"names": ["../a"]}},
+    ],
+    ids=repr,
+)
+def test_nothing_outside_the_roots_is_reached(served: Any, changes: dict[str, Any]) -> None:
+    link = served.settings.data_roots[0] / "escape"
+    if not link.is_symlink():
+        link.symlink_to("/etc/passwd")
+    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | changes), 422, "invalid-input")
+
+
+def test_a_key_may_call_so_often_in_a_minute(make_server: Callable[..., Any]) -> None:
+    served = make_server(calls_per_minute=5)
+    answers = [served.ask("GET", "/v1/models") for _ in range(6)]
+    assert [answer.status_code for answer in answers] == [200] * 5 + [429]
+    assert answers[0].headers["ratelimit"].startswith('"key";r=4;t=')
+    served.refused(answers[5], 429, "too-many-requests")
+    assert int(answers[5].headers["retry-after"]) > 0
+    assert served.ask("GET", "/v1/models", who="bob").status_code == 200
+
+
+def test_guessing_keys_is_slowed_down(make_server: Callable[..., Any]) -> None:
+    served = make_server()
+    codes = [served.ask("GET", "/v1/jobs", who=None).status_code for _ in range(70)]
+    assert codes[0] == 401
+    assert codes[-1] == 429
+
+
+def test_the_contract_that_is_checked_in_is_current(root: Path) -> None:
+    stored = json.loads((root / "api" / "openapi.json").read_text())
+    assert stored == openapi_document(), "write it anew with `python -m autoeff.api`"
+    assert stored["openapi"].startswith("3.1")
+
+
+def test_the_contract_holds_what_the_routes_answer(served: Any) -> None:
+    document = served.ask("GET", "/openapi.json").json()
+    operations = [(path, method, found) for path, item in document["paths"].items() for method, found in item.items()]
+    for path, _, operation in operations:
+        guarded = path not in OPEN_ROUTES
+        assert ("401" in operation["responses"]) is guarded, path
+        assert bool(operation.get("security")) is guarded, path
+        for status, response in operation["responses"].items():
+            if status[0] in "45" and path != "/readyz":
+                assert list(response["content"]) == ["application/problem+json"], (path, status)
+
+
+def test_health_says_nothing_but_whether(served: Any) -> None:
+    assert served.ask("GET", "/livez", who=None).text == "ok\n"
+    assert served.ask("GET", "/readyz", who=None).json() == {"ready": True, "checks": {"database": "ok", "disk": "ok"}}
+
+
+def test_metrics_count_requests_and_jobs(served: Any) -> None:
+    served.ask("GET", f"/v1/jobs/{served.job}")
+    text = served.ask("GET", "/metrics").text
+    assert 'autoeff_jobs{state="succeeded"} 1.0' in text
+    assert 'autoeff_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="200"}' in text
+    assert served.job not in text
+
+
+def test_no_key_is_stored_or_logged(served: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(0)
+    served.ask("GET", "/v1/jobs")
+    served.ask("GET", "/v1/jobs/nothing")
+    secret = served.keys["alice"].split("_", 2)[2]
+    assert secret not in caplog.text
+    for path in served.settings.home.glob("autoeff.db*"):
+        assert secret.encode() not in path.read_bytes()
+    assert KeyRing(served.store.database).good(served.keys["alice"][3:11]) is not None
+
+
+def test_two_servers_of_a_home_read_each_other_s_cursors(served: Any) -> None:
+    page = served.ask("GET", f"/v1/jobs/{served.job}/trials?limit=5").json()
+    other = create_app(served.settings, served.store)
+    read = other.state.context.cursors.read(f"trials {served.job} [] None", page["next"])
+    assert read == 4
