@@ -40,7 +40,7 @@ def inside_the_runner(spec: JobSpec, bank: Path, candidates: int) -> dict[str, A
     """Seconds of the bare pass, of the evaluation, and of the evaluation with prefix reuse, alternating."""
     evaluator = Evaluator(spec.setup(bank))
     passages = evaluator.preparation.passages["search"]
-    ids, windows = passages.ids, len(passages.ids)
+    ids, windows = passages.inputs, len(passages.inputs)
     rng = random.Random(0)
     forward = evaluator._forward
     stride = forward.stride
@@ -48,7 +48,7 @@ def inside_the_runner(spec: JobSpec, bank: Path, candidates: int) -> dict[str, A
 
     def bare() -> None:
         with torch.no_grad():
-            for rows in forward.batches(ids):
+            for rows in forward.batches(windows, ids.numel()):
                 _ = evaluator.model(input_ids=ids[rows], use_cache=False).logits
 
     def evaluate(indices: tuple[int, ...]) -> None:

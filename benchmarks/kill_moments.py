@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,11 +65,11 @@ def sequence(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     ]
 
 
-def uninterrupted(folder: Path) -> tuple[list[dict[str, Any]], float]:
+def uninterrupted(arguments: Sequence[str], folder: Path) -> tuple[list[dict[str, Any]], float]:
     """Rows and seconds of a run that nobody disturbs."""
     started = time.monotonic()
     done = subprocess.run(
-        command("search", *ARGUMENTS, "--out", str(folder / "whole")),
+        command("search", *arguments, "--out", str(folder / "whole")),
         env=environment(folder / "home"),
         capture_output=True,
         text=True,
@@ -79,11 +80,11 @@ def uninterrupted(folder: Path) -> tuple[list[dict[str, Any]], float]:
     return trials(folder / "whole", folder / "home"), time.monotonic() - started
 
 
-def kill_at(what: str, after_s: float, folder: Path) -> tuple[Kill, list[dict[str, Any]]]:
+def kill_at(what: str, after_s: float, arguments: Sequence[str], folder: Path) -> tuple[Kill, list[dict[str, Any]]]:
     """Starts a search in a home of its own, kills `what` after a while, lets it end, and returns its rows."""
     home, run = folder / "home", folder / "run"
     folder.mkdir(parents=True)
-    begin = command("search", *ARGUMENTS, "--out", str(run))
+    begin = command("search", *arguments, "--out", str(run))
     with (folder / "search.log").open("w") as log:
         search = subprocess.Popen(begin, env=environment(home), stdout=log, stderr=log)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -103,18 +104,18 @@ def kill_at(what: str, after_s: float, folder: Path) -> tuple[Kill, list[dict[st
     return Kill(what, after_s, finished), trials(run, home)
 
 
-def check(moments: int, seed: int, folder: Path) -> list[Kill]:
-    """Kills at `moments` random moments.
+def check(moments: int, seed: int, folder: Path, arguments: Sequence[str] = ARGUMENTS) -> list[Kill]:
+    """Kills the search that `arguments` describe at `moments` random moments.
 
     Raises:
         AssertionError: A sequence differs from the uninterrupted one.
     """
-    expected, seconds = uninterrupted(folder)
+    expected, seconds = uninterrupted(arguments, folder)
     rng = random.Random(seed)
     kills = []
     for number in range(moments):
         what = ("search", "runner")[number % 2]
-        kill, rows = kill_at(what, rng.uniform(0.5, seconds), folder / str(number))
+        kill, rows = kill_at(what, rng.uniform(0.5, seconds), arguments, folder / str(number))
         assert sequence(rows) == sequence(expected), f"{kill}: the sequence differs from the uninterrupted one"
         kills.append(kill)
         print(

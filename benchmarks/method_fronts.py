@@ -5,7 +5,7 @@
 `MODELS_AND_DATA` holds `models/{stories260K,babyllama-105,minilm-l6}`, `data/tinystories-{train,eval}.txt` and
 `data/stsb-{train,dev}.csv`; `demo` is bundled with its text. Decoders: KL in nats/token over 32 windows of 128 tokens, calibrated on
 16 others; encoder: 1 - cosine over 256 sentences, calibrated on 256 others. The seed draws both. Prints tables, each value the mean
-over the seeds with the sample standard deviation, and writes `benchmarks/results/method_fronts.json`.
+over the seeds with the sample standard deviation, and updates `benchmarks/results/method_fronts.json`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def values(folder: Path, model: str, method: Method, seed: int, bank: Path) -> d
         if not any(level in d.levels for d in decisions):
             continue
         chosen = {d.key: next(item for item in reversed(order[: number + 1]) if item in d.levels) for d in decisions}
-        windows = len(evaluator.preparation.passages["held_out"].ids)
+        windows = len(evaluator.preparation.passages["held_out"].inputs)
         found[level] = evaluator.evaluate(EvaluationRequest(chosen, "held_out", windows))[0].value
     return found
 
@@ -133,34 +133,32 @@ def main(
     seeds: Annotated[str, typer.Option()] = "0,1,2",
     only: Annotated[str, typer.Option(help="Only tables whose name begins so; writes no file.")] = "",
 ) -> None:
-    rows = []
     for model in models.split(","):
         with tempfile.TemporaryDirectory() as work:
-            mine = [
+            rows = [
                 row(folder, model, method, [int(seed) for seed in seeds.split(",")], Path(work))
                 for method in methods()
                 if method.table.startswith(only)
             ]
-        for name in dict.fromkeys(item["table"] for item in mine):
-            show(f"{model}: {name}", [item for item in mine if item["table"] == name])
-        rows += mine
-    if only:
-        return
+        for name in dict.fromkeys(item["table"] for item in rows):
+            show(f"{model}: {name}", [item for item in rows if item["table"] == name])
+        if not only:
+            keep(model, seeds, rows)
+
+
+def keep(model: str, seeds: str, rows: list[dict[str, Any]]) -> None:
+    """Puts the model's results into the file, beside those of others."""
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-                "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
-                "seeds": seeds,
-                "seconds": round(sum(item["seconds"] for item in rows)),
-                "rows": rows,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[model] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "seeds": seeds,
+        "seconds": round(sum(item["seconds"] for item in rows)),
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def peak_resident(pid: int) -> int:
 def measured(setup: EvaluationSetup, preparation: Preparation, settings: Settings, candidates: int, folder: Path) -> dict[str, Any]:
     """Peak of the runner, bytes of the bank, seconds, from an ordinary runner process."""
     ticks: list[float] = []
-    space, rng, windows = preparation.space, random.Random(0), len(preparation.passages["search"].ids)
+    space, rng, windows = preparation.space, random.Random(0), len(preparation.passages["search"].inputs)
     started = time.perf_counter()
     with RunnerProcess(setup, settings, folder / "runner.log", lambda done, total: ticks.append(time.perf_counter())) as runner:
         runner.open()
@@ -131,6 +131,7 @@ def main(
         place = Path(temporary)
         (place / "model").mkdir()
         write_model(place / "model", sizes)
+        os.sync()  # or the disk would still be busy with it while samples are timed
         (place / "text.txt").write_text(inspect.getsource(os) + inspect.getsource(tempfile))  # random weights do not mind
         data = TextSpec(str(place / "text.txt"), windows=windows, length=length)
         space = SpaceSpec({"bits": {"store": store, "quantizer": quantizer}, "skip": {}})

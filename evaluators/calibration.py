@@ -54,7 +54,9 @@ def collected(model: nn.Module, linears: Collection[str], needs: Collection[str]
             handle.remove()
 
 
-def gradients(model: nn.Module, linears: Collection[Linear], head: nn.Linear | None, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+def gradients(
+    model: nn.Module, linears: Collection[Linear], head: nn.Linear | None, inputs: Tensor, mask: Tensor | None
+) -> dict[str, Tensor]:
     """`<linear>.gradient`: how S changes with every weight, float32 [N, K] on the CPU.
 
     S is the mean over windows and vocabulary of the greatest logit along the window, so that a window's S has the derivative
@@ -65,17 +67,18 @@ def gradients(model: nn.Module, linears: Collection[Linear], head: nn.Linear | N
         model: Its parameters are left as they were.
         linears: None of them experts.
         head: Output head; None for encoders, whose hidden features stand for logits.
-        ids: Windows, int64 [windows, tokens].
+        inputs: Windows, int64 [windows, tokens], or images, float32 [images, C, H, W].
         mask: Attention mask of the same shape with the padding on the right, or None.
     """
     body: Any = getattr(model, "base_model", model)
+    options = {} if head is None else {"use_cache": False}
     weights = {linear: model.get_parameter(linear.weight) for linear in linears}
     sums = {linear: torch.zeros(weight.shape) for linear, weight in weights.items()}
 
     def taken(total: Tensor) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            total.add_(weight.grad.to("cpu", torch.float32), alpha=1 / len(ids))
+            total.add_(weight.grad.to("cpu", torch.float32), alpha=1 / len(inputs))
             weight.grad = None
 
         return hook
@@ -88,11 +91,9 @@ def gradients(model: nn.Module, linears: Collection[Linear], head: nn.Linear | N
             parameter: Any = weight.requires_grad_()  # the hook has no types
             handles.append(parameter.register_post_accumulate_grad_hook(taken(sums[linear])))
         with torch.enable_grad():
-            for i in range(len(ids)):
-                row: dict[str, Any] = {"input_ids": ids[i : i + 1], "use_cache": False}
-                if mask is not None:
-                    row = {"input_ids": ids[i : i + 1, : int(mask[i].sum())]}
-                hidden: Tensor = body(**row).last_hidden_state
+            for i in range(len(inputs)):
+                row = inputs[i : i + 1] if mask is None else inputs[i : i + 1, : int(mask[i].sum())]
+                hidden: Tensor = body(**{body.main_input_name: row}, **options).last_hidden_state
                 torch.autograd.backward(hidden, _of_greatest_logits(hidden, head), inputs=list(weights.values()))
     finally:
         for handle in handles:

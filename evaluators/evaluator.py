@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
+from autoeff.evaluators.attention import AttentionStatistics, OfWindows, mean_of, of_windows
 from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected, gradients
 from autoeff.evaluators.candidate import Candidate
 from autoeff.evaluators.footprint import steps_of
 from autoeff.evaluators.forward import Forward, States
+from autoeff.evaluators.images import PROCESSOR
+from autoeff.evaluators.latency import measure_served
+from autoeff.evaluators.latency_fit import runtime_dtype
+from autoeff.evaluators.latency_table import LatencySpec
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.preparation import hardware_name, prepare
 from autoeff.evaluators.quality import (
@@ -31,13 +37,16 @@ from autoeff.evaluators.quality import (
     teacher_of,
     token_kl,
 )
+from autoeff.evaluators.serving import Stored, copied, removable, runs, serve
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.kv_cache import KvCache, KvPlan, continuation_start, watched
 from autoeff.spaces.material import dense_weight
 from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.sites import Linear
+from autoeff.spaces.space import Decision
 
 __all__ = ["Evaluator"]
 
@@ -104,28 +113,53 @@ class Evaluator:
         """
         indices = self.space.indices(request.levels)
         text = self._texts[request.split]
-        if not 1 <= request.windows <= len(text.passages.ids):
-            raise InputError(f"{request.windows} windows were asked for; the {request.split} text has {len(text.passages.ids)}")
+        if not 1 <= request.windows <= len(text.passages.inputs):
+            raise InputError(f"{request.windows} windows were asked for; the {request.split} text has {len(text.passages.inputs)}")
         if text.targets is None:
             self._learn_targets(text, request.split)
         self.candidate.set(indices)
-        whole = request.split == "held_out" and request.windows == len(text.passages.ids)
+        whole = request.split == "held_out" and request.windows == len(text.passages.inputs)
         return self._quality(text, request) + (self._accuracies() if whole else [])
 
     def complete(self, levels: Mapping[str, Level], prompt: str, tokens: int) -> str:
         """The prompt and its greedy continuation under a configuration; decoders only."""
         if self._head is None:
-            raise InputError(f"model_type {self.preparation.facts.model_type!r} is an encoder and completes no text")
+            raise InputError(f"model_type {self.preparation.facts.model_type!r} is no decoder and completes no text")
         self.candidate.set(self.space.indices(levels))
         tokenizer = load_tokenizer(self.preparation.facts)
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=self.preparation.device)
+        context = next((site.kv.context for site in self.structure.sites if site.kv is not None), 0)
+        cache = KvCache(self.model, context) if self.preparation.generates else None
         for _ in range(tokens):
-            hidden = self._forward.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+            seen = 0 if cache is None else cache.get_seq_length()
+            hidden = self._forward.body(
+                input_ids=ids[:, seen:], past_key_values=cache, use_cache=cache is not None
+            ).last_hidden_state[:, -1]
             following = self._head(hidden).argmax(-1)
             if following.item() == tokenizer.eos_token_id:
                 break
             ids = torch.cat([ids, following[None]], dim=1)
         return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+    def served(self, configurations: Mapping[str, Mapping[str, Level]]) -> dict[str, nn.Module]:
+        """Models with packed weights, kernels and shapes as the configurations would be served, by label; they share what is dense."""
+        facts, device, knobs = self.preparation.facts, self.preparation.device, self.preparation.knobs
+        dense = load_model(facts, device, dtype=runtime_dtype(facts, device))
+        whole = removable(dense, self.structure)
+        models: dict[str, nn.Module] = {}
+        for label, levels in configurations.items():
+            indices = self.space.normalised(self.space.indices(levels))
+            for unserved in ((), [name for name, knob in knobs.items() if knob.kind == "structure"]):
+                models[label] = copied(dense)
+                serve(models[label], self.structure, self.space, knobs, indices, Stored(self.bank), whole, unserved)
+                if runs(models[label]):
+                    break
+        return models
+
+    def latency(self, configurations: Mapping[str, Mapping[str, Level]], spec: LatencySpec) -> dict[str, list[Measurement]]:
+        """Times of whole served models by label, measured alternating."""
+        facts = self.preparation.facts
+        return measure_served(self.served(configurations), spec, facts.vocabulary, self.preparation.device)
 
     def export(self, levels: Mapping[str, Level], folder: Path) -> list[str]:
         """Writes the configuration in the original shapes, so that transformers alone loads it; returns the file names.
@@ -137,11 +171,27 @@ class Evaluator:
         state = {name: tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
         self.model.config.dtype = dtype
         self.model.save_pretrained(folder, state_dict=state)
-        load_tokenizer(self.preparation.facts).save_pretrained(folder)
+        if self.preparation.facts.task == "vision":
+            shutil.copy(self.preparation.facts.path / PROCESSOR, folder)
+        else:
+            load_tokenizer(self.preparation.facts).save_pretrained(folder)
         return sorted(path.name for path in folder.iterdir())
 
-    def remeasure(self, folder: Path, split: Split, windows: int) -> list[Measurement]:
+    def attention(self) -> dict[str, AttentionStatistics]:
+        """What the dense model attends to on the search text, by attention whose cache can be decided about."""
+        passages = self._texts["search"].passages
+        queries = KvPlan().sizes(passages.length).window
+        found: dict[str, list[OfWindows]] = {site.name: [] for site in self.structure.sites if site.kind == "attention" and site.kv}
+        self.candidate.set(self._zeros)
+        with watched(self.model, found, lambda name, seen_by: found[name].append(of_windows(seen_by, queries))):
+            for rows in self._forward.batches(len(passages.inputs), passages.tokens):
+                self._forward.run(passages.inputs, passages.mask, rows, kept=[], first_changed=[])
+        return {name: mean_of(batches) for name, batches in found.items()}
+
+    def remeasure(self, folder: Path, split: Split, windows: int, levels: Mapping[str, Level] | None = None) -> list[Measurement]:
         """Quality of the model in `folder` against this setup's dense model, as a trial's is measured.
+
+        Of `levels` those about the cache are put in force: no weights hold them.
 
         The weights replace the dense ones for good, so this is the last thing that an evaluator does.
         """
@@ -149,10 +199,12 @@ class Evaluator:
         if text.targets is None:
             self._learn_targets(text, split)
         self.candidate.set(self._zeros)
+        of_cache = {key for key, decision in zip(self.space.index, self.space.decisions, strict=True) if self._about_cache(decision)}
         exported = load_model(inspect_model(folder), self.preparation.device, self.preparation.footprint.narrow).state_dict()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tensor.data = exported[name].to(tensor.dtype)  # points there: the dense weights are let go
         self._dense_states, self._last_states = {}, {}
+        self.candidate.set(self.space.indices({key: level for key, level in (levels or {}).items() if key in of_cache}))
         return self._quality(text, EvaluationRequest({}, split, windows))
 
     def stored_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
@@ -184,13 +236,14 @@ class Evaluator:
     def _decoder_quality(self, text: _Text, request: EvaluationRequest, teachers: list[Teacher]) -> list[Measurement]:
         assert self._head is not None
         kl, losses = [], []
+        start = self._start(text)
         for batch, rows, hidden in self._hidden(text, request.split, request.windows):
-            teacher = _first(teachers[batch], len(hidden))
+            hidden, teacher = hidden[:, start:], _first(teachers[batch], len(hidden))
             log_sum = log_normalisers(hidden, self._head)
             kl.append(token_kl(hidden, log_sum, teacher).mean(1))
             if request.split == "held_out":
-                losses.append(next_token_losses(hidden, self._head, log_sum, text.passages.ids[rows]).mean(1))
-        tokens = request.windows * text.passages.ids.shape[1]
+                losses.append(next_token_losses(hidden, self._head, log_sum, text.passages.inputs[rows, start:]).mean(1))
+        tokens = request.windows * (text.passages.length - start)
         result = [self._measured("kl", request, sample_of(torch.cat(kl)), tokens)]
         if losses:
             loss = sample_of(torch.cat(losses))
@@ -209,7 +262,18 @@ class Evaluator:
             as_read[order] = embeddings
             left, right = as_read[0::2], as_read[1::2]
             result.append(self._measured("spearman", request, Sample(spearman((left * right).sum(-1), scores), None), len(scores)))
+        if request.split == "held_out" and text.passages.labels is not None:
+            hits = sample_of(self._classes(text, request.windows) == text.passages.labels[: request.windows])
+            hardware = hardware_name(self.preparation.device)
+            result.append(Measurement("accuracy:labels", hits.mean, "held_out", request.windows, hits.spread, hardware=hardware))
         return result
+
+    @torch.no_grad()
+    def _classes(self, text: _Text, images: int) -> Tensor:
+        """The most likely label of each of the first images, int64 [images]."""
+        batches = self._forward.batches(len(text.passages.inputs), text.passages.tokens)
+        rows = torch.cat([text.passages.inputs[batch] for batch in batches])
+        return torch.cat([self.model(pixel_values=rows[batch]).logits.argmax(-1) for batch in batches])[:images]
 
     def _accuracies(self) -> list[Measurement]:
         """On the tasks, of the model as it stands."""
@@ -229,7 +293,7 @@ class Evaluator:
         """(batch number, rows, final hidden states) of the first `windows` windows, reusing kept block states on the search text."""
         passages = text.passages
         keep = split == "search" and self._forward.stride is not None
-        for number, rows in enumerate(self._forward.batches(passages.ids, passages.mask)):
+        for number, rows in enumerate(self._forward.batches(len(passages.inputs), passages.tokens)):
             if rows.start >= windows:
                 break
             whole = rows.stop <= windows
@@ -237,7 +301,7 @@ class Evaluator:
             last = self._last_states.get(number) if keep and whole else None
             dense = self._dense_states.get(number) if keep and whole else None
             hidden, states = self._forward.run(
-                passages.ids,
+                passages.inputs,
                 passages.mask,
                 rows,
                 kept=[dense, last[1] if last else None],
@@ -249,18 +313,29 @@ class Evaluator:
 
     def _embeddings(self, text: _Text, split: Split, windows: int) -> Tensor:
         mask = text.passages.mask
-        assert mask is not None
-        return torch.cat([pooled(hidden, mask[rows, : hidden.shape[1]]) for _, rows, hidden in self._hidden(text, split, windows)])
+        states = self._hidden(text, split, windows)
+        if mask is None:
+            seen = _seen(self._forward.body)
+            return torch.cat([pooled(hidden[:, seen], hidden.new_ones(hidden[:, seen].shape[:2])) for _, _, hidden in states])
+        return torch.cat([pooled(hidden, mask[rows, : hidden.shape[1]]) for _, rows, hidden in states])
 
     def _learn_targets(self, text: _Text, split: Split) -> None:
         """Runs the dense model over a split's whole text."""
         self.candidate.set(self._zeros)
         if self._head is None:
-            text.targets = self._embeddings(text, split, len(text.passages.ids))
+            text.targets = self._embeddings(text, split, len(text.passages.inputs))
         else:
-            text.targets = [teacher_of(hidden, self._head) for _, _, hidden in self._hidden(text, split, len(text.passages.ids))]
+            start, everything = self._start(text), self._hidden(text, split, len(text.passages.inputs))
+            text.targets = [teacher_of(hidden[:, start:], self._head) for _, _, hidden in everything]
         if split == "search":
             self._dense_states = {number: states for number, (_, states) in self._last_states.items()}
+
+    def _about_cache(self, decision: Decision) -> bool:
+        return self.preparation.knobs[decision.knob].kind == "cache"
+
+    def _start(self, text: _Text) -> int:
+        """The first token of each window that counts: what stands before is a prompt, where candidates differ in their caches."""
+        return continuation_start(text.passages.length) if self.preparation.generates else 0
 
     def _gradients(self) -> dict[str, Tensor]:
         """Of the linears that a knob needs it for."""
@@ -268,7 +343,7 @@ class Evaluator:
         asking = [sites[decision.site] for decision in self.space.decisions if "gradient" in knobs[decision.knob].needs]
         linears = dict.fromkeys(linear for site in asking for linear in site.linears)
         text = self._texts["search"].passages
-        return gradients(self.model, linears, self._head, text.ids, text.mask) if linears else {}
+        return gradients(self.model, linears, self._head, text.inputs, text.mask) if linears else {}
 
     def _build_bank(self, progress: Callable[[int, int], None]) -> None:
         entries = list(steps_of(self.structure, self.space, self.preparation.knobs))
@@ -285,9 +360,9 @@ class Evaluator:
         Raises:
             InputError: Logits are not the head applied to the last hidden state, so that KL could not be computed from it.
         """
-        if self.preparation.facts.task == "encoder":
+        if self.preparation.facts.task != "decoder":
             return None
-        ids = self._texts["search"].passages.ids[:1, :8]
+        ids = self._texts["search"].passages.inputs[:1, :8]
         head: nn.Linear = self.model.get_output_embeddings()
         with torch.no_grad():
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -310,7 +385,12 @@ def _text(passages: Passages) -> _Text:
     lengths = passages.mask.sum(1)
     quarter = max(1, len(lengths) // 4)
     order = torch.cat([torch.argsort(lengths[:quarter], stable=True), quarter + torch.argsort(lengths[quarter:], stable=True)])
-    return _Text(replace(passages, ids=passages.ids[order], mask=passages.mask[order]), order)
+    return _Text(replace(passages, inputs=passages.inputs[order], mask=passages.mask[order]), order)
+
+
+def _seen(body: Any) -> slice:
+    """The tokens that stand for an image: the class token, where there is one, or all."""
+    return slice(1) if getattr(getattr(body, "embeddings", None), "cls_token", None) is not None else slice(None)
 
 
 def _first(teacher: Teacher, windows: int) -> Teacher:

@@ -96,7 +96,7 @@ def footprint_of(
     width = 2 if narrow else compute_dtype(facts, device).itemsize
     hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     steps = list(steps_of(structure, space, knobs))
-    search = passages["search"].ids.numel()
+    search = len(passages["search"].inputs) * passages["search"].length
     shaped = {linear.name: linear for step in steps for linear in step.site.linears}
     in_force = width * sum(linear.parameters for linear in shaped.values())
     of_values = {step.knob.name for step in steps}
@@ -107,7 +107,7 @@ def footprint_of(
         "teacher": 4 * sum(_targets(p, hidden, decoder=facts.task == "decoder") for p in passages.values()),
         "statistics": _statistics_bytes(structure, steps, needs),
         "working": _working_bytes(structure, model, narrow, steps, hidden)
-        + ("gradient" in needs) * _activation_bytes(structure, hidden, passages["search"].ids.shape[1]),
+        + ("gradient" in needs) * _activation_bytes(structure, hidden, passages["search"].length),
     }
     capacity = min(memory_of(device), setup.memory_bytes or memory_of(device))
     left = capacity - sum(fixed.values()) - in_force
@@ -149,7 +149,7 @@ def _weight_bytes(facts: ModelFacts, model: nn.Module, narrow: frozenset[str], d
 
 def _targets(passages: Passages, hidden: int, *, decoder: bool) -> int:
     """Numbers kept of the dense model: a vector and a score a token, or a vector a sentence."""
-    return passages.ids.numel() * (hidden + 1) if decoder else len(passages.ids) * hidden
+    return len(passages.inputs) * (passages.length * (hidden + 1) if decoder else hidden)
 
 
 def _statistics_bytes(structure: Structure, steps: Collection[Step], needs: Collection[str]) -> int:
@@ -170,10 +170,10 @@ def _activation_bytes(structure: Structure, hidden: int, length: int) -> int:
 
 def _working_bytes(structure: Structure, model: nn.Module, narrow: frozenset[str], steps: list[Step], hidden: int) -> int:
     """The most that a batch, the head or the building of an entry takes for a moment."""
-    outputs = [[linear.out_features for linear in site.linears] for site in structure.sites if site.kind != "linears"]
+    outputs = [[linear.out_features for linear in site.linears] for site in structure.sites if site.kind in ("attention", "ffn")]
     forward = 4 * BATCH_TOKENS * (max(sum(sizes) + max(sizes) for sizes in outputs) + 4 * hidden)
     head = 3 * 4 * CHUNK_LOGITS + (4 * CHUNK_ROWS * hidden if narrow else 0) + 4 * BATCH_TOKENS * hidden
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)  # type: ignore[operator]
     largest = max((linear.parameters for step in steps for linear in step.site.linears), default=0)
     return max(forward, head if vocabulary > CHUNK_ROWS else head // 4, _BUILD_BYTES_PER_WEIGHT * largest)
 

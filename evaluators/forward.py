@@ -34,6 +34,7 @@ class Forward:
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], stride: int | None) -> None:
         self.body: Any = getattr(model, "base_model", model)
+        self._fed = getattr(model, "main_input_name", "input_ids")
         self.stride = stride
         self.blocks = len(blocks)
         self.computed_blocks = 0
@@ -46,38 +47,38 @@ class Forward:
             block = model.get_submodule(path)
             block.forward = self._wrapped(index, block.forward)
 
-    def batches(self, ids: Tensor, mask: Tensor | None = None) -> list[slice]:
-        """How windows [windows, tokens] are batched: a quarter of them at most, so that a quarter fidelity reuses whole batches."""
-        length = ids.shape[1] if mask is None else max(1, int(mask.sum()) // len(mask))
-        step = max(1, min(len(ids) // 4, BATCH_TOKENS // length))
-        return [slice(i, min(i + step, len(ids))) for i in range(0, len(ids), step)]
+    @staticmethod
+    def batches(windows: int, tokens: int) -> list[slice]:
+        """How windows of so many tokens in all are batched: a quarter of them at most, so that a quarter fidelity reuses whole batches."""
+        step = max(1, min(windows // 4, BATCH_TOKENS * windows // tokens))
+        return [slice(i, min(i + step, windows)) for i in range(0, windows, step)]
 
     @torch.no_grad()
     def run(
-        self, ids: Tensor, mask: Tensor | None, rows: slice, kept: Sequence[States | None], first_changed: Sequence[int]
+        self, inputs: Tensor, mask: Tensor | None, rows: slice, kept: Sequence[States | None], first_changed: Sequence[int]
     ) -> tuple[Tensor, States]:
-        """Final hidden states of `ids[rows]`, less columns of mere padding, and the inputs of the blocks that are kept.
+        """Final hidden states of `inputs[rows]`, less columns of mere padding, and the inputs of the blocks that are kept.
 
         Args:
-            ids: Windows, int64 [windows, tokens].
+            inputs: Windows, int64 [windows, tokens], or images, float32 [images, C, H, W].
             mask: Attention mask of the same shape with the padding on the right, or None.
             rows: The batch.
             kept: What earlier runs over the same batch returned, None where there is nothing.
             first_changed: For each of them the first block whose parameters differ from it.
         """
         self._start, self._entry, self._seen = 0, None, {}
-        for inputs, changed in zip(kept, first_changed, strict=True):
+        for states, changed in zip(kept, first_changed, strict=True):
             # the last block always runs: what follows it needs its output
-            start = max((block for block in inputs or () if block <= min(changed, self.blocks - 1)), default=0)
-            if inputs is not None and start > self._start:
-                self._start, self._entry = start, inputs[start]
-                self._seen = {block: entry for block, entry in inputs.items() if block < start}
+            start = max((block for block in states or () if block <= min(changed, self.blocks - 1)), default=0)
+            if states is not None and start > self._start:
+                self._start, self._entry = start, states[start]
+                self._seen = {block: entry for block, entry in states.items() if block < start}
         self.computed_blocks += self.blocks - self._start
         self.all_blocks += self.blocks
-        arguments: dict[str, Any] = {"input_ids": ids[rows]}
+        arguments: dict[str, Any] = {self._fed: inputs[rows]}
         if mask is not None:
             width = int(mask[rows].sum(1).max())  # columns that hold nothing but padding are left out
-            arguments = {"input_ids": ids[rows, :width], "attention_mask": mask[rows, :width]}
+            arguments = {self._fed: inputs[rows, :width], "attention_mask": mask[rows, :width]}
         if hasattr(getattr(self.body, "config", None), "use_cache"):
             arguments["use_cache"] = False
         try:

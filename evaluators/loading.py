@@ -12,7 +12,7 @@ import importlib.resources
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from autoeff.errors import InputError
@@ -30,6 +30,7 @@ from autoeff.evaluators.checkpoint import StoredTensor, existing_path, read_chec
 from autoeff.evaluators.hub import refused_by_hub
 from autoeff.evaluators.model_config import build_config, quiet_transformers, read_config, refuse_code
 from autoeff.evaluators.widening import widen_on_use
+from autoeff.spaces.sites import blank_inputs
 
 if TYPE_CHECKING:  # importing them takes seconds, which a command that builds no model need not wait for
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,12 +46,21 @@ __all__ = [
     "memory_needed",
     "memory_of",
     "one_block",
+    "random_model",
     "resolve_model",
     "skeleton",
 ]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges*")
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "vocab*",
+    "merges*",
+)
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "vocab*", "merges*")
 _TOKENIZER_CONFIG_LIMIT = 16 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -58,6 +68,8 @@ _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx"
 # Buffers that older versions of transformers stored and that newer ones compute.
 _BUFFER = re.compile(r"(.*\.)?(position_ids|token_type_ids|inv_freq|original_inv_freq|masked_bias|attn\.bias|attention\.bias)")
 _DECODER = re.compile(r".*(ForCausalLM|LMHeadModel)")
+_GIVE = "give a decoder (…ForCausalLM), a text encoder or a model of images"
+_CLASSIFIER = re.compile(r".*ForImageClassification")
 _WIDE_BYTES = 1 << 30  # up to this size a float32 model is kept as such, which is a little faster
 
 
@@ -69,7 +81,7 @@ class ModelFacts:
         path: Directory.
         model_type: As in `config.json`, known to the installed transformers.
         architectures: As in `config.json`.
-        task: `decoder` predicts the next token; `encoder` gives sentence embeddings.
+        task: `decoder` predicts the next token; `encoder` gives sentence embeddings, `vision` those of images.
         config: The settings that the configuration class declares, nothing else.
         tensors: The stored tensors that the model uses, by stored name.
         arguments: For the model's constructor.
@@ -77,8 +89,8 @@ class ModelFacts:
         stored_bytes: Size of `tensors` on disk.
         dtype: What most elements of the weight matrices are stored in.
         store_dtype: float16 or bfloat16: what every weight is rounded to at load. Dense means these values.
-        context: Longest sequence in tokens; None where the configuration does not say.
-        vocabulary: Rows of the token embedding.
+        context: Longest sequence in tokens, or those of an image; None where the configuration does not say.
+        vocabulary: Rows of the token embedding; 0 of one that reads images.
         digest: SHA-256 over the names and contents of weight, config and tokenizer files.
         notices: What the user must be told once.
     """
@@ -86,7 +98,7 @@ class ModelFacts:
     path: Path
     model_type: str
     architectures: tuple[str, ...]
-    task: Literal["decoder", "encoder"]
+    task: Literal["decoder", "encoder", "vision"]
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     arguments: Mapping[str, Any]
@@ -138,12 +150,12 @@ def inspect_model(path: Path) -> ModelFacts:
     if (path / "tokenizer_config.json").exists():
         refuse_code(read_json(path / "tokenizer_config.json", _TOKENIZER_CONFIG_LIMIT), path / "tokenizer_config.json")
     checkpoint = read_checkpoint(path)
-    task: Literal["decoder", "encoder"] = "decoder" if any(_DECODER.fullmatch(name) for name in architectures) else "encoder"
-    model, arguments = _on_meta(model_type, architectures, task, settings, {}), {}
+    model, arguments = _on_meta(model_type, architectures, settings, {}), {}
+    task = _task(model, architectures)
     used, missing = _matched(model, checkpoint.tensors, task, path)
     if missing and all("pooler." in name for name in missing) and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         arguments = {"add_pooling_layer": False}
-        model = _on_meta(model_type, architectures, task, settings, arguments)
+        model = _on_meta(model_type, architectures, settings, arguments)
         used, missing = _matched(model, checkpoint.tensors, task, path)
     if missing:
         raise InputError(f"{path}: the weights lack {missing[0]!r}, which config.json asks for ({len(missing)} missing in all)")
@@ -168,7 +180,7 @@ def inspect_model(path: Path) -> ModelFacts:
         dtype=_main_dtype(used),
         store_dtype=store_dtype,
         context=_context(model),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=0 if task == "vision" else model.get_input_embeddings().weight.shape[0],
         digest=_digest(path, checkpoint.files),
         notices=tuple(notices),
     )
@@ -176,30 +188,45 @@ def inspect_model(path: Path) -> ModelFacts:
 
 def skeleton(facts: ModelFacts) -> nn.Module:
     """The model on the meta device: shapes without memory."""
-    model: nn.Module = _on_meta(facts.model_type, facts.architectures, facts.task, facts.config, facts.arguments)
+    model: nn.Module = _on_meta(facts.model_type, facts.architectures, facts.config, facts.arguments)
     return model
 
 
 def one_block(facts: ModelFacts, device: torch.device) -> nn.Module:
     """The model with its first block only and arbitrary weights in the compute dtype, to be timed."""
+    return _allocated(facts, device, compute_dtype(facts, device), 1, _untouched)
+
+
+def random_model(facts: ModelFacts, device: torch.device, dtype: torch.dtype, blocks: int) -> nn.Module:
+    """The model with its first `blocks` blocks and random weights in `dtype`, to be timed whole."""
+    return _allocated(facts, device, dtype, blocks, lambda parameter, table: torch.empty_like(parameter).normal_(0, 0.02))
+
+
+def _untouched(parameter: Tensor, table: bool) -> Tensor:
+    """Pages of a table that are never touched take no memory."""
+    return torch.zeros_like(parameter) if table else torch.ones_like(parameter)
+
+
+def _allocated(
+    facts: ModelFacts, device: torch.device, dtype: torch.dtype, blocks: int, make: Callable[[Tensor, bool], Tensor]
+) -> nn.Module:
     config = build_config(facts.model_type, facts.config)
-    config.num_hidden_layers = 1
+    config.num_hidden_layers = blocks
     with _parameters_on_meta():
         model: nn.Module = type(skeleton(facts))(config, **facts.arguments)
-    dtype = compute_dtype(facts, device)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(p) for p in _head_parameters(model)}
     values: dict[int, nn.Parameter] = {}  # of tied parameters once
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in values:
-                # pages of a table that are never touched take no memory
-                make = torch.zeros if id(parameter) in tables else torch.ones
-                values[id(parameter)] = nn.Parameter(make(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                values[id(parameter)] = nn.Parameter(make(empty, id(parameter) in tables), requires_grad=False)
             module._parameters[name] = values[id(parameter)]
+    model.config.dtype = dtype
     return model.eval().to(device)
 
 
-def load_model(facts: ModelFacts, device: torch.device, narrow: Collection[str] = ()) -> nn.Module:
+def load_model(facts: ModelFacts, device: torch.device, narrow: Collection[str] = (), dtype: torch.dtype | None = None) -> nn.Module:
     """The dense model, for inference only: every weight rounded to `facts.store_dtype`; it computes in the compute dtype.
 
     Args:
@@ -207,6 +234,7 @@ def load_model(facts: ModelFacts, device: torch.device, narrow: Collection[str] 
         device: Where.
         narrow: Parameters that are kept in 16 bits although the compute dtype is float32, see `widening.py`. The others are kept
             in the compute dtype.
+        dtype: Instead of the compute dtype.
 
     Raises:
         InputError: It cannot fit into memory, or the files have changed since they were inspected.
@@ -222,7 +250,7 @@ def load_model(facts: ModelFacts, device: torch.device, narrow: Collection[str] 
                 None,
                 config=build_config(facts.model_type, facts.config),
                 state_dict=state,
-                dtype=facts.store_dtype if narrow else compute_dtype(facts, device),
+                dtype=dtype or (facts.store_dtype if narrow else compute_dtype(facts, device)),
                 output_loading_info=True,
                 local_files_only=True,
                 **facts.arguments,
@@ -313,18 +341,20 @@ def _from_hub(model_id: str) -> Path:
     return path
 
 
-def _on_meta(
-    model_type: str, architectures: Iterable[str], task: str, settings: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> PreTrainedModel:
+def _on_meta(model_type: str, architectures: Sequence[str], settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> PreTrainedModel:
     config = build_config(model_type, settings)
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if task == "decoder" else MODEL_MAPPING
+    mapping: Any = MODEL_MAPPING
+    if _any(_DECODER, architectures):
+        mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    elif _any(_CLASSIFIER, architectures):
+        mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if type(config) not in mapping:
-        raise InputError(f"transformers has no {task} for model_type {model_type!r}; give a decoder (…ForCausalLM) or a text encoder")
+        raise InputError(f"transformers has no {architectures[0]} for model_type {model_type!r}; {_GIVE}")
     found = mapping[type(config)]
     classes = found if isinstance(found, tuple | list) else (found,)
     model_class = next((c for c in classes if c.__name__ in architectures), classes[0])
-    if getattr(model_class, "main_input_name", None) != "input_ids":
-        raise InputError(f"model_type {model_type!r} does not read text; give a decoder (…ForCausalLM) or a text encoder")
+    if getattr(model_class, "main_input_name", None) not in ("input_ids", "pixel_values"):
+        raise InputError(f"model_type {model_type!r} reads neither text nor images; {_GIVE}")
     try:
         with quiet_transformers(), torch.device("meta"):
             model: PreTrainedModel = model_class(config, **arguments)
@@ -332,6 +362,16 @@ def _on_meta(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"config.json describes no model that transformers can build as {model_type!r}: {reason}") from None
     return model.eval()
+
+
+def _task(model: PreTrainedModel, architectures: Iterable[str]) -> Literal["decoder", "encoder", "vision"]:
+    if model.main_input_name == "pixel_values":
+        return "vision"
+    return "decoder" if _any(_DECODER, architectures) else "encoder"
+
+
+def _any(pattern: re.Pattern[str], names: Iterable[str]) -> bool:
+    return any(pattern.fullmatch(name) for name in names)
 
 
 def _widen_the_rest(model: nn.Module, facts: ModelFacts, narrow: Collection[str]) -> None:
@@ -400,7 +440,7 @@ def _matched(
     for name, tensor in stored.items():
         part = next((spelling for spelling in spellings(name) if spelling in owners), None)
         if part is None:
-            if _BUFFER.fullmatch(name) or (task == "encoder" and prefixed and not name.startswith(prefix)):
+            if _BUFFER.fullmatch(name) or (task != "decoder" and prefixed and not name.startswith(prefix)):
                 continue
             raise InputError(f"{path}: the weights hold {name!r}, which a {type(model).__name__} of this config.json does not have")
         wanted = parts[owners[part]][part]
@@ -422,12 +462,25 @@ def _as_saved(model: PreTrainedModel, name: str, parameter: Tensor) -> dict[str,
 
 
 def _context(model: PreTrainedModel) -> int | None:
-    """Longest sequence in tokens. RoBERTa's positions are counted from behind its padding id, which takes as many from its table."""
+    """Longest sequence in tokens, or those of an image. RoBERTa counts positions from behind its padding id, less as many of its table."""
+    if model.main_input_name == "pixel_values":
+        return _tokens_of_an_image(model)
     length = next((value for key in _CONTEXT_KEYS if isinstance(value := getattr(model.config, key, None), int)), None)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None and module.num_embeddings == length:
             return length - module.padding_idx - 1
     return length
+
+
+def _tokens_of_an_image(model: PreTrainedModel) -> int:
+    body: Any = model.base_model
+    try:
+        with torch.no_grad():
+            states: Tensor = body(**blank_inputs(model, 1, 1)).last_hidden_state
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"cannot understand {type(model).__name__}: it does not run on an image alone: {reason}") from None
+    return states.shape[1]
 
 
 def _store_dtype(path: Path, tensors: Mapping[str, StoredTensor]) -> torch.dtype:

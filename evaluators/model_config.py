@@ -73,7 +73,10 @@ def read_config(folder: Path) -> tuple[str, tuple[str, ...], dict[str, Any]]:
         raise InputError(f"{path}: {model_type!r} is composed of several models; give the text model alone")
     aliases = config_class.attribute_map  # in a saved file either side can stand: Qwen3-MoE writes the one that is no field
     known = {field.name for field in fields(config_class)} | set(aliases) | set(aliases.values()) | _LEGACY_ROPE | _UNDECLARED
-    return model_type, tuple(architectures), {key: raw[key] for key in sorted(raw.keys() & known - _NOT_OURS)}
+    known -= _NOT_OURS
+    if any(name.endswith("ForImageClassification") for name in architectures):
+        known.add("id2label")  # as many outputs as labels
+    return model_type, tuple(architectures), {key: raw[key] for key in sorted(raw.keys() & known)}
 
 
 def build_config(model_type: str, settings: Mapping[str, Any]) -> PreTrainedConfig:

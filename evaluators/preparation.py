@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from autoeff.errors import InputError
 from autoeff.evaluators.footprint import Footprint, footprint_of
+from autoeff.evaluators.images import make_images
+from autoeff.evaluators.latency import Latency, latency_of
 from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, resolve_model, skeleton
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.tasks import check_tasks
@@ -19,6 +21,7 @@ from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob, known_knobs
+from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import Structure, find_structure
 from autoeff.spaces.space import SearchSpace
 from autoeff.spaces.units import UnitKnob
@@ -42,18 +45,20 @@ class Preparation:
         footprint: Predicted use of memory and disk.
         seconds: How long finding all this took.
         digest: Names everything that a quality value depends on besides configuration, split and windows.
+        latency: Times of the space's levels, where they are asked for; quality does not depend on them.
     """
 
     facts: ModelFacts
     structure: Structure
     space: SearchSpace
     knobs: Mapping[str, Knob]
-    passages: Mapping[Literal["search", "held_out"], Passages]
+    passages: Mapping[Split, Passages]
     device: torch.device
     left_out: Mapping[str, str]
     footprint: Footprint
     seconds: float
     digest: str
+    latency: Latency | None = None
 
     @property
     def quality(self) -> str:
@@ -61,12 +66,24 @@ class Preparation:
         return "kl" if self.facts.task == "decoder" else "damage_cosine"
 
     @property
+    def generates(self) -> bool:
+        """Whether quality is that of text generated behind a prompt: where caches are decided about, all candidates are compared so."""
+        return any(knob.kind == "cache" for knob in self.knobs.values())
+
+    @property
     def notices(self) -> list[str]:
         """What the user must be told once."""
         sublayers = {knob.sublayer for knob in self.knobs.values() if isinstance(knob, UnitKnob)}
         whole = [site.name for site in self.structure.sites if site.kind in sublayers and site.name in self.left_out]
         kept = [f"{whole[0]} keeps all its units ({len(whole)} sublayers in all do): {self.left_out[whole[0]]}"] if whole else []
-        return [*self.facts.notices, *kept, *(n for p in self.passages.values() for n in p.notices)]
+        context = next((site.kv.context for site in self.structure.sites if site.kv is not None), 0)
+        length = self.passages["search"].length
+        if self.generates and context != length:
+            kept.append(
+                f"budgets of the cache cost what they cost at {context} tokens, and are measured on windows of {length} at the same shares"
+            )
+        times = () if self.latency is None else self.latency.notices
+        return [*self.facts.notices, *kept, *(n for p in self.passages.values() for n in p.notices), *times]
 
     def report(self) -> dict[str, Any]:
         """The preflight as plain data, stored with the job."""
@@ -76,7 +93,7 @@ class Preparation:
                 "parameters": self.facts.parameters, "blocks": len(self.structure.blocks), "context": self.facts.context,
             },
             "text": {
-                split: {"digest": p.digest, "source": p.source, "windows": len(p.ids), "length": p.ids.shape[1], "tokens": p.tokens}
+                split: {"digest": p.digest, "source": p.source, "windows": len(p.inputs), "length": p.length, "tokens": p.tokens}
                 for split, p in self.passages.items()
             },
             "quality": self.quality,
@@ -89,17 +106,22 @@ class Preparation:
             "hardware": hardware_name(self.device),
             "torch": torch.__version__,
             "notices": self.notices,
+            **({} if self.latency is None else {"latency": self.latency.report()}),
         }  # fmt: skip
 
 
-def prepare(setup: EvaluationSetup) -> Preparation:
+def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     """Reads headers, config and text; loads no weights.
+
+    Args:
+        setup: What is to be evaluated.
+        elsewhere: For machines other than this one, which need not have the device.
 
     Raises:
         InputError: Anything wrong with the model, the text, the knobs or the device.
     """
     started = time.perf_counter()
-    device = device_of(setup.device)
+    device = device_of("cpu" if elsewhere else setup.device)
     facts = inspect_model(resolve_model(setup.model))
     check_memory(facts, device)
     model = skeleton(facts)
@@ -107,25 +129,46 @@ def prepare(setup: EvaluationSetup) -> Preparation:
     left_out: Mapping[str, str] = {}
     if any(knob.coupled for name, knob in known_knobs().items() if name in setup.space.knobs):
         structure, left_out = coupled(model, structure)
+    if any(knob.kind == "cache" for name, knob in known_knobs().items() if name in setup.space.knobs):
+        structure = _with_cache(structure, setup, facts)
     space, knobs = build_space(structure, setup.space)
-    if setup.tasks is not None and facts.task == "encoder":
-        raise InputError(f"tasks {', '.join(setup.tasks.names)} are for decoders; {facts.path} is an encoder")
+    latency = None
+    if setup.latency is not None:
+        latency = latency_of(setup.latency, facts, structure, setup.space, device)
+        space, _ = build_space(structure, setup.space, latency.further, latency.dense)
+    if setup.tasks is not None and facts.task != "decoder":
+        raise InputError(f"tasks {', '.join(setup.tasks.names)} are for decoders, which {facts.path} is not")
     asked = {} if setup.tasks is None else {"tasks": check_tasks(setup.tasks)}
-    tokenizer = load_tokenizer(facts)
-    passages = make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed)
+    passages = _passages(facts, setup)
+    for knob in knobs.values():
+        if knob.kind == "cache":
+            knob.check_length(min(p.length for p in passages.values()))
     footprint = footprint_of(setup, facts, model, structure, space, knobs, passages, device)
     digest = digest_of(
         {
             "evaluator": EVALUATOR_VERSION,
             "torch": torch.__version__,
-            "hardware": hardware_name(device),
+            "hardware": setup.hardware or hardware_name(device),
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
             **asked,
         }
     )
-    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, time.perf_counter() - started, digest)
+    seconds = time.perf_counter() - started
+    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, seconds, digest, latency)
+
+
+def _passages(facts: ModelFacts, setup: EvaluationSetup) -> dict[Split, Passages]:
+    if facts.task == "vision":
+        return make_images(facts, setup.data, setup.eval_data, setup.seed)
+    return make_passages(load_tokenizer(facts), facts, setup.data, setup.eval_data, setup.seed)
+
+
+def _with_cache(structure: Structure, setup: EvaluationSetup, facts: ModelFacts) -> Structure:
+    if (context := setup.context or facts.context) is None:
+        raise InputError(f"model_type {facts.model_type!r} states no context length, which budgets are shares of; give --context")
+    return structure.at_context(context)
 
 
 def device_of(name: str) -> torch.device:

@@ -44,9 +44,10 @@ class TextSpec:
 
     Attributes:
         source: A text file, a directory, JSONL, a CSV of scored pairs (encoders), `package:NAME`, parquet or arrow files or
-            `hub:OWNER/NAME` (`dataset`), rows of the last two also as conversations; None for a bundled model's own.
-        windows: Windows (decoders) or sentences (encoders); 0 takes all; None takes 16 windows (all with `per_document`), 256
-            sentences, or every held-out pair.
+            `hub:OWNER/NAME` (`dataset`), rows of the last two also as conversations; None for a bundled model's own. For models of
+            images a folder of them, one per label or flat (`images`).
+        windows: Windows (decoders), sentences (encoders) or images; 0 takes all; None takes 16 windows (all with `per_document`), 256
+            sentences or images, or every held-out pair.
         length: Tokens per window, BOS included; None takes 512 (sentences are cut at 128), or the model's context if shorter.
         bos: `per_window` puts a BOS in front of each window of the plain encoding; `per_document` in front of each document
             (divided by lines `<|endoftext|>`), whose ids are then cut into windows. A conversation is a document, and its ids are
@@ -75,25 +76,32 @@ class TextSpec:
 
 @dataclass(frozen=True, eq=False)
 class Passages:
-    """Token ids, ready for a model.
+    """What a model is fed, ready for it: token ids, or images.
 
     Attributes:
-        ids: int64 [windows, tokens]; for scored pairs rows 2i and 2i + 1 are pair i.
+        inputs: Ids, int64 [windows, tokens]; for scored pairs rows 2i and 2i + 1 are pair i. Of images float32 [images, C, H, W].
         mask: Attention mask, int64 of the same shape, for padded sentences; None where every token counts.
         scores: Of pairs, float32 [windows / 2]; None otherwise.
         digest: SHA-256 of all of these.
         source: Where they are from.
         tokens: Tokens that count.
         notices: What the user must be told once.
+        labels: Of images, int64 [images], where their folders are labels that the model gives; None otherwise.
     """
 
-    ids: Tensor
+    inputs: Tensor
     mask: Tensor | None
     scores: Tensor | None
     digest: str
     source: str
     tokens: int
     notices: tuple[str, ...]
+    labels: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window, padding included; of an image the patches that it is cut into, and what the model puts before them."""
+        return self.inputs.shape[1] if self.inputs.dim() == 2 else self.tokens // len(self.inputs)
 
     def to(self, device: torch.device) -> Passages:
         """The same passages with their tensors on `device`."""
@@ -101,7 +109,8 @@ class Passages:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        return replace(self, ids=self.ids.to(device), mask=move(self.mask), scores=move(self.scores))
+        moved = {name: move(getattr(self, name)) for name in ("inputs", "mask", "scores", "labels")}
+        return replace(self, **moved)
 
 
 def make_passages(
@@ -232,14 +241,14 @@ def make_sentences(
         cut = len(items) * 4 // 5
         part = part[:cut] if split == "search" else part[cut:]
         where += ", its first four fifths" if split == "search" else ", its last fifth"
-    chosen = [part[i] for i in _choose(len(part), spec, paired, seed, split, where)]
-    sentences = [sentence for i in chosen for sentence in items[i]]
+    taken = [part[i] for i in chosen(len(part), spec, "pairs" if paired else "sentences", seed, split, where)]
+    sentences = [sentence for i in taken for sentence in items[i]]
     rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
     width = max(len(row) for row in rows)
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return _passages(facts, ids, mask, None if scores is None else torch.tensor([scores[i] for i in chosen]), where, notices)
+    return _passages(facts, ids, mask, None if scores is None else torch.tensor([scores[i] for i in taken]), where, notices)
 
 
 def _length(spec: TextSpec, facts: ModelFacts, usual: int) -> int:
@@ -341,9 +350,13 @@ def _apart(total: int, count: int, step: int, rng: random.Random) -> list[int]:
     return starts
 
 
-def _choose(total: int, spec: TextSpec, paired: bool, seed: int, split: Split, where: str) -> Sequence[int]:
-    """Which sentences, or pairs of them."""
-    unit = "pairs" if paired else "sentences"
+def chosen(total: int, spec: TextSpec, unit: str, seed: int, split: Split, where: str) -> Sequence[int]:
+    """Which sentences, pairs of them, or images a spec takes of `total`.
+
+    Raises:
+        InputError: There are fewer than it asks for.
+    """
+    paired = unit == "pairs"
     if isinstance(spec.draw, tuple):
         if max(spec.draw) >= total:
             raise InputError(f"number {max(spec.draw)} was asked for, {where} has {total} {unit}; the last is {total - 1}")
@@ -361,8 +374,13 @@ def _choose(total: int, spec: TextSpec, paired: bool, seed: int, split: Split, w
 def _passages(facts: ModelFacts, ids: Tensor, mask: Tensor | None, scores: Tensor | None, source: str, notices: Sequence[str]) -> Passages:
     if (largest := int(ids.max())) >= facts.vocabulary:
         raise InputError(f"the tokenizer gives the id {largest}, the model knows {facts.vocabulary} ids; they do not belong together")
-    digest = hashlib.sha256()
-    for tensor in (ids, mask, scores):
-        digest.update(b"none" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     tokens = ids.numel() if mask is None else int(mask.sum())
-    return Passages(ids, mask, scores, digest.hexdigest(), source, tokens, tuple(notices))
+    return Passages(ids, mask, scores, digest_of(ids, mask, scores), source, tokens, tuple(notices))
+
+
+def digest_of(*tensors: Tensor | None) -> str:
+    """SHA-256 over types, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(b"none" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

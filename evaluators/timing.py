@@ -126,13 +126,14 @@ def _body_s(preparation: Preparation) -> float:
     device = preparation.device
     model: Any = one_block(preparation.facts, device)
     passages = preparation.passages["search"]
-    rows = max(1, min(len(passages.ids), _TOKENS // passages.ids.shape[1]))
-    ids = passages.ids[:rows].to(device)
-    arguments = {} if passages.mask is None else {"attention_mask": passages.mask[:rows].to(device)}
+    rows = max(1, min(len(passages.inputs), _TOKENS // passages.length))
+    arguments = {model.main_input_name: passages.inputs[:rows].to(device)}
+    if passages.mask is not None:
+        arguments["attention_mask"] = passages.mask[:rows].to(device)
     body = getattr(model, "base_model", model)
-    counted = ids.numel() if passages.mask is None else int(passages.mask[:rows].sum())
+    counted = rows * passages.length if passages.mask is None else int(passages.mask[:rows].sum())
     weights = sum(linear.parameters_per_token for linear in preparation.structure.linears if linear.name.startswith(_first(preparation)))
-    return _mean_s(lambda: body(input_ids=ids, **arguments), device) / counted / max(1, weights)
+    return _mean_s(lambda: body(**arguments), device) / counted / max(1, weights)
 
 
 def _first(preparation: Preparation) -> str:

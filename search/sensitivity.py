@@ -102,7 +102,7 @@ def full_table(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lamb
 
     check_new(out)
     preparation = prepare(spec.setup(settings.bank))
-    needed = max(full_table_trials(preparation.space), minimum_trials(preparation.space, len(preparation.passages["search"].ids)))
+    needed = max(full_table_trials(preparation.space), minimum_trials(preparation.space, len(preparation.passages["search"].inputs)))
     budget = spec.budget.model_copy(update={"trials": needed})
     start(spec.model_copy(update={"table_only": True, "budget": budget}), out, settings, watch)
     return sensitivity(out, settings)

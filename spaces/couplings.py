@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
-from autoeff.spaces.sites import Coupling, Linear, Site, Structure
+from autoeff.spaces.sites import Coupling, Linear, Site, Structure, blank_inputs
 
 __all__ = ["Couplings", "coupled", "find_couplings"]
 
@@ -229,10 +229,11 @@ class _Probe:
         self._poisoned: tuple[str, Tensor] | None = None
         self._watched: str | None = None
         self._entered: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
+        inside = tuple(f"{path}." for path in structure.blocks)
         for name, module in self._model.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
                 module.forward = self._instead_of_linear(name, module)  # type: ignore[method-assign]
-            elif any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):  # experts
+            elif name.startswith(inside) and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):  # experts
                 module.forward = _first_argument
 
     @torch.no_grad()
@@ -268,7 +269,11 @@ class _Probe:
             options = {"use_cache": False} if hasattr(getattr(body, "config", None), "use_cache") else {}
             handle = block.register_forward_pre_hook(stop, with_kwargs=True)
             try:
-                self._entered = index, *_stopped(body, (), {"input_ids": torch.zeros(self.batch, _TOKENS, dtype=torch.long), **options})
+                fed = blank_inputs(self._model, self.batch, _TOKENS)
+                arguments, keywords = _stopped(body, (), {**fed, **options})
+                if "pixel_values" in fed:  # one image leads here; it has more tokens than are needed
+                    arguments = tuple(item[:, :_TOKENS].expand(self.batch, -1, -1) if torch.is_tensor(item) else item for item in arguments)
+                self._entered = index, arguments, keywords
             finally:
                 handle.remove()
         return self._entered[1:]

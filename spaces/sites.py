@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from itertools import takewhile
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from autoeff.errors import InputError
 
-__all__ = ["BYTES_DENSE", "Coupling", "Linear", "Site", "Structure", "find_structure"]
+__all__ = ["BYTES_DENSE", "Coupling", "KeyValues", "Linear", "Site", "Structure", "blank_inputs", "find_structure"]
 
 BYTES_DENSE = 2  # dense = 16 bit, whatever the checkpoint stores
 _TRACE_TOKENS = 4
@@ -95,29 +95,60 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class KeyValues:
+    """What an attention layer keeps of every token, where knobs may decide about it.
+
+    Attributes:
+        key_size: Numbers of a key, per KV head.
+        value_size: Numbers of a value, per KV head.
+        window: Tokens of a sliding window; None where attention sees everything.
+        context: Tokens of the job's context; 0 where none is known.
+        kept: Tokens that the cache keeps of them. Only knobs set it lower, for those that come after them.
+    """
+
+    key_size: int
+    value_size: int
+    window: int | None = None
+    context: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
 class Site:
     """A place that one decision of a knob can be about.
 
     Attributes:
         name: The common path and the members, e.g. `model.layers.0.self_attn.q_proj+k_proj+v_proj`.
-        kind: `linears` for linears that agree, `attention` and `ffn` for whole sublayers.
+        kind: `linears` for linears that agree, `attention` and `ffn` for whole sublayers, `keys` and `values` for what attention keeps.
         block: Index of the block.
         linears: Members, in the order in which they run.
         output: Module path of the projection that writes to the residual stream; sublayers without experts only.
         kv_bytes: Cache bytes per token and sequence at 16 bit; attention of decoders only.
         outputs: Names of the parameters (weights and biases) of every projection that writes to the residual stream: with zeros
             in all of them the sublayer adds nothing; sublayers only.
+        kv: What attention keeps of a token; attention, keys and values only.
         coupling: Its units, where `couplings.py` was asked and found some; sublayers only.
     """
 
     name: str
-    kind: Literal["linears", "attention", "ffn"]
+    kind: Literal["linears", "attention", "ffn", "keys", "values"]
     block: int
     linears: tuple[Linear, ...]
     output: str | None = None
     kv_bytes: int = 0
     outputs: tuple[str, ...] = ()
+    kv: KeyValues | None = None
     coupling: Coupling | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def attention(self) -> str:
+        """Module path of the attention whose keys and values this site is about; sites with `kv` only."""
+        return self.name if self.kind == "attention" else self.name.rpartition(".")[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads; 0 where nothing is kept."""
+        return 0 if self.kv is None else self.kv_bytes // (BYTES_DENSE * (self.kv.key_size + self.kv.value_size))
 
     @property
     def parameters(self) -> int:
@@ -153,12 +184,29 @@ class Structure:
         """Every searchable linear once."""
         return tuple(linear for site in self.sites if site.kind == "linears" for linear in site.linears)
 
+    def at_context(self, tokens: int) -> Structure:
+        """The same structure with what a cache of so many tokens keeps: behind each attention a site for its keys and one for its values.
+
+        Layers with a sliding window below that keep what their own rule says, and nothing is decided about their caches.
+        """
+        sites: list[Site] = []
+        for site in self.sites:
+            if site.kv is not None:
+                slides = site.kv.window is not None and site.kv.window < tokens
+                site = replace(site, kv=None if slides else replace(site.kv, context=tokens, kept=tokens))
+            sites.append(site)
+            if site.kind == "attention" and site.kv is not None:
+                sites += [
+                    Site(f"{site.name}.{kind}", kind, site.block, (), kv_bytes=site.kv_bytes, kv=site.kv) for kind in ("keys", "values")
+                ]
+        return replace(self, sites=tuple(sites))
+
 
 def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:
     """The blocks and sites of `model`.
 
     Args:
-        model: A transformers model, on any device including meta. It is run once on four tokens.
+        model: A transformers model, on any device including meta. It is run once on four tokens, or on an image.
         untie: Give every linear a site of its own.
 
     Raises:
@@ -167,7 +215,7 @@ def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:
     blocks = _blocks(model)
     for path, block in blocks:
         _refuse_unknown_parts(block, path)
-    runs, cache_bytes = _trace(model, blocks)
+    runs, kept = _trace(model, blocks)
     _refuse_uncalled_and_shared(model, blocks, runs)
     sites: list[Site] = []
     for index, (path, block) in enumerate(blocks):
@@ -176,7 +224,9 @@ def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:
         for kind in ("attention", "ffn"):
             members = [run for run in called if _is_attention(run.linear.name, path, block) == (kind == "attention")]
             if members:
-                sites += _sublayer(kind, index, path, members, mixtures, cache_bytes[index] if kind == "attention" else 0, untie)
+                cached = kept[index] if kind == "attention" else None
+                sublayer, *inside = _sublayer(kind, index, path, members, mixtures, _bytes_per_token(cached), untie)
+                sites += [replace(sublayer, kv=_key_values(model, sublayer, cached)), *inside]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Structure(
         model_type=str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
@@ -280,8 +330,8 @@ def _refuse_uncalled_and_shared(model: nn.Module, blocks: Sequence[tuple[str, nn
                 raise InputError(f"cannot understand {name}: its weight is shared with another module")
 
 
-def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[list[_Run], list[int]]:
-    """The linears of the blocks in the order in which they run, and the cache bytes per token of each block."""
+def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[list[_Run], list[Any]]:
+    """The linears of the blocks in the order in which they run, and the layer of the cache that each block fills, or None."""
     runs: list[_Run] = []
     kept: list[object] = []  # alive until the end, so that identities are not reused
 
@@ -310,7 +360,7 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
     head, given = getattr(model, "get_output_embeddings", lambda: None)(), []
     if head is not None:
         handles.append(head.register_forward_hook(lambda _, __, output: given.append(output)))
-    tokens = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    fed = blank_inputs(model, 1, _TRACE_TOKENS)
     # a checkpoint saved in the middle of a training may have switched its cache off
     options = {"use_cache": True} if "use_cache" in signature(model.forward).parameters else {}
     for name, experts in mixed:
@@ -322,10 +372,11 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
             # some models look for it among the tokens, which have no values on the meta device; set past the checks of strict classes
             vars(config)["pad_token_id"] = None
         with torch.no_grad():
-            output = model(input_ids=tokens, **options)
+            output = model(**fed, **options)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot understand {type(model).__name__}: it does not run on token ids alone: {reason[0][:200]}") from error
+        alone = f"it does not run on {next(iter(fed))} alone: {reason[0][:200]}"
+        raise InputError(f"cannot understand {type(model).__name__}: {alone}") from error
     finally:
         if padding is not None:
             vars(config)["pad_token_id"] = padding
@@ -339,7 +390,17 @@ def _trace(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> tuple[l
     layers = [None] * len(blocks) if cache is None else list(getattr(cache, "layers", []))
     if len(layers) != len(blocks):
         raise InputError(f"cannot understand {type(model).__name__}: its cache has {len(layers)} layers, it has {len(blocks)} blocks")
-    return runs, [_bytes_per_token(layer) for layer in layers]
+    return runs, layers
+
+
+def blank_inputs(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
+    """What a model can be run on to see what it does: token ids [batch, tokens], or, of one that sees, an image [1, C, H, W]."""
+    device = next(model.parameters()).device
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        return {"input_ids": torch.zeros(batch, tokens, dtype=torch.long, device=device)}
+    config: Any = model.config
+    height, width = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size, config.image_size)
+    return {"pixel_values": torch.zeros(1, config.num_channels, height, width, device=device)}
 
 
 def _bytes_per_token(layer: Any) -> int:
@@ -347,6 +408,16 @@ def _bytes_per_token(layer: Any) -> int:
     if getattr(layer, "keys", None) is None:
         return 0
     return sum(int(kept.numel() // kept.shape[-2]) for kept in (layer.keys, layer.values)) * BYTES_DENSE
+
+
+def _key_values(model: nn.Module, site: Site, layer: Any) -> KeyValues | None:
+    """What knobs may decide about: nothing where another attention cannot be put in its place."""
+    if getattr(layer, "keys", None) is None or not getattr(model, "_supports_attention_backend", False):
+        return None
+    module = dict(model.named_modules()).get(site.name)
+    if getattr(module, "config", None) is None or getattr(module, "layer_idx", None) is None:
+        return None
+    return KeyValues(layer.keys.shape[-1], layer.values.shape[-1], getattr(layer, "sliding_window", None))
 
 
 def _is_attention(linear: str, path: str, block: nn.Module) -> bool:

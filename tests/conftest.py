@@ -155,6 +155,41 @@ def stored_family(every_family: str, tiny_model: Callable[..., nn.Module], tmp_p
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random classifier of 8 x 8 images as `cat`, `dog` or `hat`, in float16, and its processor."""
+    import torch
+    import transformers as t
+
+    folder = tmp_path_factory.mktemp("vit")
+    config = t.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, image_size=8, patch_size=4,
+        id2label=dict(enumerate(("cat", "dog", "hat"))),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = t.ViTForImageClassification(config)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.half().save_pretrained(folder)
+    t.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ten images of noise in each of the folders cat and dog."""
+    import numpy
+    from PIL import Image
+
+    folder, noise = tmp_path_factory.mktemp("images"), numpy.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (folder / label).mkdir()
+        for number in range(10):
+            Image.fromarray(noise.integers(0, 256, (12, 10, 3), dtype="uint8")).save(folder / label / f"{number}.png")
+    return folder
+
+
 def _tiny_tokenizer(*, encoder: bool) -> PreTrainedTokenizerFast:
     """Bytes and a few merges; puts `<s>` in front, encoders also `</s>` behind. The first ids are <s> </s> <pad>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -47,15 +47,15 @@ def test_conversations_start_documents_of_the_templates_ids(model: tuple[Any, Mo
     source = rows(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": SHORT})
     expected = [i for ids in by_hand(model[0], TALK, SHORT) for i in ids]
     found = make_windows(*model, TextSpec(source, 0, 8, "per_document", "first"), 0, "search")
-    assert found.ids.flatten().tolist() == expected[: len(expected) // 8 * 8]
+    assert found.inputs.flatten().tolist() == expected[: len(expected) // 8 * 8]
 
 
 def test_windows_of_conversations_have_one_bos_in_front(model: tuple[Any, ModelFacts], tmp_path: Path) -> None:
     source = rows(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": SHORT})
     expected = [i for ids in by_hand(model[0], TALK, SHORT) for i in ids[1:]]
     found = make_windows(*model, TextSpec(source, 0, 8, "per_window", "first"), 0, "search")
-    assert (found.ids[:, 0] == 0).all()
-    assert found.ids[:, 1:].flatten().tolist() == expected[: len(expected) // 7 * 7]
+    assert (found.inputs[:, 0] == 0).all()
+    assert found.inputs[:, 1:].flatten().tolist() == expected[: len(expected) // 7 * 7]
 
 
 def test_text_stands_between_conversations_unrendered(model: tuple[Any, ModelFacts], tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_text_stands_between_conversations_unrendered(model: tuple[Any, ModelFac
     (talk,) = by_hand(model[0], SHORT)
     expected = torch.tensor(talk[1:] + model[0].encode("the hat", add_special_tokens=False) + talk[1:])
     found = make_windows(*model, TextSpec(source, 1, len(expected) + 1, draw="first"), 0, "search")
-    assert found.ids[0, 1:].equal(expected)
+    assert found.inputs[0, 1:].equal(expected)
 
 
 def test_other_spelling_of_speakers_is_the_same_conversation(tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def setup(every_family: str, stored_family: Path, tmp_path: Path) -> EvaluationS
 
 
 def test_candidates_have_the_bytes_that_they_cost_and_leave_no_trace(setup: EvaluationSetup, tmp_path: Path) -> None:
+    check_candidates(setup, tmp_path)
+
+
+def test_so_have_those_of_a_model_of_images(tiny_vit: Path, tiny_images: Path, tmp_path: Path) -> None:
+    data = TextSpec(str(tiny_images), windows=4)
+    check_candidates(EvaluationSetup(str(tiny_vit), data, None, SpaceSpec(KNOBS), 0, "cpu", str(tmp_path / "bank")), tmp_path)
+
+
+def check_candidates(setup: EvaluationSetup, tmp_path: Path) -> None:
     evaluator, rng = Evaluator(setup), random.Random(0)
     space = evaluator.space
     before = {name: tensor.clone() for name, tensor in evaluator.model.state_dict().items()}

@@ -258,8 +258,8 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         ("llama", None, {"hidden_size": 10**9}, "at most 131072"),
         ("llama", None, {"hidden_act": "nonsense"}, "no model that transformers can build"),
         ("llama", None, {"auto_map": {"AutoModel": "evil.Model"}}, "selects code"),
-        ("llama", None, {"model_type": "clip_vision_model"}, "no decoder for model_type"),
-        ("llama", None, {"model_type": "vit", "architectures": ["ViTModel"]}, "does not read text"),
+        ("llama", None, {"model_type": "clip_vision_model"}, "has no LlamaForCausalLM for model_type"),
+        ("llama", None, {"model_type": "wav2vec2", "architectures": ["Wav2Vec2Model"]}, "reads neither text nor images"),
         (
             "mistral",
             None,

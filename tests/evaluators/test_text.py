@@ -66,9 +66,9 @@ def error_of(call: Any) -> str:
 def test_first_windows_are_bos_and_the_next_ids(decoder: tuple[Any, ModelFacts], story: str) -> None:
     found = windows(decoder, TextSpec(story, 5, 32, draw="first"))
     ids = plain_ids(decoder[0], story)
-    assert found.ids.dtype == torch.int64
-    assert (found.ids[:, 0] == 0).all()
-    assert torch.equal(found.ids[:, 1:].flatten(), ids[: 5 * 31])
+    assert found.inputs.dtype == torch.int64
+    assert (found.inputs[:, 0] == 0).all()
+    assert torch.equal(found.inputs[:, 1:].flatten(), ids[: 5 * 31])
     assert (found.mask, found.scores, found.tokens, found.source) == (None, None, 160, story)
 
 
@@ -76,13 +76,13 @@ def test_without_a_bos_windows_are_plain_ids(decoder: tuple[Any, ModelFacts], st
     tokenizer = load_tokenizer(decoder[1])
     tokenizer.bos_token = None
     found = make_windows(tokenizer, decoder[1], TextSpec(story, 5, 32, draw="first"), 0, "search")
-    assert torch.equal(found.ids.flatten(), plain_ids(tokenizer, story)[: 5 * 32])
+    assert torch.equal(found.inputs.flatten(), plain_ids(tokenizer, story)[: 5 * 32])
 
 
 def test_given_starts_are_taken_as_they_are(decoder: tuple[Any, ModelFacts], story: str) -> None:
     ids = plain_ids(decoder[0], story)
     found = windows(decoder, TextSpec(story, None, 16, draw=(40, 7, 41)))
-    assert torch.equal(found.ids[:, 1:], torch.stack([ids[s : s + 15] for s in (40, 7, 41)]))
+    assert torch.equal(found.inputs[:, 1:], torch.stack([ids[s : s + 15] for s in (40, 7, 41)]))
     assert "last possible start" in error_of(lambda: windows(decoder, TextSpec(story, None, 16, draw=(len(ids) - 14,))))
 
 
@@ -90,25 +90,25 @@ def test_random_windows_repeat_by_seed_and_split(decoder: tuple[Any, ModelFacts]
     spec = TextSpec(story, 6, 32)
     again = [windows(decoder, spec, seed=3), windows(decoder, spec, seed=3)]
     assert again[0].digest == again[1].digest
-    assert torch.equal(again[0].ids, again[1].ids)
+    assert torch.equal(again[0].inputs, again[1].inputs)
     assert len({again[0].digest, windows(decoder, spec, seed=4).digest, windows(decoder, spec, seed=3, split="held_out").digest}) == 3
 
 
 def test_windows_zero_takes_all_and_none_takes_the_usual_number(decoder: tuple[Any, ModelFacts], story: str) -> None:
     ids = plain_ids(decoder[0], story)
-    assert len(windows(decoder, TextSpec(story, 0, 32)).ids) == len(ids) // 31
-    assert len(windows(decoder, TextSpec(story, None, 32)).ids) == 16
+    assert len(windows(decoder, TextSpec(story, 0, 32)).inputs) == len(ids) // 31
+    assert len(windows(decoder, TextSpec(story, None, 32)).inputs) == 16
     few = (
         windows(decoder, TextSpec(story, None, 64, draw=(0,))),
         windows(decoder, TextSpec(story, None, 64), divided=True, split="held_out"),
     )
-    assert len(few[0].ids) == 1
-    assert len(few[1].ids) < 16
+    assert len(few[0].inputs) == 1
+    assert len(few[1].inputs) < 16
     assert "fewer than the usual 16" in few[1].notices[0]
 
 
 def test_usual_length_is_the_context_of_a_short_model(decoder: tuple[Any, ModelFacts], story: str) -> None:
-    assert windows(decoder, TextSpec(story, 1)).ids.shape == (1, 64)
+    assert windows(decoder, TextSpec(story, 1)).inputs.shape == (1, 64)
     assert "exceed the model's context; at most 64" in error_of(lambda: windows(decoder, TextSpec(story, 1, 65)))
 
 
@@ -143,7 +143,7 @@ def test_documents_get_a_bos_each_and_are_cut_in_order(decoder: tuple[Any, Model
     file.write_text("\n<|endoftext|>\n".join(document.strip() for document in documents))
     expected = [i for d in documents for i in [0, *tokenizer(d.strip(), add_special_tokens=False)["input_ids"]]]
     found = windows(decoder, TextSpec(str(file), None, 10, "per_document", "first"))
-    assert found.ids.flatten().tolist() == expected[: len(expected) // 10 * 10]
+    assert found.inputs.flatten().tolist() == expected[: len(expected) // 10 * 10]
 
 
 def test_bos_is_put_where_the_tokenizer_puts_none(decoder: tuple[Any, ModelFacts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,18 +151,18 @@ def test_bos_is_put_where_the_tokenizer_puts_none(decoder: tuple[Any, ModelFacts
 
     (tmp_path / "a.txt").write_text(WORDS * 3)
     spec = TextSpec(str(tmp_path / "a.txt"), 1, 10, "per_document", "first")
-    expected = windows(decoder, spec).ids
+    expected = windows(decoder, spec).inputs
     tokenizer: Any = load_tokenizer(decoder[1])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    assert torch.equal(make_windows(tokenizer, decoder[1], spec, 0, "search").ids, expected)
+    assert torch.equal(make_windows(tokenizer, decoder[1], spec, 0, "search").inputs, expected)
 
 
 def test_divided_text_is_four_fifths_and_one_fifth(decoder: tuple[Any, ModelFacts], story: str) -> None:
     ids = plain_ids(decoder[0], story)
     cut = len(ids) * 4 // 5
     found = make_passages(*decoder, TextSpec(story, 0, 32, draw="first"), None, 0)
-    assert torch.equal(found["search"].ids[:, 1:].flatten(), ids[: cut // 31 * 31])
-    assert torch.equal(found["held_out"].ids[:, 1:].flatten(), ids[cut:][: (len(ids) - cut) // 31 * 31])
+    assert torch.equal(found["search"].inputs[:, 1:].flatten(), ids[: cut // 31 * 31])
+    assert torch.equal(found["held_out"].inputs[:, 1:].flatten(), ids[cut:][: (len(ids) - cut) // 31 * 31])
     assert found["held_out"].source == f"{story}, its last fifth"
 
 
@@ -170,19 +170,19 @@ def test_held_out_source_leaves_the_search_text_whole(decoder: tuple[Any, ModelF
     (tmp_path / "other.txt").write_text(WORDS * 30)
     data, other = TextSpec(story, 0, 32, draw="first"), TextSpec(str(tmp_path / "other.txt"), 4, 16)
     found = make_passages(*decoder, data, other, 0)
-    assert torch.equal(found["search"].ids, windows(decoder, data).ids)
-    assert found["held_out"].ids.shape == (4, 16)
+    assert torch.equal(found["search"].inputs, windows(decoder, data).inputs)
+    assert found["held_out"].inputs.shape == (4, 16)
 
 
 def test_held_out_settings_without_a_source_apply_to_the_last_fifth(decoder: tuple[Any, ModelFacts], story: str) -> None:
     found = make_passages(*decoder, TextSpec(story, 4, 32), TextSpec(None, 2, 16, draw="first"), 0)
     ids = plain_ids(decoder[0], story)
-    assert torch.equal(found["held_out"].ids[0, 1:], ids[len(ids) * 4 // 5 :][:15])
+    assert torch.equal(found["held_out"].inputs[0, 1:], ids[len(ids) * 4 // 5 :][:15])
 
 
 def test_given_starts_are_those_of_the_search_text_alone(decoder: tuple[Any, ModelFacts], story: str) -> None:
     found = make_passages(*decoder, TextSpec(story, None, 32, draw=(600, 700)), None, 0)
-    assert torch.equal(found["search"].ids[0, 1:], plain_ids(decoder[0], story)[600:631])
+    assert torch.equal(found["search"].inputs[0, 1:], plain_ids(decoder[0], story)[600:631])
     assert found["held_out"].source.endswith("its last fifth")
 
 
@@ -206,7 +206,7 @@ def test_only_what_the_first_windows_need_is_read(decoder: tuple[Any, ModelFacts
 def test_cap_on_what_is_read_is_said(decoder: tuple[Any, ModelFacts], story: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module, "_READ_LIMIT", 2000)
     found = windows(decoder, TextSpec(story, 0, 32))
-    assert len(found.ids) < 40
+    assert len(found.inputs) < 40
     assert "only the first 0.00191 MiB" in found.notices[0]
 
 
@@ -228,7 +228,7 @@ def test_short_text_says_how_much_is_found_and_needed(decoder: tuple[Any, ModelF
     assert f"{found} ids found, 63 needed" in message
     fit = len(plain_ids(decoder[0], story)) // 63
     assert f"ask for {fit} or fewer" in error_of(lambda: windows(decoder, TextSpec(story, fit + 1, 64)))
-    assert len(windows(decoder, TextSpec(story, fit, 64)).ids) == fit
+    assert len(windows(decoder, TextSpec(story, fit, 64)).inputs) == fit
 
 
 def test_tokenizer_of_another_model_is_noticed(decoder: tuple[Any, ModelFacts], story: str) -> None:
@@ -257,7 +257,7 @@ def test_bundled_model_brings_its_texts(decoder: tuple[Any, ModelFacts], tmp_pat
     found = make_passages(decoder[0], facts, TextSpec(None, 3, 32, draw="first"), None, 0)
     package = read_package("pytest-timeout")
     ids = decoder[0]("\n\n".join(package.documents), add_special_tokens=False, verbose=False)["input_ids"]
-    assert found["search"].ids[:, 1:].flatten().tolist() == ids[: 3 * 31]
+    assert found["search"].inputs[:, 1:].flatten().tolist() == ids[: 3 * 31]
     assert found["search"].source == f"package pytest-timeout {package.version} (sha256 {package.sha256})"
     assert found["held_out"].source.startswith("package pytest-xdist")
     assert (found["search"].notices, found["held_out"].notices) == ((), ())
@@ -288,15 +288,15 @@ def test_sentences_are_lines_padded_and_masked(encoder: tuple[Any, ModelFacts], 
     rows = [encoder[0](line)["input_ids"] for line in ("the cat", "the dog ate the hat", "the mat")]
     assert found.mask is not None
     assert found.mask.sum(1).tolist() == [len(row) for row in rows]
-    assert [ids[: len(row)].tolist() for ids, row in zip(found.ids, rows, strict=True)] == rows
-    assert (found.ids[found.mask == 0] == encoder[0].pad_token_id).all()
+    assert [ids[: len(row)].tolist() for ids, row in zip(found.inputs, rows, strict=True)] == rows
+    assert (found.inputs[found.mask == 0] == encoder[0].pad_token_id).all()
     assert found.tokens == sum(len(row) for row in rows)
 
 
 def test_long_sentences_are_cut(encoder: tuple[Any, ModelFacts], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(WORDS.strip() * 30)
-    assert sentences(encoder, TextSpec(str(tmp_path / "a.txt"), 1)).ids.shape == (1, 64)
-    assert sentences(encoder, TextSpec(str(tmp_path / "a.txt"), 1, 12)).ids.shape == (1, 12)
+    assert sentences(encoder, TextSpec(str(tmp_path / "a.txt"), 1)).inputs.shape == (1, 64)
+    assert sentences(encoder, TextSpec(str(tmp_path / "a.txt"), 1, 12)).inputs.shape == (1, 12)
 
 
 @pytest.fixture
@@ -310,9 +310,9 @@ def test_pairs_stand_in_neighbouring_rows(encoder: tuple[Any, ModelFacts], pairs
     found = sentences(encoder, TextSpec(pairs, 0))
     assert found.scores is not None
     assert found.mask is not None
-    assert (len(found.ids), sorted(found.scores.tolist())) == (20, [i / 2 for i in range(10)])
+    assert (len(found.inputs), sorted(found.scores.tolist())) == (20, [i / 2 for i in range(10)])
     for i, score in enumerate(found.scores.tolist()):
-        texts = [encoder[0].decode(found.ids[2 * i + side][found.mask[2 * i + side] == 1], skip_special_tokens=True) for side in (0, 1)]
+        texts = [encoder[0].decode(found.inputs[2 * i + side][found.mask[2 * i + side] == 1], skip_special_tokens=True) for side in (0, 1)]
         assert [t.split(" on", maxsplit=1)[0].strip() for t in texts] == ["the cat sat", "the dog ate"]
         assert [t.count(" on") for t in texts] == [score * 2, score * 2]
 
@@ -321,7 +321,7 @@ def test_divided_pairs_keep_the_last_fifth_out(encoder: tuple[Any, ModelFacts], 
     found = make_passages(*encoder, TextSpec(pairs, 4), None, 0)
     assert found["search"].scores is not None
     assert found["held_out"].scores is not None
-    assert (len(found["search"].ids), len(found["held_out"].ids)) == (4, 4)
+    assert (len(found["search"].inputs), len(found["held_out"].inputs)) == (4, 4)
     assert max(found["search"].scores.tolist()) < 4.0
     assert sorted(found["held_out"].scores.tolist()) == [4.0, 4.5]
 
@@ -329,9 +329,9 @@ def test_divided_pairs_keep_the_last_fifth_out(encoder: tuple[Any, ModelFacts], 
 def test_number_of_sentences_is_as_asked_or_refused(encoder: tuple[Any, ModelFacts], pairs: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(f"the cat {'sat ' * i}" for i in range(300)))
     source = str(tmp_path / "a.txt")
-    assert len(sentences(encoder, TextSpec(source, None)).ids) == 256
-    assert len(sentences(encoder, TextSpec(source, 7)).ids) == 7
-    assert len(sentences(encoder, TextSpec(source, None, draw=(299, 0))).ids) == 2
+    assert len(sentences(encoder, TextSpec(source, None)).inputs) == 256
+    assert len(sentences(encoder, TextSpec(source, 7)).inputs) == 7
+    assert len(sentences(encoder, TextSpec(source, None, draw=(299, 0))).inputs) == 2
     assert "has 300" in error_of(lambda: sentences(encoder, TextSpec(source, 301)))
     assert "number 300 was asked for" in error_of(lambda: sentences(encoder, TextSpec(source, None, draw=(300,))))
     assert "11 pairs were asked for" in error_of(lambda: sentences(encoder, TextSpec(pairs, 22)))
@@ -339,8 +339,8 @@ def test_number_of_sentences_is_as_asked_or_refused(encoder: tuple[Any, ModelFac
 
 def test_held_out_pairs_are_taken_whole_by_default(encoder: tuple[Any, ModelFacts], pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module, "_SENTENCES", 8)
-    assert len(sentences(encoder, TextSpec(pairs), split="search").ids) == 8
-    assert len(sentences(encoder, TextSpec(pairs), split="held_out").ids) == 20
+    assert len(sentences(encoder, TextSpec(pairs), split="search").inputs) == 8
+    assert len(sentences(encoder, TextSpec(pairs), split="held_out").inputs) == 20
 
 
 @pytest.mark.parametrize(("name", "first_8192_ids"), [("stories260K", 4.3999), ("babyllama-105", 2.3353)])
@@ -348,7 +348,7 @@ def test_dense_perplexity_of_real_decoders_is_the_published_one(shared: Path, na
     facts = inspect_model(shared / "models" / name)
     assert facts.context is not None
     spec = TextSpec(str(shared / "data" / "tinystories-eval.txt"), 8192 // facts.context, None, "per_document", "first")
-    ids = make_windows(load_tokenizer(facts), facts, spec, 0, "held_out").ids
+    ids = make_windows(load_tokenizer(facts), facts, spec, 0, "held_out").inputs
     with torch.no_grad():
         logits = load_model(facts, CPU)(input_ids=ids).logits
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -364,13 +364,13 @@ def test_dense_spearman_of_a_real_encoder_is_the_published_one(shared: Path, sen
     assert found.mask is not None
     assert found.scores is not None
     order = found.mask.sum(1).argsort()  # batches of like length, without the padding that is common to them
-    embeddings = torch.empty(len(found.ids), 384)
+    embeddings = torch.empty(len(found.inputs), 384)
     with torch.no_grad():
         for start in range(0, len(order), 100):
             rows = order[start : start + 100]
             width = int(found.mask[rows].sum(1).max())
             mask = found.mask[rows, :width]
-            hidden = model(input_ids=found.ids[rows, :width], attention_mask=mask).last_hidden_state
+            hidden = model(input_ids=found.inputs[rows, :width], attention_mask=mask).last_hidden_state
             embeddings[rows] = nn.functional.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
     cosine = (embeddings[0::2] * embeddings[1::2]).sum(1)
     result = spearmanr(cosine, found.scores).statistic

@@ -28,7 +28,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def values(evaluator: Evaluator) -> list[float]:
-    rng, windows = random.Random(0), len(evaluator.preparation.passages["search"].ids)
+    rng, windows = random.Random(0), len(evaluator.preparation.passages["search"].inputs)
     drawn = [(0,) * len(evaluator.space.decisions), *(evaluator.space.sample(rng) for _ in range(3))]
     return [
         m.value
@@ -54,7 +54,7 @@ def test_every_family_gives_the_same_values(stored_family: Path, tmp_path: Path,
     assert {name for name, dtype in dtypes.items() if dtype == torch.float16} == kept
     assert values(evaluator) == expected
     assert values(evaluator)[0] == 0.0
-    ids = wide._texts["search"].passages.ids[:2]
+    ids = wide._texts["search"].passages.inputs[:2]
     if evaluator._head is not None:
         assert torch.equal(evaluator.model(input_ids=ids).logits, wide.model(input_ids=ids).logits)
 

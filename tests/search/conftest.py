@@ -16,7 +16,6 @@ from autoeff.search.run import start
 from autoeff.search.settings import Settings
 from autoeff.search.storage.store import Store
 
-LINE = "the dog sat on the mat and the cat ate the hat while all the others went there again\n"
 LOOSE, TIGHT = "linear_bytes<=0.35x", "linear_bytes<=0.30x"
 
 
@@ -38,16 +37,21 @@ class Searched:
 
 
 @pytest.fixture(scope="session")
-def tiny_job(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., JobSpec]:
-    """A job on the tiny llama with a few fields of its own."""
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text(LINE * 60)
+    text.write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
+    return text
 
-    def make(**fields: object) -> JobSpec:
+
+@pytest.fixture(scope="session")
+def tiny_job(tiny_models: dict[str, Path], tiny_text: Path) -> Callable[..., JobSpec]:
+    """`tiny_job(family="llama", **fields)`: a job on a tiny model with a few fields of its own."""
+
+    def make(family: str = "llama", **fields: object) -> JobSpec:
         job: dict[str, object] = {
-            "model": str(tiny_models["llama"]),
-            "data": {"source": str(text), "windows": 8, "length": 16},
-            "eval_data": {"source": str(text), "windows": 8, "length": 16, "draw": "first"},
+            "model": str(tiny_models[family]),
+            "data": {"source": str(tiny_text), "windows": 8, "length": 16},
+            "eval_data": {"source": str(tiny_text), "windows": 8, "length": 16, "draw": "first"},
             "knobs": {"bits": {"group_size": 16}, "skip": {}},
             "budget": {"trials": 60},
         }

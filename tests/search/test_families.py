@@ -8,16 +8,27 @@ import pytest
 import transformers
 
 from autoeff.search.job import JobSpec
-from autoeff.search.run import export, start
+from autoeff.search.run import Result, export, start
 from autoeff.search.settings import Settings
 
 
-# Forms that differ: fused projections, parallel residuals, an encoder, experts. The others differ in names only, which candidates of
-# every family are tested with in tests/evaluators/test_families.py.
+# Fused projections, parallel residuals, an encoder, experts; the others differ from these in names.
 @pytest.mark.parametrize("every_family", ["phi3", "gpt_neox", "roberta", "qwen2_moe"], indirect=True)
-def test_a_search_ends_with_an_export_that_transformers_loads(every_family: str, stored_family: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 40)
+def test_a_search_ends_with_an_export_that_transformers_loads(stored_family: Path, tiny_text: Path, tmp_path: Path) -> None:
+    search_and_export(stored_family, tiny_text, tmp_path)
+
+
+def test_so_does_a_search_of_a_model_of_images(tiny_vit: Path, tiny_images: Path, tmp_path: Path) -> None:
+    result = search_and_export(tiny_vit, tiny_images, tmp_path)
+    assert all("accuracy:labels" in row for row in result.summary["rows"] if row["held_out"] is not None)
+
+
+@pytest.mark.slow
+def test_a_search_of_every_family_ends_with_an_export_that_transformers_loads(stored_family: Path, tiny_text: Path, tmp_path: Path) -> None:
+    search_and_export(stored_family, tiny_text, tmp_path)
+
+
+def search_and_export(model: Path, text: Path, tmp_path: Path) -> Result:
     knobs = {
         "bits": {"group_size": 16},
         "skip": {},
@@ -25,7 +36,7 @@ def test_a_search_ends_with_an_export_that_transformers_loads(every_family: str,
         "width": {"criterion": "magnitude"},
     }
     job = {
-        "model": str(stored_family), "data": {"source": str(text), "windows": 4, "length": 12}, "knobs": knobs,
+        "model": str(model), "data": {"source": str(text), "windows": 4, "length": 12}, "knobs": knobs,
         "limits": ["linear_bytes<=0.35x"], "budget": {"trials": 32},
     }  # fmt: skip
     settings = Settings(home=tmp_path / "home")
@@ -37,3 +48,4 @@ def test_a_search_ends_with_an_export_that_transformers_loads(every_family: str,
     architecture = getattr(transformers, transformers.AutoConfig.from_pretrained(tmp_path / "out").architectures[0])
     _, said = architecture.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return result

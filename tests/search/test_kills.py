@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.timeout(900)  # each moment is a search of its own, and a resumed one
 def test_a_killed_search_or_runner_leaves_the_sequence_of_an_undisturbed_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tiny_models: dict[str, Path], tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = importlib.util.spec_from_file_location("kill_moments", root / "benchmarks" / "kill_moments.py")
     assert spec is not None
@@ -19,5 +19,7 @@ def test_a_killed_search_or_runner_leaves_the_sequence_of_an_undisturbed_run(
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "kill_moments", script)  # where dataclasses look their module up
     spec.loader.exec_module(script)
-    kills = script.check(moments=3, seed=1, folder=tmp_path)
+    search = [str(tiny_models["llama"]), "--knobs=bits,skip", "--set=bits.group_size=16", "--limit=linear_bytes<=0.35x", "--trials=45"]
+    text = [f"--data={tiny_text}", "--windows=8", "--length=16", "--eval-windows=8", "--eval-length=16"]
+    kills = script.check(moments=3, seed=1, folder=tmp_path, arguments=search + text)
     assert {kill.what for kill in kills} == {"search", "runner"}

@@ -345,5 +345,5 @@ def test_what_cannot_be_understood_is_refused_by_name(change: str, message: str)
 def test_model_that_does_not_run_on_tokens_is_refused() -> None:
     model = _Model()
     model.forward = lambda pixels: pixels
-    with pytest.raises(InputError, match="it does not run on token ids alone"):
+    with pytest.raises(InputError, match="it does not run on input_ids alone"):
         find_structure(model)
