@@ -116,6 +116,10 @@ def search(
     table_only: Annotated[bool | None, _option("Search", "Measure the damage table and stop there.", "--table-only")] = None,
     seed: Annotated[int | None, _option("Search", "Draws the windows and everything random; default 0.")] = None,
     device: Annotated[str | None, _option("Search", "cpu, cuda or cuda:N; default cpu.")] = None,
+    target: Annotated[
+    seeds: Annotated[str | None, _option("Search", "Rules as guests; default all that apply; none.", metavar="NAME,NAME…")] = None,
+        str | None, _option("Goal", "A GPU that is not here, such as H200, for estimated decode_ms and prefill_ms.", metavar="GPU")
+    ] = None,
     config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
     out: Annotated[Path | None, _option("Run", "New folder for the run; default runs/<model>-<time>.", metavar="DIR")] = None,
     dry_run: Annotated[bool, _option("Run", "Check the job, print what is known of it, and stop.", "--dry-run")] = False,
@@ -511,15 +515,16 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], job: Job, form: Form) -> None
     if form is Form.JSON:
         print_json(rows)
         return
-    from autoeff.search.standing import cost_columns
+    from autoeff.search.standing import cost_columns, cost_titles
 
     names = [
         *cost_columns(job),
         job.preflight["quality"],
         *(name for name in _HELD_OUT if any(name in row["measurements"] for row in rows)),
     ]
+    titles = cost_titles(job)
     print_table(
-        ["trial", "origin", "label", "state", *names],
+        ["trial", "origin", "label", "state", *(titles.get(name, name) for name in names)],
         [
             [
                 r["trial"],
@@ -624,19 +629,20 @@ def _print_result(result: Result, form: Form) -> None:
         print_json({"job": result.job_id, "folder": str(result.folder), "exit_code": result.exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.search.standing import cost_columns, judged_cost
+    from autoeff.search.standing import cost_columns, cost_titles, judged_cost
+    from autoeff.tables import print_latency
 
     with _opened(str(result.folder)) as opened:
         job = opened.store.job(opened.job_id)
-    rows, quality, costs = summary["rows"], summary["quality"], cost_columns(job)
+    rows, quality, costs, titles = summary["rows"], summary["quality"], cost_columns(job), cost_titles(job)
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
     held_out = {name: key for name, key in held_out.items() if any(row[key] is not None for row in rows)}
     held_out |= {name: name for row in rows for name in row if name.startswith("accuracy:")}
     print_table(
-        ["", "label", "trial", *costs, quality, *held_out],
+        ["", "label", "trial", *(titles.get(name, name) for name in costs), quality, *held_out],
         [
             [
-                row["role"], row["point"] or row["label"], row["trial"], *(described(name).text(row["costs"][name]) for name in costs),
+                row["role"], row["label"] or row["point"], row["trial"], *(described(name).text(row["costs"][name]) for name in costs),
                 *(described(n).text(row[key]) if row.get(key) is not None else None for n, key in {quality: "search", **held_out}.items()),
             ]
             for row in rows
@@ -646,7 +652,10 @@ def _print_result(result: Result, form: Form) -> None:
     sys.stdout.write("\n")
     for row in rows:
         if row["role"] == "found":
-            sys.stdout.write(f"{verdict(row, summary, judged_cost(job))}\n")
+            sys.stdout.write(f"{verdict(row, summary, judged_cost(job), titles)}\n")
+    if summary.get("latency"):
+        sys.stdout.write("\n")
+        print_latency(summary["latency"])
     print_pairs(paths)
 
 

@@ -14,9 +14,31 @@ if TYPE_CHECKING:
     from autoeff.search.resolve import Resolution
     from autoeff.search.sensitivity import Sensitivity
 
-__all__ = ["print_comparison", "print_resolution", "print_sensitivity"]
+__all__ = ["print_comparison", "print_latency", "print_resolution", "print_sensitivity"]
 
 Row = Mapping[str, Any]
+
+
+def print_latency(latency: Row) -> None:
+    """Times of dense, the best uniform level and what was found, as composed and as measured end to end."""
+    method, measured = latency["method"], latency["method"] != "estimated"
+    columns: list[str] = ["", "within", "trial"]
+    for name in latency["rows"][0]["times"] if latency["rows"] else ():
+        columns += [f"{name} ({method})", *(["measured", "spread", "error"] if measured else [])]
+    rows: list[list[object]] = []
+    for row in latency["rows"]:
+        cells: list[object] = [row["role"], row["point"], row["trial"]]
+        for name, time in row["times"].items():
+            expected, found = time["predicted"]["value"], time.get("measured")
+            cells.append(described(name).text(expected))
+            if found:
+                cells += [described(name).text(found["value"]), f"{found['spread']:.2g}", f"{expected / found['value'] - 1:+.1%}"]
+            elif measured:
+                cells += [None, None, None]
+        rows.append(cells)
+    print_table(columns, rows, title=f"latency: {latency['device']}, batch {latency['batch']}, context {latency['context']}", left=2)
+    if latency["failure"]:
+        sys.stdout.write(f"measuring failed: {latency['failure']}\n")
 
 
 def print_resolution(resolution: Resolution) -> None:
@@ -37,7 +59,9 @@ def print_resolution(resolution: Resolution) -> None:
     rows += [cells("proposal", row, row["predicted"]) for row in resolution.proposals]
     if resolution.measured is not None:
         rows.append(cells("best measured", resolution.measured))
-    columns = ["", "method", "trial", *costs, quality, "spread", held_out, "was predicted"]
+    methods = {name: resolution.predicted["measurements"][name]["method"] for name in costs}
+    titles = [name if methods[name] == "exact" else f"{name} ({methods[name]})" for name in costs]
+    columns = ["", "method", "trial", *titles, quality, "spread", held_out, "was predicted"]
     kept = [i for i in range(len(columns)) if i < 3 or any(row[i] is not None for row in rows)]
     print_table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], left=2)
     sys.stdout.write("\n")

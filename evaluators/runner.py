@@ -5,9 +5,11 @@ One JSON object a line on standard input asks, one on standard output answers; w
     {"kind": "open", "setup": {…}}                      -> {"kind": "progress", "done": n, "total": n} …, {"kind": "ready", "digest": …}
     {"kind": "evaluate", "levels": {…}, "split": …, "windows": n}  -> {"kind": "measured", "measurements": […], "seconds": s}
     {"kind": "complete", "levels": {…}, "prompt": …, "tokens": n}  -> {"kind": "text", "text": …}
+    {"kind": "attention"}                               -> {"kind": "attention", "attention": {path: {…}}}, of the dense model
+    {"kind": "latency", "configurations": {label: {…}}, "spec": {…}} -> {"kind": "times", "times": {label: [measurements]}}
     {"kind": "stored_bytes", "levels": {…}}             -> {"kind": "bytes", "bytes": {linear: n}}
     {"kind": "export", "levels": {…}, "folder": …}      -> {"kind": "exported", "files": […]}
-    {"kind": "remeasure", "folder": …}                  -> as evaluate, on the weights found in the folder
+    {"kind": "remeasure", "folder": …}                  -> as evaluate, on the weights found in the folder and the caches of "levels"
 
 Any error is answered once as {"kind": "failed", "class": …, "message": …} or {"kind": "refused", "message": …} and ends the
 process: after an error the state of model and device is not trusted. The process also ends when its parent, named as
@@ -29,6 +31,7 @@ from typing import Any, TextIO
 
 from autoeff.errors import CandidateError, FailureClass, InputError
 from autoeff.evaluators.evaluator import Evaluator
+from autoeff.evaluators.latency_table import LatencySpec
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, measurement_to_json
 
 __all__ = ["main"]
@@ -77,12 +80,17 @@ def _serve(requests: Iterator[Mapping[str, Any]], answers: TextIO) -> None:
                 answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=time.perf_counter() - started)
             case "complete":
                 answer("text", text=evaluator.complete(request["levels"], request["prompt"], request["tokens"]))
+            case "attention":
+                answer("attention", attention={name: found.to_json() for name, found in evaluator.attention().items()})
+            case "latency":
+                times = evaluator.latency(request["configurations"], LatencySpec.from_json(request["spec"]))
+                answer("times", times={label: [measurement_to_json(m) for m in found] for label, found in times.items()})
             case "stored_bytes":
                 answer("bytes", bytes=evaluator.stored_bytes(request["levels"]))
             case "export":
                 answer("exported", files=evaluator.export(request["levels"], Path(request["folder"])))
             case "remeasure":
-                found = evaluator.remeasure(Path(request["folder"]), request["split"], request["windows"])
+                found = evaluator.remeasure(Path(request["folder"]), request["split"], request["windows"], request.get("levels"))
                 answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=time.perf_counter() - started)
             case kind:
                 raise InputError(f"unknown request {kind!r}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autoeff.evaluators.latency_table import LatencySpec
 from autoeff.evaluators.tasks import TaskSpec
 from autoeff.evaluators.text import TextSpec
 from autoeff.spaces.build import SpaceSpec
@@ -29,6 +30,8 @@ class EvaluationSetup:
         bank: Folder of the level bank.
         memory_bytes: What may be held on the device; None allows all that is there.
         tasks: What is asked besides the whole held-out text.
+        context: Tokens that budgets of the cache are shares of; None takes the model's context.
+        latency: Which times are costs; None for none. No quality depends on it.
     """
 
     model: str
@@ -40,6 +43,8 @@ class EvaluationSetup:
     bank: str
     tasks: TaskSpec | None = None
     memory_bytes: int | None = None
+    latency: LatencySpec | None = None
+    context: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,6 +60,8 @@ class EvaluationSetup:
         fields["space"] = SpaceSpec(**{**space, "include": tuple(space["include"]), "exclude": tuple(space["exclude"])})
         if fields.get("tasks") is not None:
             fields["tasks"] = TaskSpec(**{**fields["tasks"], "names": tuple(fields["tasks"]["names"])})
+        if fields.get("latency") is not None:
+            fields["latency"] = LatencySpec.from_json(fields["latency"])
         return cls(**fields)
 
 

@@ -61,10 +61,13 @@ def minimum_trials(space: SearchSpace, windows: int) -> int:
     return 1 + len(space.uniform()) + -(-_table_cost(space, "cheap", windows) // 1) + _AFTER_TABLE
 
 
-def preamble(problem: Problem, *, table_only: bool = False) -> Generator[list[Candidate], Sequence[float | None], None]:
+def preamble(
+    problem: Problem, *, table_only: bool = False, seeds: Callable[[DamageTable], list[Candidate]] | None = None
+) -> Generator[list[Candidate], Sequence[float | None], None]:
     """Yields the guests in batches, and takes back the quality of each batch, in its order; None stands for a failure.
 
-    The batches are: dense and every uniform level; the damage table; the additive optimum at each operating point; random
+    The batches are: dense and every uniform level; the damage table; the additive optimum at each operating point; what `seeds`
+    makes of the table, at most half of what is left; random
     configurations within the limits of each operating point, `min(32, N/5)` in all and at most half of what is left. With
     `table_only` they are dense and the damage table.
     """
@@ -78,6 +81,7 @@ def preamble(problem: Problem, *, table_only: bool = False) -> Generator[list[Ca
         lambda: [dense] if table_only else batch,
         lambda: table_candidates(problem),
         lambda: _additive(problem, known),
+        *([] if seeds is None else [lambda: _seeds(problem, known, seeds)]),
         lambda: _random(problem, sum((Fraction(windows, full) for _, windows in known), Fraction(0))),
     ]
     for make in batch_of[:2] if table_only else batch_of:
@@ -139,6 +143,11 @@ def _additive(problem: Problem, known: Mapping[Key, float | None]) -> list[Candi
         if indices is not None:
             found.append(Candidate(indices, problem.windows, "additive", point.name))
     return found
+
+
+def _seeds(problem: Problem, known: Mapping[Key, float | None], seeds: Callable[[DamageTable], list[Candidate]]) -> list[Candidate]:
+    spent = sum((Fraction(windows, problem.windows) for _, windows in known), Fraction(0))
+    return seeds(DamageTable.measured(problem, known))[: max(0, int((problem.trials - spent) / 2))]
 
 
 def _random(problem: Problem, spent: Fraction) -> list[Candidate]:

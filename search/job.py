@@ -73,6 +73,10 @@ def _listed(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _none_listed(value: Any) -> Any:
+    return () if value == "none" else _listed(value)
+
+
 class Tasks(_Strict):
     """What finalists are asked with lm-eval."""
 
@@ -111,6 +115,9 @@ class JobSpec(_Strict):
     budget: Budget = Field(default=Budget(), description="When to stop.")
     tasks: Tasks = Field(default=Tasks(), description="What finalists are asked with lm-eval.")
     sampler: str = Field(default="additive", description="Who proposes.")
+    seeds: Annotated[tuple[str, ...] | None, BeforeValidator(_none_listed)] = Field(
+        default=None, description="Published rules that share out a knob's budget, as guests; default all that apply, `none` for none."
+    )
     table_only: bool = Field(default=False, description="Measure the dense model and the damage table, and search nothing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Draws the windows and everything random.")
     batch: int = Field(default=1, ge=1, description="Sequences decoded together, for cache and read costs.")
@@ -118,6 +125,9 @@ class JobSpec(_Strict):
         default=None, ge=1, description="Tokens in the cache, for cache and read costs; default the model's context."
     )
     device: str = Field(default="cpu", description="cpu, cuda or cuda:N.")
+    target: str | None = Field(
+        default=None, description="A GPU that is not here, such as H200, whose latency counts, estimated from its data sheet."
+    )
 
     @model_validator(mode="after")
     def _objectives_are_distinct(self) -> JobSpec:
@@ -168,7 +178,17 @@ class JobSpec(_Strict):
         """What the runner must know."""
         space = SpaceSpec(self.knobs, self.space.include, self.space.exclude, self.space.levels, self.space.untie)
         eval_data = None if self.eval_data is None else self.eval_data.text()
-        return EvaluationSetup(self.model, self.data.text(), eval_data, space, self.seed, self.device, str(bank), tasks=self.tasks.asked())
+        return EvaluationSetup(
+            self.model,
+            self.data.text(),
+            eval_data,
+            space,
+            self.seed,
+            self.device,
+            str(bank),
+            tasks=self.tasks.asked(),
+            context=self.context,
+        )
 
 
 _PARTS: Mapping[str, type[_Strict]] = {"data": Data, "eval_data": Data, "space": Space, "budget": Budget, "tasks": Tasks}

@@ -20,10 +20,10 @@ __all__ = ["Guest", "Picture", "draw_damage", "draw_fronts", "draw_png", "draw_s
 
 _INK = {"ink": "#1c2330", "muted": "#6b7382", "line": "#d9dee7", "found": "#1d63d8", "guest": "#b4531a"}
 """Colours on white. In the SVG each stands for a CSS variable of the same name, so that the page can turn dark."""
-_ORIGINS = {"table": "#9aa3b2", "random": "#c9b458", "additive": "#57a773", "searched": "#6f9ceb", "given": "#b08cc9"}
+_ORIGINS = {"table": "#9aa3b2", "random": "#c9b458", "additive": "#57a773", "seed": "#5aa9b8", "searched": "#6f9ceb", "given": "#b08cc9"}
 _LABELS = {"dense": ((-7, 6), "right"), "uniform": ((7, 6), "left"), "additive": ((-8, -13), "right"), "found": ((8, -13), "left")}
 """Where names stand: what lies on a front has room below it, on the side where nothing is better."""
-_MARKS = {"dense": "P", "uniform": "s", "additive": "D", "random": "^", "found": "*"}
+_MARKS = {"dense": "P", "uniform": "s", "additive": "D", "seed": "v", "random": "^", "found": "*"}
 _RUNS = (_INK["found"], _INK["guest"], "#2e8b57", "#8e44ad", "#b8860b", _INK["muted"])
 _DASHES = ("solid", "dashed", "dotted")
 """Runs in one picture: colours, and dashes where there are more runs than colours."""
@@ -53,7 +53,7 @@ class Guest:
     """A configuration that is marked and named.
 
     Attributes:
-        role: dense, uniform, additive, random or found.
+        role: dense, uniform, additive, seed, random or found.
         quality: On the search text; 0 for the dense model.
     """
 
@@ -263,5 +263,6 @@ def _positive(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]
 
 
 _ROLE_WORDS = {
-    "dense": "dense", "uniform": "uniform levels", "additive": "additive optimum", "random": "best of random", "found": "found",
+    "dense": "dense", "uniform": "uniform levels", "additive": "additive optimum", "seed": "published rules",
+    "random": "best of random", "found": "found",
 }  # fmt: skip

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -17,7 +18,7 @@ from autoeff.search.own_job import NUMBER, OwnJob, is_own
 from autoeff.search.picture import Guest, Picture, draw_png, draw_svg
 from autoeff.search.runs import write_file
 from autoeff.search.samplers.problem import Problem
-from autoeff.search.standing import TABLE_WORDS, cost_columns, judged_cost, problem_of
+from autoeff.search.standing import TABLE_WORDS, cost_columns, cost_titles, judged_cost, problem_of
 from autoeff.search.storage.records import Job
 from autoeff.spaces.measurements import described
 from autoeff.spaces.space import Decision, SearchSpace
@@ -27,7 +28,10 @@ __all__ = ["damage_maps", "picture_of", "verdict", "write_report"]
 Row = Mapping[str, Any]
 _FAILURES_SHOWN = 20
 _NOTHING = "\N{EN DASH}"
-_ROLES = {"dense": "dense", "uniform": "uniform", "additive": "first additive optimum", "random": "best of random", "found": "found"}
+_ROLES = {
+    "dense": "dense", "uniform": "uniform", "additive": "first additive optimum", "seed": "rule",
+    "random": "best of random", "found": "found",
+}  # fmt: skip
 
 
 def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> tuple[Path, Path]:
@@ -48,11 +52,12 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
         version=autoeff.__version__,
         folder=folder,
         verdicts=[
-            own_verdict(row, summary) if is_own(job) else verdict(row, summary, judged_cost(job))
+            own_verdict(row, summary) if is_own(job) else verdict(row, summary, judged_cost(job), cost_titles(job))
             for row in summary["rows"]
             if row["role"] == "found"
         ],
         columns=cost_columns(job),
+        titles=cost_titles(job),
         quality=summary["quality"],
         front_svg=draw_svg(picture),
         chosen="best" if job.spec["limits"] else summary["found"] or "TRIAL",
@@ -66,13 +71,14 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
     return paths
 
 
-def verdict(found: Row, summary: Row, cost: str) -> str:
+def verdict(found: Row, summary: Row, cost: str, titles: Mapping[str, str] = MappingProxyType({})) -> str:
     """One sentence on a found row: its quality and cost, against the uniform level that tells most about it.
 
-    That is the cheapest one that costs no less, if it is beaten; else the best one that costs no more.
+    That is the cheapest one that costs no less, if it is beaten; else the best one that costs no more. `titles` are of costs that are
+    not exact.
     """
-    quality = summary["quality"]
-    text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])} at {cost} {_text(cost, found['costs'][cost])}"
+    quality, title = summary["quality"], titles.get(cost, cost)
+    text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])} at {title} {_text(cost, found['costs'][cost])}"
     uniform = [row for row in summary["rows"] if row["role"] == "uniform" and row["search"]]
     above = min((r for r in uniform if r["costs"][cost] >= found["costs"][cost]), key=lambda row: row["costs"][cost], default=None)
     below = min((r for r in uniform if r["costs"][cost] <= found["costs"][cost]), key=lambda row: row["search"], default=None)

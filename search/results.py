@@ -136,6 +136,7 @@ class Results:
         found: list[tuple[str, str | None, Trial]] = [(t.origin, None, t) for t in self.full.values() if t.origin in ("dense", "uniform")]
         for point in self.problem.operating_points:
             within = self.within(point.limits)
+            found += [("seed", point.name, trial) for trial in within if trial.origin == "seed"]
             for origin in ("additive", "random"):
                 best = next((t for t in within if t.origin == origin), None)
                 if best is not None:
@@ -178,7 +179,7 @@ class Results:
 
     def _row(self, role: str, point: str | None, trial: Trial) -> dict[str, Any]:
         confirmed = self.held_out.get(trial.configuration.digest)
-        label = trial.label if role == "uniform" else None
+        label = trial.label if role in ("uniform", "seed") else None
         row: dict[str, Any] = {"role": role, "label": label, "trial": trial.number, "point": point}
         row["feasible"] = trial.feasible and self.problem.violation(trial.value) == 0
         row["origin"] = trial.origin

@@ -261,9 +261,15 @@ def _planned_again(job: Job, run: str | Path, folder: Path | None, settings: Set
         raise InputError(f"job {job.id} has no run directory here; name the directory that its search wrote to")
     refuse_own(job, f"whose functions are not stored; call autoeff.run_search(build=…, …, out={str(run)!r}, resume=True) as it was started")
     planned = plan(JobSpec.parse(job.spec), settings)
-    if planned.preparation.digest != job.setup_digest:
+    if planned.preparation.digest != job.setup_digest or _times(planned.preflight) != _times(job.preflight):
         raise InputError(f"run {run} cannot go on: {_changed(job.preflight, planned.preflight)}")
     return planned, folder
+
+
+def _times(preflight: Mapping[str, Any]) -> str | None:
+    """The digest of the times that are costs."""
+    found = preflight.get("latency")
+    return None if found is None else str(found["digest"])
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -274,6 +280,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         "the held-out text": [p["text"]["held_out"]["digest"] for p in (before, now)],
         "the hardware": [p["hardware"] for p in (before, now)],
         "torch": [p["torch"] for p in (before, now)],
+        "the latency table": [_times(p) for p in (before, now)],
     }.items():
         if old != new:
             remedy = f"; set OMP_NUM_THREADS={old[5:]}" if old[:5] == new[:5] == "cpu x" else ""

@@ -25,6 +25,7 @@ import psutil
 from autoeff.errors import CandidateError, FailureClass, InputError, RunnerLost
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, measurement_from_json
 from autoeff.search.settings import Settings
+from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement
 
 __all__ = ["Measured", "RunnerProcess", "answers", "death_of"]
@@ -116,9 +117,10 @@ class RunnerProcess:
         message = {"kind": "evaluate", "levels": dict(request.levels), "split": request.split, "windows": request.windows}
         return self._measured(self.ask(message, tick))
 
-    def remeasure(self, folder: Path, split: str, windows: int) -> Measured:
-        """Measures the model found in `folder` against the dense model of the setup."""
-        return self._measured(self.ask({"kind": "remeasure", "folder": str(folder), "split": split, "windows": windows}))
+    def remeasure(self, folder: Path, split: str, windows: int, levels: Mapping[str, Level]) -> Measured:
+        """Measures the model found in `folder`, with those of `levels` that are about its cache, against the dense model of the setup."""
+        message = {"kind": "remeasure", "folder": str(folder), "split": split, "windows": windows, "levels": dict(levels)}
+        return self._measured(self.ask(message))
 
     def ask(self, message: Mapping[str, Any], tick: _Tick = lambda: None) -> Mapping[str, Any]:
         """Sends one request to the warm runner and returns its answer. Raises as `evaluate`."""

@@ -11,11 +11,11 @@ from autoeff.search.results import Results, all_trials
 from autoeff.search.samplers.problem import Problem
 from autoeff.search.storage.records import Job
 from autoeff.search.storage.store import Store
-from autoeff.spaces.costs import CostModel
+from autoeff.spaces.costs import LATENCIES, CostModel
 from autoeff.spaces.measurements import MEASURES
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["TABLE_WORDS", "Standing", "cost_columns", "judged_cost", "problem_of", "standing_of"]
+__all__ = ["TABLE_WORDS", "Standing", "cost_columns", "cost_titles", "judged_cost", "problem_of", "standing_of"]
 
 
 TABLE_WORDS: Mapping[str, str] = {
@@ -88,6 +88,11 @@ def cost_columns(job: Job) -> list[str]:
         own = OwnJob.from_json(job.spec)
         return [name for name in own.needed if name != own.problem.quality]
     return list(dict.fromkeys([*_limited(job), *job.spec["objectives"][1:], "avg_bits"]))
+
+
+def cost_titles(job: Job) -> dict[str, str]:
+    """Every cost that is not exact, by name, with how it came about: `decode_ms (predicted)`."""
+    return {name: f"{name} ({method})" for quantity, (name, method) in LATENCIES.items() if quantity in job.space.get("dense", {})}
 
 
 def judged_cost(job: Job) -> str:

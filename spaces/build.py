@@ -19,6 +19,9 @@ FurtherCost = Callable[[Knob, Site, Level, Cost], Cost]
 """What a level changes beyond the cost that its knob states, at a site as earlier levels leave it."""
 
 
+_Left = Mapping[str, "Linear | Site"]
+
+
 @dataclass(frozen=True)
 class SpaceSpec:
     """What the user says about the space.
@@ -61,8 +64,9 @@ def build_space(
     pairs = _pairs(structure, knobs)
     _check_globs(spec, pairs, knobs)
     decisions: list[Decision] = []
-    shapes: list[dict[Context, Mapping[str, Linear]]] = []  # of each decision: by its context and branch, the linears as it leaves them
+    shapes: list[dict[Context, _Left]] = []  # of each decision: by its context and branch, what is left of linears and caches
     branching: dict[str, int] = {}  # linear name -> index of the last decision with branches that is about it
+    thinning: dict[str, int] = {}  # attention -> index of the last decision with branches that is about its keys and values alone
     shaping: dict[str, int] = {}  # the same, with those that make its values too: they are undone together
     for site, name in pairs:
         knob, levels = knobs[name], _levels(knobs[name], site, spec)
@@ -74,8 +78,11 @@ def build_space(
                 "exclude such sites, or choose a method that needs no text"
             )
         above = shaping if knob.of_values else branching
-        parent = above.get(site.linears[0].name) if site.linears else None
-        contexts = {(): {}} if parent is None else shapes[parent]
+        if knob.kind == "cache":
+            parent = thinning.get(site.attention, branching.get(_first_linear(structure, site.attention)))
+        else:
+            parent = above.get(site.linears[0].name) if site.linears else None
+        contexts: Mapping[Context, _Left] = {(): {}} if parent is None else shapes[parent]
         seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}
         branches = _branches(knob, site, levels)
         costs = {context: tuple(_cost(knob, as_left, level, further) for level in levels) for context, as_left in seen.items()}
@@ -83,11 +90,15 @@ def build_space(
         followed = {branch: level for branch, level in zip(reversed(branches), reversed(levels), strict=True) if branch is not None}
         shapes.append(
             {
-                (*context, branch): {**contexts[context], **{linear.name: linear for linear in knob.left(as_left, level).linears}}
+                (*context, branch): {**contexts[context], **_left(knob.left(as_left, level))}
                 for context, as_left in seen.items()
                 for branch, level in followed.items()
             }
         )
+        if knob.kind == "cache":  # what is kept of the tokens changes nothing about linears
+            if set(branches) != {0}:
+                thinning[site.attention] = len(decisions) - 1
+            continue
         latest = dict.fromkeys((linear.name for linear in site.linears), len(decisions) - 1)
         if set(branches) != {0}:
             branching.update(latest)
@@ -95,7 +106,8 @@ def build_space(
             shaping.update(latest)
     if not decisions:
         raise InputError(f"the space is empty: include, exclude and levels leave nothing to decide for {', '.join(knobs) or 'no knob'}")
-    return SearchSpace(tuple(decisions), _dense(structure) | dict(dense or {})), knobs
+    constants = {name: value for knob in knobs.values() for name, value in knob.constants(structure).items()}
+    return SearchSpace(tuple(decisions), _dense(structure) | constants | dict(dense or {})), knobs
 
 
 def _cost(knob: Knob, site: Site, level: Level, further: FurtherCost) -> dict[str, int]:
@@ -107,9 +119,23 @@ def _cost(knob: Knob, site: Site, level: Level, further: FurtherCost) -> dict[st
     return {**cost, **read, **further(knob, site, level, cost)}
 
 
-def _reshaped(site: Site, linears: Mapping[str, Linear]) -> Site:
-    """The site with those of its linears replaced that `linears` names."""
-    return replace(site, linears=tuple(linears.get(linear.name, linear) for linear in site.linears))
+def _first_linear(structure: Structure, attention: str) -> str:
+    return next(site.linears[0].name for site in structure.sites if site.name == attention)
+
+
+def _left(site: Site) -> _Left:
+    """What later decisions must know of a site, by the names of its linears and of its attention."""
+    left: dict[str, Linear | Site] = {linear.name: linear for linear in site.linears}
+    return left if site.kv is None else left | {site.attention: site}
+
+
+def _reshaped(site: Site, left: _Left) -> Site:
+    """The site with what is `left` of its linears, keys and values."""
+    linears = tuple(item if isinstance(item := left.get(linear.name, linear), Linear) else linear for linear in site.linears)
+    cached = left.get(site.attention) if site.kv is not None else None
+    if isinstance(cached, Site):
+        site = replace(site, kv_bytes=cached.kv_bytes, kv=cached.kv)
+    return replace(site, linears=linears)
 
 
 def _branches(knob: Knob, site: Site, levels: Sequence[Level]) -> tuple[int | None, ...]:
@@ -162,6 +188,6 @@ def _dense(structure: Structure) -> dict[str, int]:
         "linear_parameters": linear,
         "other_bytes": (structure.parameters - linear) * BYTES_DENSE,
         "lookup_bytes": structure.lookup_parameters * BYTES_DENSE,
-        "kv_bytes_per_token": sum(site.kv_bytes for site in structure.sites),
+        "kv_bytes_per_token": sum(site.kv_bytes for site in structure.sites if site.kind == "attention"),
         "flops_per_token": 2 * (sum(item.parameters_per_token for item in structure.linears) + structure.head_parameters),
     }

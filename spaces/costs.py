@@ -35,6 +35,9 @@ class Affine:
     def __call__(self, primary: Mapping[str, int]) -> Fraction:
         return self.offset + sum((c * primary[name] for name, c in self.coefficients.items()), Fraction(0))
 
+    def times(self, factor: int) -> Affine:
+        return Affine(factor * self.offset, {name: factor * c for name, c in self.coefficients.items()})
+
     def change(self, change: Mapping[str, int]) -> Fraction:
         """What a change of the primary quantities adds."""
         return sum((c * change.get(name, 0) for name, c in self.coefficients.items()), Fraction(0))
@@ -50,19 +53,24 @@ class CostModel:
     def __init__(self, space: SearchSpace, *, batch: int, context: int) -> None:
         dense = space.dense
         one = Fraction(1)
+        # of one sequence: every token in 16 bits, less what the levels of cache knobs save at the context that they were made for
+        saves = {"cache_bytes": one} if "cache_bytes" in dense else {}
+        kept = Affine(-Fraction(dense.get("cache_bytes", 0)), {"kv_bytes_per_token": Fraction(context), **saves})
         read = "read_bytes" if "read_bytes" in dense else "linear_bytes"
         self.space = space
         self.measures: dict[str, Affine] = {
             "linear_bytes": Affine(Fraction(0), {"linear_bytes": one}),
             "weight_bytes": Affine(Fraction(dense["other_bytes"]), {"linear_bytes": one}),
             "avg_bits": Affine(Fraction(0), {"linear_bytes": Fraction(8, dense["linear_parameters"])}),
-            "kv_bytes": Affine(Fraction(0), {"kv_bytes_per_token": Fraction(batch * context)}),
+            "kv_bytes": kept.times(batch),
             "bytes_per_token": Affine(
-                Fraction(dense["other_bytes"] - dense["lookup_bytes"], batch),
-                {read: Fraction(1, batch), "kv_bytes_per_token": Fraction(context)},
+                Fraction(dense["other_bytes"] - dense["lookup_bytes"], batch) + kept.offset,
+                {read: Fraction(1, batch), **kept.coefficients},
             ),
             "flops_per_token": Affine(Fraction(0), {"flops_per_token": one}),
         }
+        if "block_bytes" in dense:
+            self.measures["kv_peak_bytes"] = Affine(kept.offset, {**kept.coefficients, "block_bytes": one}).times(batch)
         for quantity, (name, method) in LATENCIES.items():
             if quantity in dense:
                 self.measures[name] = Affine(Fraction(0), {quantity: Fraction(1, 10**6)}, method)

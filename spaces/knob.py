@@ -24,7 +24,9 @@ Kind = Literal["structure", "weight", "cache", "runtime", "trained"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order in which knobs at one site are applied."""
 Cost = Mapping[str, int]
-"""Change against the dense level of primary quantities: `linear_bytes`, `kv_bytes_per_token`, `flops_per_token`."""
+"""Change against the dense level of primary quantities: `linear_bytes`, `kv_bytes_per_token`, `cache_bytes`, `flops_per_token`.
+
+What is read and how long it takes follow from `kernel`, so knobs do not say it."""
 Undo = Callable[[], None]
 
 
@@ -66,6 +68,17 @@ class Knob(ABC):
     @abstractmethod
     def cost(self, site: Site, level: Level) -> Cost:
         """Exact change against dense; the dense level's is empty."""
+
+    def constants(self, structure: Structure) -> Mapping[str, int]:
+        """Primary quantities that the dense model has because of this knob, such as what it can save."""
+        return {}
+
+    def check_length(self, tokens: int) -> None:  # noqa: B027  (optional)
+        """Refuses windows of text of so many tokens if its levels cannot be measured on them.
+
+        Raises:
+            InputError: With what could be.
+        """
 
     def silences(self, site: Site, level: Level) -> bool:
         """Whether this level makes every other decision about the site's linears inert."""

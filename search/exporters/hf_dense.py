@@ -1,6 +1,7 @@
 """A checkpoint in the original shapes that transformers alone loads: values dequantised, skipped sublayers as zeros.
 
-Its files are as large as the dense model's; the bytes of the configuration are those of the packed tensors.
+Its files are as large as the dense model's; the bytes of the configuration are those of the packed tensors. What is decided about the
+cache is no weight: it stands in the recipe.
 """
 
 from __future__ import annotations
@@ -26,4 +27,4 @@ class HFDense(Exporter):
         (folder / FILE).write_text(recipe_of(job, trial))
 
     def remeasure(self, trial: Trial, runner: RunnerProcess, folder: Path) -> Measured:
-        return runner.remeasure(folder, trial.split, trial.windows)
+        return runner.remeasure(folder, trial.split, trial.windows, trial.configuration.levels)

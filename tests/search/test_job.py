@@ -24,7 +24,8 @@ FLAGS: dict[str, Any] = {
     "knobs": "bits, skip", "settings": ["bits.group_size=32", "bits.symmetric=false", "bits.quantizer=rtn"],
     "include": ["*"], "exclude": ["*down_proj:bits"], "levels": ["*o_proj:bits=16,4", "*:bits=16,8,3"], "untie": True,
     "objective": "kl,weight_bytes", "limit": ["weight_bytes<=0.30x", "avg_bits<=3.5"], "trials": 500, "timeout": "20m",
-    "sampler": "tpe", "table_only": True, "seed": 7, "batch": 2, "context": 256, "device": "cuda:1", "tasks": "piqa,own",
+    "seeds": "pyramidkv,cake",
+    "sampler": "tpe", "table_only": True, "seed": 7, "batch": 2, "context": 256, "device": "cuda:1", "target": "H200", "tasks": "piqa,own",
     "tasks_path": "tasks", "task_documents": 50, "max_degradation": 0.01,
 }  # fmt: skip
 
@@ -45,11 +46,13 @@ limits: ["weight_bytes<=0.30x", avg_bits<=3.5]
 budget: {trials: 500, seconds: 1200}
 tasks: {names: [piqa, own], path: tasks, documents: 50, max_degradation: 0.01}
 sampler: tpe
+seeds: [pyramidkv, cake]
 table_only: true
 seed: 7
 batch: 2
 context: 256
 device: cuda:1
+target: H200
 """
 
 

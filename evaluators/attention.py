@@ -1,0 +1,58 @@
+"""What the dense model attends to on the search text: what rules that share out a cache's budget among the layers go by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["AttentionStatistics", "OfWindows", "mean_of", "of_windows"]
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """Of one attention, mean over windows of text.
+
+    Attributes:
+        mass: Share of all attention that goes to the k + 1 tokens that receive most, [tokens]; rising to 1 (PrefixKV, arXiv:2412.03409).
+        dispersion: Entropy of the attention of the last queries to the tokens before them, summed over heads and queries (CAKE,
+            arXiv:2503.12491).
+        shift: Variance over these queries of the attention to each token, summed over heads and tokens (CAKE).
+    """
+
+    mass: tuple[float, ...]
+    dispersion: float
+    shift: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> AttentionStatistics:
+        return cls(tuple(value["mass"]), value["dispersion"], value["shift"])
+
+
+OfWindows = tuple[Tensor, Tensor, Tensor]
+"""Mass float64 [windows, tokens], dispersion and shift float64 [windows]."""
+
+
+def of_windows(seen_by: Tensor, queries: int) -> OfWindows:
+    """The statistics of some windows.
+
+    Args:
+        seen_by: Attention, float [windows, KV heads, query heads of each, T, T], rows summing to 1.
+        queries: The last ones, which look back on the tokens before them.
+    """
+    received = seen_by.sum(3, dtype=torch.float64).mean((1, 2))
+    mass = received.sort(1, descending=True).values.cumsum(1) / received.sum(1, keepdim=True)
+    back = seen_by[..., -queries:, :-queries].double()
+    return mass, torch.special.entr(back).sum((1, 2, 3, 4)), back.var(3, correction=0).sum((1, 2, 3))
+
+
+def mean_of(batches: Sequence[OfWindows]) -> AttentionStatistics:
+    """Over the windows of all batches."""
+    mass, dispersion, shift = (torch.cat(parts).mean(0) for parts in zip(*batches, strict=True))
+    return AttentionStatistics(tuple(mass.tolist()), float(dispersion), float(shift))

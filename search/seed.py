@@ -1,0 +1,80 @@
+"""What a seed is: a published rule that turns statistics and a budget into a configuration, evaluated beside the other guests."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from autoeff.errors import InputError
+from autoeff.evaluators.attention import AttentionStatistics
+from autoeff.search.limits import Limit
+from autoeff.search.samplers.problem import Problem
+from autoeff.spaces.plugins import plugin, plugins
+
+__all__ = ["Given", "Seed", "known_seeds", "make_seeds"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a rule may go by.
+
+    Attributes:
+        problem: The space, its costs and limits.
+        limits: Of the operating point, on costs.
+        damage: For each decision and level the quality lost by it alone.
+        context: Tokens that budgets of the cache are shares of.
+        least: Tokens of which every layer must keep so many.
+        window: Of which so many are the last ones.
+        attention: By site, where a rule `needs` it.
+    """
+
+    problem: Problem
+    limits: tuple[Limit, ...]
+    damage: Sequence[Sequence[float]]
+    context: int = 0
+    least: int = 1
+    window: int = 0
+    attention: Mapping[str, AttentionStatistics] = field(default_factory=dict)
+
+
+class Seed(ABC):
+    """A rule.
+
+    Attributes:
+        name: As in `--seeds`.
+        knob: What it decides about; it joins searches that have this knob.
+        needs: `attention` if it goes by that.
+    """
+
+    name: ClassVar[str]
+    knob: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def configuration(self, given: Given) -> tuple[int, ...] | None:
+        """Normalised level indices within the limits; None where it has nothing to say. Deterministic."""
+
+
+_WHERE = ("autoeff.search.allocators", Seed, "autoeff.allocators")
+
+
+def known_seeds() -> Mapping[str, type[Seed]]:
+    """Every rule on this machine by name."""
+    return plugins(*_WHERE)
+
+
+def make_seeds(names: Sequence[str] | None, knobs: Sequence[str]) -> list[Seed]:
+    """The rules called so, or with None all that decide about one of the `knobs`, by name.
+
+    Raises:
+        InputError: An unknown rule, or one whose knob is not searched.
+    """
+    if names is None:
+        return [known_seeds()[name]() for name in sorted(known_seeds()) if known_seeds()[name].knob in knobs]
+    found: list[Seed] = [plugin(*_WHERE, name)() for name in names]
+    for seed in found:
+        if seed.knob not in knobs:
+            raise InputError(f"seed {seed.name} shares out {seed.knob}, which is not among the knobs {', '.join(knobs)}")
+    return found
