@@ -1,0 +1,125 @@
+"""Searched budgets of a key/value cache against uniform ones and three published rules, at equal bytes, held out.
+
+    python benchmarks/kv_front.py MODELS_AND_DATA [--seeds 0,1,2] [--trials 100] [--policy snapkv] [--only demo]
+
+`MODELS_AND_DATA` holds `models/babyllama-105` and `data/tinystories-{train,eval}.txt`; `demo` is bundled. Every row is one search over
+windows of 256 tokens, the second half of each generated after the first; the value is the KL to the full cache on that half. What the
+search proposes is chosen by the search text, and all are judged on other text. Writes `benchmarks/results/kv_front.json`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import optuna
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from autoeff.search.job import JobSpec
+from autoeff.search.run import Result, start
+from autoeff.search.settings import Settings
+
+RESULTS = Path(__file__).parent / "results" / "kv_front.json"
+MODELS = ("demo", "babyllama-105")
+SHARES = (0.125, 0.25)
+CONTEXT = 256
+RULES = ("pyramidkv", "prefixkv", "cake")
+METHODS = ("uniform", *RULES, "searched")
+console = Console(width=140)
+
+
+def spec(folder: Path, model: str, share: float, seed: int, trials: int, policy: str) -> JobSpec:
+    text: dict[str, Any] = {"windows": 16, "length": CONTEXT}
+    judged: dict[str, Any] = {"windows": 32, "length": CONTEXT}
+    if model != "demo":
+        text["source"] = str(folder / "data" / "tinystories-train.txt")
+        judged["source"] = str(folder / "data" / "tinystories-eval.txt")
+    return JobSpec.parse(
+        {
+            "model": model if model == "demo" else str(folder / "models" / model),
+            "data": text,
+            "eval_data": judged,
+            "knobs": {"kv_budget": {"policy": policy}},
+            "objectives": ["kl"],
+            "limits": [f"kv_bytes<={share}x"],
+            "budget": {"trials": trials},
+            "context": CONTEXT,
+            "seed": seed,
+        }
+    )
+
+
+def values(result: Result, share: float) -> dict[str, dict[str, float]]:
+    """By method the KL on both texts and the bytes; of what was searched, the one that is best on the search text."""
+    rows = {"uniform": ["uniform", f"kv_budget={share}"], **{rule: ["seed", rule] for rule in RULES}}
+    tried = [row for row in result.rows if "kl_held_out" in row["measurements"] and "kl" in row["measurements"] and row["feasible"]]
+    found = {method: [row for row in tried if [row["origin"], row.get("label")] == wanted] for method, wanted in rows.items()}
+    found["searched"] = [row for row in tried if row["origin"] in ("searched", "additive")]
+    best = {method: min(mine, key=lambda row: row["measurements"]["kl"]["value"]) for method, mine in found.items() if mine}
+    return {
+        method: {
+            name: row["measurements"][key]["value"] for name, key in (("search", "kl"), ("held_out", "kl_held_out"), ("bytes", "kv_bytes"))
+        }
+        for method, row in best.items()
+    }
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Holds models/ and data/.")],
+    seeds: Annotated[str, typer.Option()] = "0,1,2",
+    trials: Annotated[int, typer.Option(help="Budget of a search in full-token equivalents, guests included.")] = 100,
+    policy: Annotated[str, typer.Option()] = "snapkv",
+    only: Annotated[str | None, typer.Option(help="One model.")] = None,
+) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        for model in [model for model in MODELS if only in (None, model)]:
+            for seed in map(int, seeds.split(",")):
+                for share in SHARES:
+                    job = spec(folder, model, share, seed, trials, policy)
+                    result = start(job, Path(work) / f"{model}-{seed}-{share}", Settings.read())
+                    by_method = values(result, share)
+                    rows.append({"model": model, "share": share, "seed": seed, "seconds": result.summary["seconds"], "kl": by_method})
+                    told = ", ".join(f"{method} {by_method[method]['held_out']:.4f}" for method in METHODS if method in by_method)
+                    console.print(f"{model} at {share:.1%}, seed {seed}: {told}; {rows[-1]['seconds']:.0f} s")
+    shown = Table(title=f"KL to the full cache in nats/token, held out, {policy}, {trials} evaluations; mean and deviation over seeds")
+    for column in ("model", "mean budget", *METHODS):
+        shown.add_column(column)
+    means = []
+    for model, share in dict.fromkeys((row["model"], row["share"]) for row in rows):
+        mine = [row["kl"] for row in rows if (row["model"], row["share"]) == (model, share)]
+        kl = {method: [found[method]["held_out"] for found in mine if method in found] for method in METHODS}
+        means.append({"model": model, "share": share, "held_out": {method: mean(items) for method, items in kl.items() if items}})
+        cells = [f"{mean(items):.4f}" + (f" ± {stdev(items):.4f}" if len(items) > 1 else "") if items else "" for items in kl.values()]
+        shown.add_row(model, f"{share:.1%}", *cells)
+    console.print(shown)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(
+        json.dumps(
+            {
+                "date": datetime.date.today().isoformat(),
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                "versions": {m.__name__: m.__version__ for m in (torch, transformers, optuna)},
+                "policy": policy,
+                "trials": trials,
+                "context": CONTEXT,
+                "means": means,
+                "rows": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
