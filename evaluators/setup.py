@@ -32,6 +32,7 @@ class EvaluationSetup:
         tasks: What is asked besides the whole held-out text.
         context: Tokens that budgets of the cache are shares of; None takes the model's context.
         latency: Which times are costs; None for none. No quality depends on it.
+        hardware: Machines whose values count as equal, by the queue that they work for; None stands for this machine alone.
     """
 
     model: str
@@ -43,8 +44,9 @@ class EvaluationSetup:
     bank: str
     tasks: TaskSpec | None = None
     memory_bytes: int | None = None
-    latency: LatencySpec | None = None
     context: int | None = None
+    latency: LatencySpec | None = None
+    hardware: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

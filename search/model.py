@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from autoeff.errors import CandidateError, InputError, RunnerLost
+from autoeff.evaluators.attention import AttentionStatistics
+from autoeff.evaluators.latency_table import PHASES, LatencySpec
 from autoeff.evaluators.loading import load_tokenizer
 from autoeff.evaluators.preparation import Preparation, prepare
+from autoeff.evaluators.setup import measurement_from_json
 from autoeff.search.guests import DamageTable, minimum_trials, preamble, table_candidates, table_form
 from autoeff.search.job import JobSpec
 from autoeff.search.limits import Limit, check_reachable, least_reachable, parse_limit
 from autoeff.search.results import Results
 from autoeff.search.runner_process import RunnerProcess
 from autoeff.search.sampler import check_sampler
-from autoeff.search.samplers.problem import Problem
+from autoeff.search.samplers.problem import Candidate, Problem
+from autoeff.search.seed import Given, make_seeds
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import Trial
 from autoeff.search.subject import Guests
 from autoeff.search.worker import Runner
 from autoeff.spaces.costs import CostModel
+from autoeff.spaces.knobs.kv_budget import KvBudget
 from autoeff.spaces.measurements import measure
 from autoeff.spaces.space import SearchSpace
 
@@ -29,7 +34,8 @@ __all__ = ["Plan", "plan"]
 
 _PROMPT_TOKENS = 48
 _COMPLETION_TOKENS = 48
-_COMPLETION_TRIES = 3  # runners that may be lost meanwhile
+_TIMED_POINTS = 3  # operating points of which finalists are timed end to end
+_TRIES = 3  # runners that may be lost meanwhile
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,39 @@ class Plan:
 
     @property
     def held_out_windows(self) -> int:
-        return len(self.preparation.passages["held_out"].ids)
+        return len(self.preparation.passages["held_out"].inputs)
 
-    def guests(self) -> Guests:
-        return preamble(self.problem, table_only=self.spec.table_only)
+    def guests(self, runner: Runner | None = None) -> Guests:
+        return preamble(self.problem, table_only=self.spec.table_only, seeds=lambda table: self._seeds(table, runner))
+
+    def _seeds(self, table: DamageTable, runner: Runner | None) -> list[Candidate]:
+        """What each rule makes of each operating point; the same configuration once."""
+        seeds = make_seeds(self.spec.seeds, list(self.spec.knobs))
+        if self.spec.seeds is None and runner is None:  # none was asked for by name, and nobody here knows the model
+            seeds = [seed for seed in seeds if not seed.needs]
+        attention: Mapping[str, AttentionStatistics] = {}
+        if any("attention" in seed.needs for seed in seeds):
+            if not isinstance(runner, RunnerProcess):
+                raise InputError("a seed that asks the model for its attention needs it in the same process; search without a server")
+            answer = _answered(runner, {"kind": "attention"})["attention"]
+            attention = {name: AttentionStatistics.from_json(value) for name, value in answer.items()}
+        context = next((site.kv.context for site in self.preparation.structure.sites if site.kv is not None), 0)
+        budget = self.preparation.knobs.get("kv_budget")
+        sizes = budget.sizes(context) if isinstance(budget, KvBudget) else None
+        found: dict[tuple[int, ...], Candidate] = {}
+        for point in self.problem.operating_points:
+            given = Given(self.problem, point.limits, table.damage, context, attention=attention)
+            given = given if sizes is None else replace(given, least=sizes.least, window=sizes.window)
+            for seed in seeds:
+                indices = seed.configuration(given)
+                if indices is not None:
+                    found.setdefault(indices, Candidate(indices, self.problem.windows, "seed", seed.name))
+        return list(found.values())
 
     def runner(self, settings: Settings, log: Path, progress: Callable[[int, int], None]) -> RunnerProcess:
         return RunnerProcess(self.spec.setup(settings.bank), settings, log, progress)
 
-    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner) -> dict[str, Any]:
+    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner | None) -> dict[str, Any]:
         problem = self.problem
         indices = problem.space.indices
         known = {(indices(t.configuration.levels), t.windows): t.value(problem.quality) for t in trials if t.split == "search"}
@@ -105,8 +135,35 @@ class Plan:
         said: dict[str, Any] = {"table": {"form": self.table, "damage": results.damage(table)}, "additivity": results.additivity(table)}
         if self.spec.table_only:  # nothing was searched, so nothing was found, and nothing missed
             return said | {"state": "feasible", "front": [], "found": None, "closest": None, "completions": None}
-        assert isinstance(runner, RunnerProcess)
-        return said | {"completions": self._completions(results, runner)}
+        asked = runner if isinstance(runner, RunnerProcess) else None
+        completions = None if asked is None else self._completions(results, asked)
+        return said | {"completions": completions, "latency": self._times(results, asked)}
+
+    def _times(self, results: Results, runner: RunnerProcess | None) -> dict[str, Any] | None:
+        """Times of dense, the best uniform level and what was found, predicted and measured end to end."""
+        if (latency := self.preparation.latency) is None:
+            return None
+        named: dict[str, Trial | None] = {"dense": results.full.get(self.problem.space.dense_configuration.digest)}
+        for point in self.problem.operating_points[:_TIMED_POINTS]:
+            best = next((t for t in results.within(point.limits) if t.origin == "uniform"), None)
+            named |= {f"uniform {point.name}": best, f"found {point.name}": results.found(point)}
+        trials = {label: trial for label, trial in named.items() if trial is not None}
+        measured: Mapping[str, Any] = {}
+        failure = None
+        if latency.method == "predicted" and runner is not None:
+            levels = {label: dict(trial.configuration.levels) for label, trial in trials.items()}
+            try:
+                measured = _answered(runner, {"kind": "latency", "configurations": levels, "spec": asdict(latency.spec)})["times"]
+            except (CandidateError, RunnerLost) as error:
+                failure = str(error)
+        rows = []
+        for label, trial in trials.items():
+            costs = self.problem.cost_model.measurements(self.problem.space.indices(trial.configuration.levels))
+            times = {m.name: {"predicted": m.to_json()} for m in costs if m.method != "exact"}
+            for m in map(measurement_from_json, measured.get(label, ())):
+                times[m.name]["measured"] = m.to_json()
+            rows.append({"role": label.partition(" ")[0], "point": label.partition(" ")[2] or None, "trial": trial.number, "times": times})
+        return {**latency.report(), "failure": failure, "rows": rows}
 
     def _completions(self, results: Results, runner: RunnerProcess) -> dict[str, str] | None:
         """The same prompt completed by dense, the best uniform level within the limits, and what was found."""
@@ -118,7 +175,7 @@ class Plan:
             "uniform": next((t for t in within if t.origin == "uniform"), None),
             "found": results.found(self.problem.operating_points[0]),
         }
-        ids = self.preparation.passages["held_out"].ids[0, :_PROMPT_TOKENS]
+        ids = self.preparation.passages["held_out"].inputs[0, :_PROMPT_TOKENS]
         prompt = str(load_tokenizer(self.preparation.facts).decode(ids, skip_special_tokens=True))
         texts = {"prompt": prompt}
         for name, trial in named.items():
@@ -127,15 +184,22 @@ class Plan:
         return texts
 
 
-def plan(spec: JobSpec, settings: Settings) -> Plan:
+def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
     """Checks a job and works out what arithmetic can.
+
+    Args:
+        spec: The job.
+        settings: Of this machine.
+        queue: Of the workers that will evaluate; None for this process.
 
     Raises:
         InputError: Bad model, text, knobs, objectives or limits, or too small a budget.
         UnreachableLimit: No configuration keeps the limits.
     """
     check_sampler(spec.sampler)
-    preparation = prepare(replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap))
+    make_seeds(spec.seeds, list(spec.knobs))
+    setup = replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap, latency=_latency(spec, settings), hardware=queue)
+    preparation = prepare(setup, elsewhere=queue is not None)
     context = spec.context or preparation.facts.context
     if context is None:
         raise InputError(f"model_type {preparation.facts.model_type!r} states no context length, which cache costs need; give --context")
@@ -143,7 +207,7 @@ def plan(spec: JobSpec, settings: Settings) -> Plan:
     objectives = _objectives(spec, preparation.quality, cost_model)
     limits = tuple(parse_limit(text, cost_model, preparation.quality) for text in spec.limits)
     check_reachable(limits, cost_model)
-    windows = len(preparation.passages["search"].ids)
+    windows = len(preparation.passages["search"].inputs)
     least = minimum_trials(preparation.space, windows)
     if spec.budget.trials < least:
         raise InputError(
@@ -162,17 +226,34 @@ def plan(spec: JobSpec, settings: Settings) -> Plan:
     )
 
 
+def _latency(spec: JobSpec, settings: Settings) -> LatencySpec | None:
+    """What must be timed: nothing, unless an objective or a limit is on a time."""
+    named = {*spec.objectives, *(text.partition("<")[0].strip() for text in spec.limits)}
+    phases = tuple(phase for phase in PHASES if f"{phase}_ms" in named)
+    if not phases:
+        if spec.target is not None:
+            raise InputError(f"target {spec.target!r} is given, but no objective and no limit is on decode_ms or prefill_ms")
+        return None
+    return LatencySpec(phases, spec.batch, spec.context, str(settings.home / "latency"), spec.target)
+
+
 def _completed(runner: RunnerProcess, trial: Trial, prompt: str) -> str | None:
     """The prompt with its continuation; None where that fails, which is no reason to lose a report."""
     message = {"kind": "complete", "levels": dict(trial.configuration.levels), "prompt": prompt, "tokens": _COMPLETION_TOKENS}
-    for _ in range(_COMPLETION_TRIES):
+    try:
+        return str(_answered(runner, message)["text"])
+    except (CandidateError, RunnerLost):
+        return None
+
+
+def _answered(runner: RunnerProcess, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The answer, of another runner if one is lost. Raises as `RunnerProcess.ask`."""
+    for _ in range(_TRIES - 1):
         try:
-            return str(runner.ask(message)["text"])
+            return runner.ask(message)
         except RunnerLost:
             continue
-        except CandidateError:
-            return None
-    return None
+    return runner.ask(message)
 
 
 def _objectives(spec: JobSpec, quality: str, cost_model: CostModel) -> tuple[str, ...]:

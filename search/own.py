@@ -77,7 +77,7 @@ class OwnPlan:
     def held_out_windows(self) -> int:
         return 0
 
-    def guests(self) -> Guests:
+    def guests(self, runner: Runner | None) -> Guests:
         """The reference configuration, then `min(32, N/5)` random ones."""
         space = self.problem.space
         reference = (0,) * len(space.decisions)
@@ -94,7 +94,7 @@ class OwnPlan:
         reference = self.problem.space.dense_configuration.levels
         return ForkedRunner(self.build, self.metrics, self.job.needed, reference, self.job.seed, settings, log)
 
-    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner) -> dict[str, Any]:
+    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner | None) -> dict[str, Any]:
         return {"table": None, "additivity": None, "completions": None}
 
     def preflight(self) -> dict[str, Any]:

@@ -32,9 +32,11 @@ class Sampler(ABC):
 
     Attributes:
         name: As in `--sampler`.
+        pending: Proposals whose outcome is not known yet.
     """
 
     name: ClassVar[str]
+    pending = 0
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -50,7 +52,7 @@ class Sampler(ABC):
         """The Optuna sampler of ask `number`, seeded with H(job seed, number) alone, so that a resumed search asks the same.
 
         Raises:
-            StopIteration: Everything within the limits is known.
+            StopIteration: Everything within the limits is known, or the next proposal depends on a pending one.
         """
 
 
@@ -112,7 +114,8 @@ class Feasible(BaseSampler):
         for name, distribution in search_space.items():
             if name not in params:
                 params[name] = self._inner.sample_independent(study, trial, name, distribution)
-        seen = {tuple(t.params[name] for name in search_space) for t in study.get_trials(deepcopy=False) if t.state != TrialState.RUNNING}
+        others = (t.params for t in study.get_trials(deepcopy=False) if t.number != trial.number)
+        seen = {tuple(params[name] for name in search_space) for params in others}
         indices = [int(params[name]) for name in search_space]
         for _ in range(_TRIES):
             repaired = self._repaired(indices)

@@ -30,7 +30,7 @@ class Asked:
 
 
 class Study:
-    """Asks one sampler and tells it outcomes, in the order of trial numbers.
+    """Asks one sampler and tells it outcomes, as they come.
 
     Optuna's trials are the full-fidelity trials on the search text; a failed one is told as failed.
 
@@ -45,11 +45,15 @@ class Study:
         self._distributions = distributions(problem)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(directions=["minimize"] * len(problem.objectives))
-        self._asked: optuna.Trial | None = None
+        self._asked: dict[int, optuna.Trial | None] = {}  # open trials by number; None where an earlier study asked
         self._known: set[tuple[int, ...]] = set()
 
     def ask(self, number: int) -> Asked | None:
-        """The sampler's proposal for trial `number`; None when it has no more, or every configuration of the space is known."""
+        """The sampler's proposal for trial `number`; None when it has no more, or every configuration of the space is known.
+
+        While others are open, None may also mean: not before one of them has ended.
+        """
+        self._sampler.pending = len(self._asked)
         if len(self._known) >= self._problem.space.size:
             return None
         try:
@@ -57,7 +61,7 @@ class Study:
         except StopIteration:
             return None
         trial = self._study.ask(self._distributions)
-        self._asked = trial
+        self._asked[number] = trial
         storage, study_id = self._study._storage, self._study._study_id
         indices = tuple(int(trial.params[key]) for key in self._distributions)
         state = {"trial": dict(storage.get_trial(trial._trial_id).system_attrs), "study": dict(storage.get_study_system_attrs(study_id))}
@@ -71,20 +75,19 @@ class Study:
         indices = self._problem.space.indices(trial.configuration.levels)
         value = trial.value(self._problem.quality)
         self._sampler.tell(indices, trial.windows, value, trial.origin == "searched")
+        asked = self._asked.pop(trial.number, None)
         if trial.windows != self._problem.windows:
-            if self._asked is not None:  # a cheap fidelity is no value to Optuna
-                self._study.tell(self._asked, state=TrialState.FAIL)
-                self._asked = None
+            if asked is not None:  # a cheap fidelity is no value to Optuna
+                self._study.tell(asked, state=TrialState.FAIL)
             return
         self._known.add(self._problem.space.normalised(indices))
         values = self._problem.values(indices, trial.value) if trial.state is State.SUCCEEDED else None
         constraints = {} if values is None else self._problem.constraints(trial.value)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
-        if self._asked is not None:
+        if asked is not None:
             for text, excess in constraints.items():
-                self._asked.set_constraint(text, excess)
-            self._study.tell(self._asked, values, state=state)
-            self._asked = None
+                asked.set_constraint(text, excess)
+            self._study.tell(asked, values, state=state)
             return
         noted: Mapping[str, Any] = trial.sampler_state or {"trial": {}, "study": {}}
         params = dict(zip(self._distributions, indices, strict=True))
@@ -100,3 +103,8 @@ class Study:
         )
         for key, item in noted["study"].items():
             self._study._storage.set_study_system_attr(self._study._study_id, key, item)
+
+    def adopt(self, trial: Trial) -> None:
+        """Takes up a trial that is still open and that an earlier study asked for."""
+        if trial.split == "search":
+            self._asked[trial.number] = None

@@ -49,11 +49,11 @@ class Subject(Protocol):
     def held_out_windows(self) -> int:
         """Of the text on which finalists are confirmed; 0 where there is none."""
 
-    def guests(self) -> Guests:
-        """The baselines."""
+    def guests(self, runner: Runner | None) -> Guests:
+        """The baselines; `runner` answers what must be known of the model to make them. None where others evaluate."""
 
     def runner(self, settings: Settings, log: Path, progress: Callable[[int, int], None]) -> Runner:
         """Who measures. `log` collects what it prints; `progress` hears (done, total) of what must be built first."""
 
-    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner) -> Mapping[str, Any]:
+    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner | None) -> Mapping[str, Any]:
         """What the summary says besides the table and the front, which it may replace."""

@@ -1,4 +1,4 @@
-"""Does claimed evaluations: the function that the embedded loop calls, and a task queue would."""
+"""Does claimed evaluations: the function that the embedded loop and the task queue call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from autoeff.errors import CandidateError, InputError, RunnerLost
+from autoeff.errors import CandidateError, InputError, RunnerLost, StorageError
 from autoeff.evaluators.setup import EvaluationRequest
 from autoeff.search.runner_process import Measured
 from autoeff.search.storage.records import Claim
@@ -14,12 +14,14 @@ from autoeff.search.storage.store import Store
 
 __all__ = ["Runner", "Worker"]
 
+_AGAIN_S = 1.0  # between tries to write an outcome down
+
 
 class Runner(Protocol):
     """Measures configurations in a process of its own."""
 
     def evaluate(self, request: EvaluationRequest, tick: Callable[[], None], /) -> Measured:
-        """Measures one configuration; calls `tick` several times a second meanwhile.
+        """Measures one configuration; calls `tick` several times a second meanwhile, and is thrown away if that raises.
 
         Raises:
             CandidateError: It failed, with its class.
@@ -33,6 +35,10 @@ class Runner(Protocol):
         """Ends the process, if any."""
 
 
+class _Unwanted(Exception):
+    """The claim is void, or nobody wants the result any more."""
+
+
 class Worker:
     """Evaluates with one warm runner and writes every outcome down.
 
@@ -40,29 +46,62 @@ class Worker:
         store: Where claims come from and outcomes go.
         runner: The process that measures.
         lease_s: How long a claim lives without a sign of life; renewed three times in that span.
+        one_of_many: Whether others may evaluate what this one cannot, as on a machine without the model; then a database that
+            is away is waited for, since the coordinator is another process. Alone, both are errors of the search.
     """
 
-    def __init__(self, store: Store, runner: Runner, lease_s: float) -> None:
-        self._store, self._runner, self._lease_s = store, runner, lease_s
+    def __init__(self, store: Store, runner: Runner, lease_s: float, *, one_of_many: bool = False) -> None:
+        self._store, self._runner, self._lease_s, self._one_of_many = store, runner, lease_s, one_of_many
 
-    def work(self, claim: Claim) -> None:
+    def work(self, claim: Claim, tick: Callable[[], None] = lambda: None) -> None:
         """Evaluates until the claim has an outcome: a value, the candidate's failure, or a loss that someone may retry.
+
+        Args:
+            claim: The right to do so.
+            tick: Called several times a second. What it raises ends the evaluation, and the claim is given back.
 
         Raises:
             InputError: The runner cannot be opened with this setup; the claim is given back.
         """
+        renewal = _Renewal(self._store, claim, self._lease_s)
+
+        def both() -> None:
+            renewal()
+            tick()
+
         try:
             request = EvaluationRequest(claim.configuration.levels, claim.split, claim.windows)
-            measured = self._runner.evaluate(request, _Renewal(self._store, claim, self._lease_s))
+            measured = self._runner.evaluate(request, both)
         except CandidateError as error:
-            self._store.fail(claim, error.failure, str(error), self._runner.log_tail())
+            failure, message = error.failure, str(error)
+            self._written(lambda: self._store.fail(claim, failure, message, self._runner.log_tail()), tick)
         except RunnerLost as error:
-            self._store.lost(claim, str(error), self._runner.log_tail())
-        except (InputError, KeyboardInterrupt):
+            reason = str(error)
+            self._written(lambda: self._store.lost(claim, reason, self._runner.log_tail()), tick)
+        except _Unwanted:
+            self._written(lambda: self._store.release(claim), tick)
+        except InputError as error:
+            if not self._one_of_many:
+                self._store.release(claim)
+                raise
+            reason = str(error)
+            self._written(lambda: self._store.lost(claim, reason), tick)
+        except BaseException:
             self._store.release(claim)
             raise
         else:
-            self._store.complete(claim, measured.measurements, measured.seconds)
+            self._written(lambda: self._store.complete(claim, measured.measurements, measured.seconds), tick)
+
+    def _written(self, write: Callable[[], object], tick: Callable[[], None]) -> None:
+        while True:
+            try:
+                write()
+                return
+            except StorageError:
+                if not self._one_of_many:
+                    raise
+            tick()
+            time.sleep(_AGAIN_S)
 
 
 class _Renewal:
@@ -71,6 +110,11 @@ class _Renewal:
         self._next = time.monotonic() + lease_s / 3
 
     def __call__(self) -> None:
-        if time.monotonic() >= self._next:
-            self._store.renew(self._claim, self._lease_s)
-            self._next = time.monotonic() + self._lease_s / 3
+        if time.monotonic() < self._next:
+            return
+        try:
+            if not self._store.renew(self._claim, self._lease_s):
+                raise _Unwanted
+        except StorageError:
+            pass  # the lease may end, and the result is written down all the same if nobody took over
+        self._next = time.monotonic() + self._lease_s / 3

@@ -48,7 +48,7 @@ class Additive(Sampler):
         """The next proposal after everything told so far.
 
         Raises:
-            StopIteration: The budget is spent, or everything within the limits is known.
+            StopIteration: The budget is spent, everything within the limits is known, or the step waits for its pending proposals.
         """
         self._plan = self._plan or self._begin()
         while len(self._answers) - self._taken >= self._step.count:
@@ -57,9 +57,10 @@ class Additive(Sampler):
             self._step, self._proposed = self._plan.send(answers), None
         if self._proposed is None:
             self._proposed = self._step.candidates()
-        if len(self._answers) - self._taken >= len(self._proposed):
-            raise StopIteration("everything within the limits is known")
-        return self._proposed[len(self._answers) - self._taken]
+        place = len(self._answers) - self._taken + self.pending
+        if place >= len(self._proposed):
+            raise StopIteration("everything within the limits is known, or pending")
+        return self._proposed[place]
 
     def _begin(self) -> Plan:
         plan = additive_plan(self.problem, self._guests)

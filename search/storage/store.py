@@ -452,6 +452,12 @@ class Store:
         with self._database.write() as connection:
             return leases.take(connection, evaluation_id, worker, ttl_s)
 
+    def job_of_evaluation(self, evaluation_id: int) -> Job:
+        """The first job that asked for this work; every other one means the same by it."""
+        query = JOB.join(TrialRow, TrialRow.job_id == JobRow.id).where(TrialRow.evaluation_id == evaluation_id)
+        with self._database.read() as connection:
+            return job_of(connection.execute(query.order_by(JobRow.created_at, JobRow.id).limit(1)).one())
+
     def renew(self, claim: Claim, ttl_s: float) -> bool:
         """Moves the end of the lease to `ttl_s` seconds from now.
 
@@ -614,7 +620,19 @@ class Store:
         with self._database.read() as connection:
             rows = connection.execute(query).all()
             at = {row.worker: row.id for row in connection.execute(busy)}
-        return [WorkerInfo(*row[:6], row.alive and not holder_is_dead(row.id), at.get(row.id)) for row in rows]
+        return [
+            WorkerInfo(
+                id=row.id,
+                queues=row.queues,
+                kind=row.kind,
+                facts=row.facts,
+                started_at=row.started_at,
+                seen_until=row.seen_until,
+                alive=row.alive and not holder_is_dead(row.id),
+                evaluation_id=at.get(row.id),
+            )
+            for row in rows
+        ]
 
     # Reading
 
@@ -648,6 +666,11 @@ class Store:
             query = query.where(TrialRow.origin == origin)
         return self._trials(query)
 
+    def of_keys(self, job_id: str, eval_keys: Iterable[str]) -> list[Trial]:
+        """The trials of a job behind which stands the work of one of these keys, by number."""
+        these = EvaluationRow.eval_key.in_(tuple(eval_keys))
+        return self._trials(TRIAL.where(TrialRow.job_id == job_id, these).order_by(TrialRow.number))
+
     def attempts(self, evaluation_id: int) -> list[Attempt]:
         """Every try at an evaluation with its log, the first one first."""
         with self._database.read() as connection:
@@ -660,11 +683,6 @@ class Store:
         query = query.where(EventRow.job_id == job_id, EventRow.seq > after).order_by(EventRow.seq).limit(limit)
         with self._database.read() as connection:
             return [Event(*row) for row in connection.execute(query)]
-    def of_keys(self, job_id: str, eval_keys: Iterable[str]) -> list[Trial]:
-        """The trials of a job behind which stands the work of one of these keys, by number."""
-        these = EvaluationRow.eval_key.in_(tuple(eval_keys))
-        return self._trials(TRIAL.where(TrialRow.job_id == job_id, these).order_by(TrialRow.number))
-
 
     def last_events(self, job_ids: Iterable[str]) -> dict[str, int]:
         """The `seq` of the last event of each of these jobs: tells with one query which have news."""

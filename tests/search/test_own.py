@@ -255,7 +255,7 @@ def test_a_process_that_a_candidate_started_ends_with_it(machine: Path, monkeypa
 @pytest.mark.parametrize("fields", [{}, {"objectives": ["-gain"], "limits": ["price<=20"]}, {"sampler": "gp"}])
 def test_a_stopped_search_goes_on_as_an_undisturbed_one(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = search(out="whole", trials=18, **fields)
-    evaluate, calls = Coordinator._evaluate, []
+    evaluate, calls = Coordinator._propose, []
 
     def interrupted(self: Coordinator, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -263,7 +263,7 @@ def test_a_stopped_search_goes_on_as_an_undisturbed_one(fields: dict[str, Any], 
             raise KeyboardInterrupt
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(Coordinator, "_evaluate", interrupted)
+    monkeypatch.setattr(Coordinator, "_propose", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search(out="run", trials=18, **fields)
     with stored() as store:

@@ -1,0 +1,192 @@
+"""Searches that are submitted to the database: who drives them, who is told, who sees to what was lost.
+
+Any number of coordinator processes may run; a lease in the database gives every job to one of them. Each also sends messages for queued
+evaluations and ends the claims of dead workers. Nothing is kept here that the database does not have.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from autoeff.errors import AutoeffError, Conflict, InputError, LeaseLost, StorageError
+from autoeff.search.coordinator import Coordinator
+from autoeff.search.crew import Away, Stopped
+from autoeff.search.job import JobSpec
+from autoeff.search.model import plan
+from autoeff.search.settings import Settings
+from autoeff.search.storage.records import Job, JobState, Message, Reply
+from autoeff.search.storage.store import Store
+
+__all__ = ["queue_of", "run_coordinators", "submit"]
+
+_log = logging.getLogger(__name__)
+
+Send = Callable[[Message], None]
+
+
+def queue_of(spec: JobSpec) -> str:
+    """The workers that evaluate a job: `cpu`, or `gpu.any`."""
+    return "cpu" if spec.device == "cpu" else "gpu.any"
+
+
+def submit(
+    store: Store,
+    spec: JobSpec,
+    settings: Settings,
+    *,
+    owner: str | None = None,
+    reply_for: Callable[[str], Reply] | None = None,
+) -> Job:
+    """Checks a job and stores it for the coordinators.
+
+    Args:
+        store: Where to.
+        spec: The job.
+        settings: Of this machine.
+        owner: Whose it is.
+        reply_for: From the job's id, the answer that the same request gets again.
+
+    Raises:
+        InputError: As `plan`.
+        Conflict: The request has an answer already.
+    """
+    queue = queue_of(spec)
+    planned = plan(spec, settings, queue)
+    job_id = uuid.uuid4().hex[:12]
+    return store.create_job(
+        job_id,
+        spec.model_dump(mode="json"),
+        planned.preflight,
+        planned.space.to_json(),
+        planned.digest,
+        owner=owner,
+        queue=queue,
+        reply=None if reply_for is None else reply_for(job_id),
+    )
+
+
+def run_coordinators(settings: Settings, stop: threading.Event) -> None:
+    """Drives submitted jobs until `stop` is set; then lets go of them, so that any other process can go on at once.
+
+    Raises:
+        InputError: The database or the broker of `settings` cannot be used.
+    """
+    send = None
+    if settings.broker_url is not None:
+        from autoeff.search.celery_app import sender  # without a broker, nothing of Celery is needed
+
+        send = sender(settings)
+    with Store.open(settings.database) as store:
+        _Office(store, settings, send, stop).run()
+
+
+class _Office:
+    def __init__(self, store: Store, settings: Settings, send: Send | None, stop: threading.Event) -> None:
+        self._store, self._settings, self._send, self._stop = store, settings, send, stop
+        self._rung = threading.Event()
+        self._driven: dict[str, threading.Thread] = {}
+
+    def run(self) -> None:
+        helpers = [threading.Thread(target=self._reap, name="reaper")]
+        if self._send is not None:
+            helpers.append(threading.Thread(target=self._post, args=(self._send,), name="postman"))
+        for helper in helpers:
+            helper.start()
+        while not self._stop.is_set():
+            self._driven = {job_id: thread for job_id, thread in self._driven.items() if thread.is_alive()}
+            with suppress(StorageError):  # whoever drives a job says so
+                for job_id in self._store.waiting_jobs():
+                    if job_id not in self._driven and len(self._driven) < self._settings.coordinated_jobs:
+                        self._driven[job_id] = threading.Thread(target=self._drive, args=(job_id,), name=f"job {job_id}")
+                        self._driven[job_id].start()
+            self._stop.wait(self._settings.poll_s)
+        for thread in (*helpers, *self._driven.values()):
+            thread.join()
+
+    def _drive(self, job_id: str) -> None:
+        """Drives one job as far as it goes; what stays undone is found again by `waiting_jobs`."""
+        try:
+            drive(self._store, job_id, self._settings, self._rung, self._stop)
+        except (Conflict, LeaseLost, Stopped) as error:
+            _log.info("job %s: %s", job_id, error)
+        except StorageError as error:
+            _log.warning("job %s: %s", job_id, error)
+        except Exception:
+            _log.exception("job %s failed", job_id)
+
+    def _post(self, send: Send) -> None:
+        """Sends messages; one that gets lost is due again later."""
+        while not self._stop.is_set():
+            self._rung.wait(min(self._settings.poll_s, self._settings.resend_s))
+            self._rung.clear()
+            try:
+                for message in self._store.due(self._settings.resend_s):
+                    send(message)
+            except AutoeffError as error:
+                _log.warning("%s", error)
+
+    def _reap(self) -> None:
+        """Ends claims of the dead. After an outage, also one before its start, workers have a whole lease to report again."""
+        lease_s = self._settings.lease_s
+        judged_from = time.monotonic() + lease_s
+        while not self._stop.wait(lease_s / 4):
+            try:
+                self._store.jobs(limit=1)
+                if time.monotonic() >= judged_from and self._store.reap():
+                    self._rung.set()
+            except StorageError as error:
+                _log.warning("%s", error)
+                judged_from = time.monotonic() + lease_s
+
+
+def drive(store: Store, job_id: str, settings: Settings, rung: threading.Event, stop: threading.Event) -> dict[str, Any]:
+    """Searches for one submitted job, evaluated by workers elsewhere, to its end.
+
+    Args:
+        store: Holds the job.
+        job_id: The job.
+        settings: Of this machine.
+        rung: Set whenever work was queued.
+        stop: Set when this process is to end.
+
+    Raises:
+        Stopped: The job was paused or cancelled, or `stop` set.
+        Conflict: Another process drives it.
+        AutoeffError: As `Coordinator.run`. An InputError has failed the job.
+    """
+    job = store.job(job_id)
+    assert job.queue is not None
+    try:
+        planned = plan(JobSpec.parse(job.spec), settings, job.queue)
+        if planned.digest != job.setup_digest:
+            raise InputError("its model, its text or this version is no longer what it was when it was submitted; submit it again")
+    except InputError as error:
+        _fail(store, job_id, settings, str(error))
+        raise
+    crew = Away(store, job.queue, rung, stop)
+    coordinator = Coordinator(store, job_id, planned, Path(), settings, lambda progress: None, crew)
+    return coordinator.run(_after)
+
+
+def _after(error: BaseException) -> tuple[JobState, str | None] | None:
+    """What becomes of a job after an error: what may be over soon is tried again."""
+    if isinstance(error, LeaseLost | StorageError) or not isinstance(error, Exception):
+        return None
+    return JobState.FAILED, str(error) if isinstance(error, AutoeffError) else f"{type(error).__name__}: {error}"
+
+
+def _fail(store: Store, job_id: str, settings: Settings, message: str) -> None:
+    from autoeff.search.storage.holders import process_identity
+
+    fence = store.acquire_coordinator(job_id, process_identity(), settings.lease_s)
+    try:
+        store.set_job_state(job_id, fence, JobState.FAILED, error=message)
+    finally:
+        store.release_coordinator(job_id, fence)
