@@ -22,11 +22,12 @@ from autoeff.api.backroom import Backroom
 from autoeff.errors import AutoeffError, NotFound
 from autoeff.search.runs import write_file
 from autoeff.search.settings import Settings
+from autoeff.search.storage.records import Job
 
-__all__ = ["FILES", "Exports", "export_archive"]
+__all__ = ["REPORT", "Exports", "export_archive", "write_job_report"]
 
-FILES = {"report.html": "text/html", "front.png": "image/png", "damage.png": "image/png", "runner.log": "text/plain"}
-"""What a search writes into its run directory, and what it is."""
+REPORT = {"report.html": "text/html", "front.png": "image/png"}
+"""The files of a report, drawn from the tables when they are first asked for."""
 _ARCHIVE = re.compile(r"trial-(\d{1,9})\.([a-z0-9-]{1,40})\.tar")
 _CHUNK = 1 << 20
 
@@ -56,40 +57,39 @@ class Exports:
             self._under_way[path] = self._backroom.start(export_archive, job_id, number, str(path), format_name, self._settings)
         return self._archive(path)
 
-    def all(self, job_id: str) -> list[dict[str, Any]]:
-        """Every file of a job."""
-        folder = self._folder(job_id)
-        found = [self.one(job_id, name) for name in FILES if (folder / name).is_file()]
+    def all(self, job: Job) -> list[dict[str, Any]]:
+        """Every file of a job: of a report, where it has ended, and of exports."""
+        folder = self._folder(job.id)
+        found = [{"name": name, "state": "ready", "media_type": kind} for name, kind in REPORT.items() if job.result is not None]
         with self._lock:
             under_way = {path for path, future in self._under_way.items() if path.parent.parent == folder and not future.done()}
         stored = {path.with_suffix("") for path in (folder / "exports").glob("*.tar.json")}
         return [*found, *(self._archive(path) for path in sorted(under_way | stored))]
 
-    def one(self, job_id: str, name: str) -> dict[str, Any]:
-        """One file of a job.
+    def archive(self, job_id: str, name: str) -> tuple[dict[str, Any], Path]:
+        """The archive of this name, and where it stands; nothing but such names is ever looked for.
 
         Raises:
-            NotFound: There is none of this name.
+            NotFound: There is none.
         """
-        path = self.path(job_id, name)
         if _ARCHIVE.fullmatch(name):
-            return self._archive(path)
-        return {"name": name, "state": "ready", "bytes": path.stat().st_size, "media_type": FILES[name]}
-
-    def path(self, job_id: str, name: str) -> Path:
-        """Where a file of a job stands; nothing but the names above is ever looked for.
-
-        Raises:
-            NotFound: There is none of this name.
-        """
-        folder = self._folder(job_id)
-        if name in FILES and (folder / name).is_file():
-            return folder / name
-        if _ARCHIVE.fullmatch(name):
-            path = folder / "exports" / name
-            if self._running(path) or _description(path).is_file():
-                return path
+            path = self._folder(job_id) / "exports" / name
+            if path in self._under_way or _description(path).is_file():
+                return self._archive(path), path
         raise NotFound("this job has no file of that name (yet)")
+
+    async def report(self, job: Job, name: str) -> Path:
+        """A file of the report of a job that has ended.
+
+        Raises:
+            NotFound: It has not.
+        """
+        if job.result is None:
+            raise NotFound(f"job {job.id} is {job.state} and has no report (yet)")
+        folder = self._folder(job.id) / f"report-{job.version}"
+        if not (folder / name).is_file():
+            await self._backroom.ask(write_job_report, job.id, str(folder), self._settings)
+        return folder / name
 
     def _folder(self, job_id: str) -> Path:
         return self._settings.job_folder(job_id)
@@ -144,6 +144,19 @@ def export_archive(job_id: str, number: int, path: str, format_name: str, settin
         partial.replace(archive)
     kept = {key: facts[key] for key in ("format", "files", "linear_bytes", "quality", "trial", "measured")}
     _describe(archive, {"state": "ready", "bytes": size, "sha256": digest.hexdigest(), "facts": kept})
+
+
+def write_job_report(job_id: str, folder: str, settings: Settings) -> None:
+    """Draws the report of a finished job into `folder`, as a search without a server does."""
+    from autoeff.search.report import write_report  # matplotlib
+    from autoeff.search.results import rows_of
+    from autoeff.search.storage.store import Store
+
+    with Store.open(settings.database) as store:
+        job = store.job(job_id)
+        assert job.result is not None
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_report(Path(folder), job, rows_of(store, job_id), job.result)
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:

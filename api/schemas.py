@@ -154,7 +154,7 @@ class JobDetail(JobSummary):
     version: int = Field(description="Grows with every change of state, budget, result or error.")
     error: str | None = Field(description="Why it failed.")
     quality: str = Field(description="Name of the measurement that is minimised.")
-    columns: list[str] = Field(description="Cost measures worth a column.")
+    columns: dict[str, str] = Field(description="Cost measures worth a column, and what to write above it.")
     judged_cost: str = Field(description="The cost at which configurations are compared.")
     spec: dict[str, Any]
     preflight: dict[str, Any] = Field(description="What was known before the first evaluation.")
@@ -175,7 +175,7 @@ class Front(_Answer):
     best: int | None
     best_quality: float | None
     feasible: bool
-    columns: list[str]
+    columns: dict[str, str]
     items: list[TrialRow]
 
 
@@ -216,6 +216,7 @@ class Preflight(_Answer):
     minimum_trials: int
     dense: dict[str, float]
     least: dict[str, float]
+    methods: dict[str, str] = Field(description="How each cost comes about.")
     table: str
     job: dict[str, Any]
 

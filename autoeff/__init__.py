@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autoeff.client import Client
     from autoeff.search.own_job import choice
     from autoeff.search.run import Result, run_search
 
-__all__ = ["Result", "__version__", "choice", "run_search"]
+__all__ = ["Client", "Result", "__version__", "choice", "run_search"]
 
 __version__ = "0.1.0"  # the one place; the build reads it from here, so that a bare tree knows it too
 
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from autoeff.search import run
 
         return getattr(run, name)
+    if name == "Client":
+        from autoeff.client import Client
+
+        return Client
     if name == "choice":
         from autoeff.search.own_job import choice
 

@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import autoeff
+from autoeff import commands_server, commands_service
 from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
 from autoeff.errors import AutoeffError, ExitCode, InputError
 from autoeff.flags import job_fields
+from autoeff.sources import Listing, Local, Remote, Shown, Source, opened
 from autoeff.spaces.measurements import MEASURES, described
 
 if TYPE_CHECKING:
-    from autoeff.search.run import Plan, Result
-    from autoeff.search.runs import Run
-    from autoeff.search.settings import Settings
-    from autoeff.search.storage.records import Job
+    from autoeff.search.job import JobSpec
+    from autoeff.search.run import Result
 
 __all__ = ["Form", "app", "main"]
 
@@ -43,6 +43,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # click's own, or that of the copy which newer versions of typer carry
+app.command()(commands_service.worker)
+app.command()(commands_service.coordinator)
+app.add_typer(commands_service.database)
+app.command()(commands_server.serve)
+app.add_typer(commands_server.keys)
 
 
 class Form(StrEnum):
@@ -63,8 +68,16 @@ def _option(panel: str, help_text: str, *names: str, metavar: str | None = None)
 
 @app.callback(invoke_without_command=True)
 def _root(
-    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server", metavar="URL", envvar="AUTOEFF_SERVER", help="Have a server do it; the key is in AUTOEFF_KEY.", show_default=False
+        ),
+    ] = None,
 ) -> None:
+    ctx.obj = server
     if version:
         sys.stdout.write(f"autoeff {autoeff.__version__}\n")
         raise typer.Exit
@@ -113,11 +126,11 @@ def search(
     trials: Annotated[int | None, _option("Search", "Budget in full-token evaluations; default 300.")] = None,
     timeout: Annotated[str | None, _option("Search", "Budget of wall time: 90s, 20m, 2h.", metavar="TIME")] = None,
     sampler: Annotated[str | None, _option("Search", "Who proposes; default additive.")] = None,
+    seeds: Annotated[str | None, _option("Search", "Rules as guests; default all that apply; none.", metavar="NAME,NAME…")] = None,
     table_only: Annotated[bool | None, _option("Search", "Measure the damage table and stop there.", "--table-only")] = None,
     seed: Annotated[int | None, _option("Search", "Draws the windows and everything random; default 0.")] = None,
     device: Annotated[str | None, _option("Search", "cpu, cuda or cuda:N; default cpu.")] = None,
     target: Annotated[
-    seeds: Annotated[str | None, _option("Search", "Rules as guests; default all that apply; none.", metavar="NAME,NAME…")] = None,
         str | None, _option("Goal", "A GPU that is not here, such as H200, for estimated decode_ms and prefill_ms.", metavar="GPU")
     ] = None,
     config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
@@ -127,135 +140,98 @@ def search(
 ) -> None:
     """Searches a model for its best configurations within limits."""
     from autoeff.search import run
+    from autoeff.search.facts import plan_facts
     from autoeff.search.job import JobSpec
     from autoeff.search.runs import check_new
     from autoeff.search.settings import Settings
 
     spec = JobSpec.parse(job_fields(ctx.params, {} if config is None else JobSpec.read(config)))
+    if ctx.obj is not None:
+        with _server(ctx) as server:
+            _search_there(server, spec, out, form, dry_run=dry_run)
+        return
     machine = Settings.read()
     if dry_run:
-        _print_plan(run.plan(spec, machine), machine, form)
+        _print_plan(plan_facts(run.plan(spec, machine), machine), form)
         return
     folder = run.default_folder(spec.model) if out is None else out
     check_new(folder)
     with _resumable(folder), Watcher() as watcher:
         result = run.start(spec, folder, machine, watcher.watch)
-    _print_result(result, form)
+    _print_run(result, form)
     raise typer.Exit(result.exit_code)
 
 
 @app.command()
-def resume(run: RunRef, form: Format = Form.TABLE) -> None:
+def resume(ctx: typer.Context, run: RunRef, form: Format = Form.TABLE) -> None:
     """Goes on with a search that was stopped or killed."""
+    if ctx.obj is not None:
+        with _server(ctx) as server:
+            _follow_there(server, server.resume(run), server.folder(run), form)
+        return
     from autoeff.search.run import resume as resume_run
     from autoeff.search.settings import Settings
 
     with _resumable(Path(run)), Watcher() as watcher:
         result = resume_run(run, Settings.read(), watcher.watch)
-    _print_result(result, form)
+    _print_run(result, form)
     raise typer.Exit(result.exit_code)
 
 
 @app.command()
-def status(run: RunRef, form: Format = Form.TABLE) -> None:
+def status(ctx: typer.Context, run: RunRef, form: Format = Form.TABLE) -> None:
     """Says where a search stands."""
-    from autoeff.search.standing import standing_of
-
-    with _opened(run) as opened:
-        job = opened.store.job(opened.job_id)
-        standing = standing_of(opened.store, job)
-        facts = _job_row(job) | {
-            "folder": None if opened.folder is None else str(opened.folder),
-            "succeeded": job.counts.succeeded,
-            "failed": job.counts.failed + job.counts.quarantined,
-            "front": len(standing.front),
-            "best": standing.best,
-            "best_" + standing.quality: standing.best_quality,
-        }
+    with _source(ctx) as source:
+        facts = source.status(run)
     if form is Form.JSON:
         print_json(facts)
         return
     print_pairs({name: "-" if value is None else ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()})
-    if not job.state.terminal and job.coordinator is None:
+    if facts["state"] in ("pending", "running", "paused") and facts["driven_by"] is None:
         sys.stderr.write(f"autoeff: nobody drives this search; `autoeff resume {run}` goes on with it\n")
 
 
 @app.command()
-def ls(run: Annotated[str | None, typer.Argument(metavar="[RUN]", show_default=False)] = None, form: Format = Form.TABLE) -> None:
+def ls(
+    ctx: typer.Context, run: Annotated[str | None, typer.Argument(metavar="[RUN]", show_default=False)] = None, form: Format = Form.TABLE
+) -> None:
     """Lists the jobs of this machine, or the trials of a run."""
-    if run is None:
-        _list_jobs(form)
-        return
-    from autoeff.search.results import rows_of
-
-    with _opened(run) as opened:
-        rows = rows_of(opened.store, opened.job_id)
-        _print_rows(rows, opened.store.job(opened.job_id), form)
+    with _source(ctx) as source:
+        if run is None:
+            _print_jobs(source.jobs(), form)
+        else:
+            _print_rows(source.trials(run), form)
 
 
 @app.command()
-def show(run: RunRef, trial: TrialRef, form: Format = Form.TABLE) -> None:
+def show(ctx: typer.Context, run: RunRef, trial: TrialRef, form: Format = Form.TABLE) -> None:
     """Shows one trial: its configuration, what was measured, and its log if it failed."""
-    with _opened(run) as opened:
-        row = _row(opened, trial)
-        record = opened.store.trial(opened.job_id, row["trial"])
-        attempts = opened.store.attempts(record.evaluation_id)
-    if form is Form.JSON:
-        print_json(row)
-        return
-    print_pairs({key: row[key] for key in ("trial", "digest", "origin", "label", "state") if row.get(key) is not None})
-    sys.stdout.write("\n")
-    columns = ["measurement", "value", "spread", "text", "tokens", "method"]
-    measured = row["measurements"].items()
-    print_table(
-        columns,
-        [
-            [
-                n,
-                described(n).text(m["value"]),
-                f"{m['spread']:.2g}" if "spread" in m else None,
-                m.get("split"),
-                m.get("tokens"),
-                m.get("method"),
-            ]
-            for n, m in measured
-        ],
-    )
-    sys.stdout.write("\n")
-    print_table(["decision", "level"], row["configuration"].items())
-    if record.failure is not None:
-        sys.stdout.write(f"\n{record.failure.kind}: {record.failure.message}\n")
-        sys.stdout.writelines(f"\nlog of attempt {n}:\n{attempt.log}\n" for n, attempt in enumerate(attempts, start=1) if attempt.log)
+    with _source(ctx) as source:
+        _print_trial(source.trial(run, trial), form)
 
 
 @app.command()
-def pareto(run: RunRef, form: Format = Form.TABLE) -> None:
+def pareto(ctx: typer.Context, run: RunRef, form: Format = Form.TABLE) -> None:
     """Lists the trials on the Pareto front, also while the search goes on."""
-    from autoeff.search.results import rows_of
-    from autoeff.search.standing import standing_of
-
-    with _opened(run) as opened:
-        job = opened.store.job(opened.job_id)
-        front = standing_of(opened.store, job).front
-        rows = [row for row in rows_of(opened.store, opened.job_id) if row["trial"] in front]
-        _print_rows(rows, job, form)
+    with _source(ctx) as source:
+        _print_rows(source.front(run), form)
 
 
 @app.command()
-def best(run: RunRef, form: Format = Form.TABLE) -> None:
+def best(ctx: typer.Context, run: RunRef, form: Format = Form.TABLE) -> None:
     """Shows the best trial within the limits; the closest one, and exit code 3, where the search found none."""
-    from autoeff.search.standing import standing_of
-
-    with _opened(run) as opened:
-        standing = standing_of(opened.store, opened.store.job(opened.job_id))
-    show(run, "best", form)
-    if not standing.feasible:
+    with _source(ctx) as source:
+        shown = source.trial(run, "best")
+        feasible = source.feasible(run)
+    _print_trial(shown, form)
+    if not feasible:
         sys.stderr.write("autoeff: no trial keeps the limits; this one is the closest\n")
         raise typer.Exit(ExitCode.INFEASIBLE)
 
 
 @app.command()
 def resolve(
+    ctx: typer.Context,
     run: RunRef,
     limit: Annotated[
         list[str] | None, _option("Goal", "The new budget, such as linear_bytes<=0.22x; may be repeated.", metavar="LIMIT")
@@ -266,12 +242,10 @@ def resolve(
     form: Format = Form.TABLE,
 ) -> None:
     """Answers a new budget from what a search has measured, in seconds and without the model."""
-    from autoeff.search.resolve import resolve as resolve_run
-    from autoeff.search.settings import Settings
     from autoeff.tables import print_resolution
 
-    with Watcher() as watcher:
-        resolution = resolve_run(run, limit or (), Settings.read(), measure=measure_them, watch=watcher.watch)
+    with _source(ctx) as source, Watcher() as watcher:
+        resolution = source.resolve(run, limit or (), measure=measure_them, watch=watcher.watch)
     if form is Form.JSON:
         print_json(resolution.to_json())
     else:
@@ -361,19 +335,15 @@ def compare(
 
 @app.command()
 def export(
+    ctx: typer.Context,
     run: RunRef,
     trial: TrialRef,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")],
     format_name: Annotated[str, typer.Option("--format", metavar="hf-dense|recipe", help="What to write.")] = "hf-dense",
 ) -> None:
     """Writes a trial's configuration, loads it in a fresh process and measures it again."""
-    from autoeff.search.run import export as export_run
-    from autoeff.search.settings import Settings
-
-    settings = Settings.read()
-    with _opened(run) as opened:
-        number = _number(opened, trial)
-    done = export_run(run, number, folder, format_name, settings)
+    with _source(ctx) as source:
+        done = source.export(run, trial, folder, format_name)
     quality = done["quality"]
     print_pairs(
         {
@@ -431,13 +401,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _opened(ref: str) -> Iterator[Run]:
-    from autoeff.search.runs import open_run
-    from autoeff.search.settings import Settings
+def _source(ctx: typer.Context) -> Iterator[Source]:
+    """Where the verb gets what it prints; each verb that can do so elsewhere asks for it."""
+    if ctx.obj is None:
+        yield Local()
+    else:
+        with _server(ctx) as server:
+            yield server
 
-    run = open_run(ref, Settings.read())
-    with run.store:
-        yield run
+
+@contextmanager
+def _server(ctx: typer.Context) -> Iterator[Remote]:
+    """The server that was named."""
+    key = os.environ.get("AUTOEFF_KEY")
+    if not key:
+        raise InputError(f"the server at {ctx.obj} wants a key: set AUTOEFF_KEY to one that `autoeff serve` or `autoeff keys create` gave")
+    with autoeff.Client(ctx.obj, key) as client:
+        yield Remote(client)
 
 
 @contextmanager
@@ -451,41 +431,7 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
-def _number(run: Run, trial: str) -> int:
-    """The number that TRIAL stands for."""
-    if trial != "best":
-        if not trial.isdecimal():
-            raise InputError(f"no trial {trial!r}: give a number, counted from 0, or best")
-        return int(trial)
-    from autoeff.search.standing import standing_of
-
-    job = run.store.job(run.job_id)
-    if not job.spec["limits"] and len(job.spec["objectives"]) > 1:
-        raise InputError(f"job {job.id} has no limits, so no single best trial; `autoeff pareto` lists the front to choose from")
-    number = standing_of(run.store, job).best
-    if number is None:
-        raise InputError(f"job {job.id} has no feasible trial with a value (yet); `autoeff ls` lists its trials")
-    return number
-
-
-def _row(run: Run, trial: str) -> dict[str, Any]:
-    from autoeff.search.results import rows_of
-
-    number = _number(run, trial)
-    run.store.trial(run.job_id, number)
-    return next(row for row in rows_of(run.store, run.job_id) if row["trial"] == number)
-
-
-def _list_jobs(form: Form) -> None:
-    from autoeff.search.settings import Settings
-    from autoeff.search.storage.store import Store
-
-    with Store.open(Settings.read().database) as store:
-        jobs = page = store.jobs()
-        while page:
-            page = store.jobs(before=page[-1].id)
-            jobs += page
-    rows = [_job_row(job) for job in jobs]
+def _print_jobs(rows: Sequence[Mapping[str, Any]], form: Form) -> None:
     if form is Form.JSON:
         print_json(rows)
         return
@@ -495,43 +441,51 @@ def _list_jobs(form: Form) -> None:
         sys.stderr.write("autoeff: no jobs yet; `autoeff search demo` makes the first\n")
 
 
-def _job_row(job: Job) -> dict[str, Any]:
-    ended = job.ended_at
-    return {
-        "job": job.id,
-        "state": str(job.state),
-        "driven_by": job.coordinator,
-        "model": job.spec["model"],
-        "limits": list(job.spec["limits"]),
-        "trials": job.counts.trials,
-        "used": round(job.counts.cost, 3),
-        "budget": job.spec["budget"]["trials"],
-        "created": job.created_at.isoformat(timespec="seconds"),
-        "ended": None if ended is None else ended.isoformat(timespec="seconds"),
-    }
+def _print_trial(shown: Shown, form: Form) -> None:
+    row = shown.row
+    if form is Form.JSON:
+        print_json(row)
+        return
+    print_pairs({key: row[key] for key in ("trial", "digest", "origin", "label", "state") if row.get(key) is not None})
+    sys.stdout.write("\n")
+    columns = ["measurement", "value", "spread", "text", "tokens", "method"]
+    measured = row["measurements"].items()
+    print_table(
+        columns,
+        [
+            [
+                n,
+                described(n).text(m["value"]),
+                f"{m['spread']:.2g}" if "spread" in m else None,
+                m.get("split"),
+                m.get("tokens"),
+                m.get("method"),
+            ]
+            for n, m in measured
+        ],
+    )
+    sys.stdout.write("\n")
+    print_table(["decision", "level"], row["configuration"].items())
+    if "failure" in row:
+        sys.stdout.write(f"\n{row['failure']['class']}: {row['failure']['message']}\n")
+        sys.stdout.writelines(f"\nlog of attempt {n}:\n{log}\n" for n, log in enumerate(shown.logs, start=1) if log)
 
 
-def _print_rows(rows: Sequence[Mapping[str, Any]], job: Job, form: Form) -> None:
+def _print_rows(listing: Listing, form: Form) -> None:
+    rows = listing.rows
     if form is Form.JSON:
         print_json(rows)
         return
-    from autoeff.search.standing import cost_columns, cost_titles
-
-    names = [
-        *cost_columns(job),
-        job.preflight["quality"],
-        *(name for name in _HELD_OUT if any(name in row["measurements"] for row in rows)),
-    ]
-    titles = cost_titles(job)
+    columns = {**listing.columns, **{name: name for name in _HELD_OUT if any(name in row["measurements"] for row in rows)}}
     print_table(
-        ["trial", "origin", "label", "state", *(titles.get(name, name) for name in names)],
+        ["trial", "origin", "label", "state", *columns.values()],
         [
             [
                 r["trial"],
                 r["origin"],
                 r.get("label"),
                 r["failure"]["class"] if "failure" in r else r["state"],
-                *(_shown(r, n) for n in names),
+                *(_shown(r, n) for n in columns),
             ]
             for r in rows
         ],
@@ -546,28 +500,14 @@ def _shown(row: Mapping[str, Any], name: str) -> str | None:
 _HELD_OUT = [name for name in MEASURES if name.endswith("_held_out")]
 
 
-def _print_plan(plan: Plan, machine: Settings, form: Form) -> None:
-    from autoeff.evaluators.timing import predict_seconds
+def _print_plan(facts: Mapping[str, Any], form: Form) -> None:
+    from autoeff.search.job import JobSpec
     from autoeff.search.standing import TABLE_WORDS
 
-    preflight, seconds = plan.preflight, predict_seconds(plan.preparation, machine.bank)
-    whole = seconds.search(plan.budget)
     if form is Form.JSON:
-        print_json(
-            {
-                "preflight": preflight,
-                "seconds": {"opening": seconds.opening, "bank": seconds.bank, "evaluation": seconds.evaluation, "search": whole},
-                "memory_cap_bytes": machine.memory_cap,
-                "space": plan.space.to_json(),
-                "limits": [{"name": limit.name, "bound": float(limit.bound), "text": limit.text} for limit in plan.limits],
-                "minimum_trials": plan.minimum_trials,
-                "dense": dict(plan.dense),
-                "least": dict(plan.least),
-                "table": plan.table,
-                "job": plan.spec.model_dump(mode="json"),
-            }
-        )
+        print_json(facts)
         return
+    preflight, seconds = facts["preflight"], facts["seconds"]
     model = preflight["model"]
     texts = {
         f"{split.replace('_', '-')} text": f"{text['source']}: {text['windows']} x {text['length']} tokens"
@@ -581,25 +521,31 @@ def _print_plan(plan: Plan, machine: Settings, form: Form) -> None:
             "quality": preflight["quality"],
             "decisions": preflight["decisions"],
             "configurations": _magnitude(preflight["configurations"]),
-            "memory needed": f"{_size(preflight['memory_bytes'])} of the {_size(machine.memory_cap)} that are allowed",
+            "memory needed": f"{_size(preflight['memory_bytes'])} of the {_size(facts['memory_cap_bytes'])} that are allowed",
             "level bank": f"{_size(preflight['bank_bytes'])}, {_size(preflight['bank_missing_bytes'])} of them to be built",
-            "time": f"about {_duration(seconds.bank)} for the bank, {_duration(seconds.evaluation)} an evaluation, "
-            f"at most {_duration(whole)} in all",
+            "time": f"about {_duration(seconds['bank'])} for the bank, {_duration(seconds['evaluation'])} an evaluation, "
+            f"at most {_duration(seconds['search'])} in all",
             "hardware": preflight["hardware"],
-            "damage table": TABLE_WORDS[plan.table],
-            "least --trials": plan.minimum_trials,
+            "damage table": TABLE_WORDS[facts["table"]],
+            "least --trials": facts["minimum_trials"],
         }
     )
     sys.stdout.write("\n")
-    bounds = {limit.name: limit.text for limit in plan.limits}
+    bounds = {limit["name"]: limit["text"] for limit in facts["limits"]}
     print_table(
         ["cost", "dense", "least reachable", "of dense", "limit"],
         [
-            [name, described(name).text(dense), described(name).text(plan.least[name]), _share(plan.least[name], dense), bounds.get(name)]
-            for name, dense in plan.dense.items()
+            [
+                name if (method := facts["methods"][name]) == "exact" else f"{name} ({method})",
+                described(name).text(dense),
+                described(name).text(facts["least"][name]),
+                _share(facts["least"][name], dense),
+                bounds.get(name),
+            ]
+            for name, dense in facts["dense"].items()
         ],
     )
-    sys.stdout.write(f"\n{plan.spec.to_yaml()}")
+    sys.stdout.write(f"\n{JobSpec.parse(facts['job']).to_yaml()}")
     for notice in preflight["notices"]:
         sys.stderr.write(f"autoeff: notice: {notice}\n")
 
@@ -621,25 +567,22 @@ def _magnitude(number: str) -> str:
     return number if len(number) <= 9 else f"about 10^{len(number) - 1}"
 
 
-def _print_result(result: Result, form: Form) -> None:
-    summary = result.summary
-    paths = {"front": result.folder / "front.png", "report": result.folder / "report.html"}
+def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[str, Any], columns: Mapping[str, Any], form: Form) -> None:
+    """The end table; `columns` are those of `search.facts.columns_of`."""
+    paths = {"front": folder / "front.png", "report": folder / "report.html"}
     if form is Form.JSON:
         files = {f"{name}_file": str(path) for name, path in paths.items()}
-        print_json({"job": result.job_id, "folder": str(result.folder), "exit_code": result.exit_code, **files, **summary})
+        print_json({"job": job_id, "folder": str(folder), "exit_code": exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.search.standing import cost_columns, cost_titles, judged_cost
     from autoeff.tables import print_latency
 
-    with _opened(str(result.folder)) as opened:
-        job = opened.store.job(opened.job_id)
-    rows, quality, costs, titles = summary["rows"], summary["quality"], cost_columns(job), cost_titles(job)
+    rows, quality, costs = summary["rows"], summary["quality"], columns["columns"]
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
     held_out = {name: key for name, key in held_out.items() if any(row[key] is not None for row in rows)}
     held_out |= {name: name for row in rows for name in row if name.startswith("accuracy:")}
     print_table(
-        ["", "label", "trial", *(titles.get(name, name) for name in costs), quality, *held_out],
+        ["", "label", "trial", *costs.values(), quality, *held_out],
         [
             [
                 row["role"], row["label"] or row["point"], row["trial"], *(described(name).text(row["costs"][name]) for name in costs),
@@ -652,11 +595,45 @@ def _print_result(result: Result, form: Form) -> None:
     sys.stdout.write("\n")
     for row in rows:
         if row["role"] == "found":
-            sys.stdout.write(f"{verdict(row, summary, judged_cost(job), titles)}\n")
+            sys.stdout.write(f"{verdict(row, summary, columns['judged_cost'], costs)}\n")
     if summary.get("latency"):
         sys.stdout.write("\n")
         print_latency(summary["latency"])
     print_pairs(paths)
+
+
+def _print_run(result: Result, form: Form) -> None:
+    from autoeff.search.facts import columns_of
+
+    with opened(str(result.folder)) as run:
+        columns = columns_of(run.store.job(run.job_id))
+    _print_result(result.job_id, result.folder, result.exit_code, result.summary, columns, form)
+
+
+def _search_there(source: Remote, spec: JobSpec, out: Path | None, form: Form, *, dry_run: bool) -> None:
+    from autoeff.search.run import default_folder
+    from autoeff.search.runs import check_new
+
+    if dry_run:
+        _print_plan(source.plan(spec), form)
+        return
+    folder = default_folder(spec.model) if out is None else out
+    check_new(folder)
+    _follow_there(source, source.submit(spec, folder), folder, form)
+
+
+def _follow_there(source: Remote, job_id: str, folder: Path, form: Form) -> None:
+    """Watches a job of a server to its end, and prints and fetches what it found."""
+    try:
+        with Watcher() as watcher:
+            finished = source.follow(job_id, folder, watcher.watch)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"\nautoeff: the search goes on without you; `autoeff --server {source.client.server} resume {folder}` watches it\n"
+        )
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    _print_result(job_id, folder, finished.exit_code, finished.summary, finished.columns, form)
+    raise typer.Exit(finished.exit_code)
 
 
 def _logged() -> str:

@@ -6,7 +6,9 @@
         NotFound             2    no such job, trial or key
         Conflict             2    what is asked for does not go with the state that the thing is in
           Stale              2    it has changed since the caller looked
+        Forbidden            2    the key is missing, not good (any more), or may not do this
       StorageError           1    the database failed; what was committed is kept, and the same call may succeed later
+      Unavailable            1    a server cannot be reached, or cannot answer now
       CandidateError         1    one candidate failed; recorded with its class, the search goes on
       RunnerLost             1    a runner died of something that is not the candidate's fault
       LeaseLost              1    another process took over; whoever hears this stops writing
@@ -24,12 +26,14 @@ __all__ = [
     "Conflict",
     "ExitCode",
     "FailureClass",
+    "Forbidden",
     "InputError",
     "LeaseLost",
     "NotFound",
     "RunnerLost",
     "Stale",
     "StorageError",
+    "Unavailable",
     "UnreachableLimit",
 ]
 
@@ -92,6 +96,18 @@ class Stale(Conflict):
     """The thing has changed since the caller looked."""
 
     problem = "stale"
+
+
+class Forbidden(InputError):
+    """The key is missing, not good (any more), or may not do this."""
+
+    problem = "forbidden"
+
+
+class Unavailable(AutoeffError):
+    """A server cannot be reached, or cannot answer now."""
+
+    problem = "unavailable"
 
 
 class StorageError(AutoeffError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoeff.search.standing import Standing, cost_columns, judged_cost
+from autoeff.search.standing import Standing, cost_columns, cost_titles, judged_cost
 from autoeff.search.storage.records import Attempt, Job
 
 if TYPE_CHECKING:  # the engine, which what only reads does without
@@ -46,8 +46,10 @@ def status_facts(facts: Mapping[str, Any], folder: str | None, standing: Standin
 
 
 def columns_of(job: Job) -> dict[str, Any]:
-    """Which measurements of a job's trials are worth a column."""
-    return {"quality": str(job.preflight["quality"]), "columns": cost_columns(job), "judged_cost": judged_cost(job)}
+    """Which measurements of a job's trials are worth a column: its quality, costs with their titles, the cost that is compared at."""
+    titles = cost_titles(job)
+    columns = {name: titles.get(name, name) for name in cost_columns(job)}
+    return {"quality": str(job.preflight["quality"]), "columns": columns, "judged_cost": judged_cost(job)}
 
 
 def attempt_facts(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
@@ -91,6 +93,7 @@ def plan_facts(plan: Plan, machine: Settings) -> dict[str, Any]:
         "minimum_trials": plan.minimum_trials,
         "dense": dict(plan.dense),
         "least": dict(plan.least),
+        "methods": {name: measure.method for name, measure in plan.problem.cost_model.measures.items()},
         "table": plan.table,
         "job": plan.spec.model_dump(mode="json"),
     }

@@ -145,6 +145,8 @@ def _read(path: Path) -> tuple[str, str]:
     match value:
         case {"format": 1, "job": str(job), "database": str(database)}:
             return job, database
+        case {"format": 1, "job": str(job), "server": str(server)}:
+            raise InputError(f"{path.parent} is a run of the server {server}; name it: `autoeff --server {server} …`, or AUTOEFF_SERVER")
     raise InputError(f"{path} is damaged; use the job id instead, which `autoeff ls` shows")
 
 

@@ -149,7 +149,9 @@ def pause(server: Server, job: OwnJob, response: Response) -> Any:
 def resume(server: Server, job: OwnJob, response: Response) -> Any:
     """Has a paused or failed job go on."""
     if job.queue is None:
-        raise ApiError(409, "conflict", f"job {job.id} was begun without a server; `autoeff resume` goes on with it where its run directory is")
+        raise ApiError(
+            409, "conflict", f"job {job.id} was begun without a server; `autoeff resume` goes on with it where its run directory is"
+        )
     return _changed(server, server.store.resume(job.id), response)
 
 

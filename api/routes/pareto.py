@@ -12,8 +12,8 @@ from autoeff.api.context import Server
 from autoeff.api.dependencies import OwnedJob, unchanged
 from autoeff.api.problems import described_problems
 from autoeff.api.schemas import Front, ResolutionRow, ResolveRequest
+from autoeff.search.facts import columns_of
 from autoeff.search.results import page_of
-from autoeff.search.standing import cost_columns
 
 __all__ = ["router"]
 
@@ -38,7 +38,7 @@ def get_front(server: Server, job: OwnedJob, request: Request, response: Respons
             "best": standing.best,
             "best_quality": standing.best_quality,
             "feasible": standing.feasible,
-            "columns": cost_columns(job),
+            "columns": columns_of(job)["columns"],
             "items": page_of(server.store, job, trials),
         }
     )
