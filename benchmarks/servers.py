@@ -132,14 +132,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def new_database(server: Server) -> str:
-    """The URL of a new, empty database of a PostgreSQL server."""
+def new_database(server: Server, like: str | None = None) -> str:
+    """The URL of a new database of a PostgreSQL server: empty, or a copy of the one at the URL `like`."""
+    name = f"autoeff_{os.getpid()}_{time.monotonic_ns()}"
+    _execute(server, f"CREATE DATABASE {name} TEMPLATE {'template1' if like is None else like.rpartition('/')[2]}")
+    return server.url.rpartition("/")[0] + f"/{name}"
+
+
+def drop_database(server: Server, url: str) -> None:
+    """Ends the connections to a database, and removes it."""
+    _execute(server, f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+
+
+def _execute(server: Server, statement: str) -> None:
     import psycopg
 
-    name = f"autoeff_{os.getpid()}_{time.monotonic_ns()}"
     with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return server.url.rpartition("/")[0] + f"/{name}"
+        connection.execute(statement.encode())
 
 
 def _postgres() -> Path | None:

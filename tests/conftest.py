@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,6 +57,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def servers() -> ModuleType:
+    """`benchmarks/servers.py`, which starts throw-away servers; a test that needs one fails where it cannot be had."""
+    spec = importlib.util.spec_from_file_location("servers", ROOT / "benchmarks" / "servers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["servers"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def postgres(servers: ModuleType) -> Iterator[Any]:
+    """A PostgreSQL server."""
+    with servers.postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis(servers: ModuleType) -> Iterator[Any]:
+    """A Redis server."""
+    with servers.redis_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,11 +36,6 @@ sys.exit(max(os.waitpid(racer, 0)[1] for racer in racers) != 0)
 """
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'autoeff.db'}"
-
-
 @pytest.fixture(scope="session")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database without jobs, migrated once for all tests."""
@@ -48,9 +44,29 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def empty_on_server(postgres: Any, servers: ModuleType) -> str:
+    """The same on a PostgreSQL server."""
+    url = str(servers.new_database(postgres))
+    Store.open(url).close()
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without jobs, of each kind in turn."""
+    if request.param == "sqlite":
+        shutil.copyfile(request.getfixturevalue("empty"), tmp_path / "autoeff.db")
+        yield f"sqlite:///{tmp_path / 'autoeff.db'}"
+        return
+    servers, postgres = request.getfixturevalue("servers"), request.getfixturevalue("postgres")
+    made = servers.new_database(postgres, request.getfixturevalue("empty_on_server"))
+    yield made
+    servers.drop_database(postgres, made)
+
+
 @pytest.fixture
-def store(url: str, empty: Path) -> Iterator[Store]:
-    shutil.copyfile(empty, url.removeprefix("sqlite:///"))
+def store(url: str) -> Iterator[Store]:
     with Store.open(url) as opened:
         yield opened
 

@@ -30,6 +30,12 @@ def path_of(url: str) -> Path:
     return Path(url.removeprefix("sqlite:///"))
 
 
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A file that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'autoeff.db'}"
+
+
 @contextmanager
 def unprivileged() -> Iterator[None]:
     """Root may write everywhere; this takes the privilege away for a moment."""

@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -305,6 +306,16 @@ class Life(RuleBasedStateMachine):
 
 
 ME = process_identity()
+
+
+class TestLifeOnServer(Life.TestCase):  # type: ignore[misc, valid-type]
+    settings = settings(max_examples=6, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+    @pytest.fixture(autouse=True)
+    def _one_store(self, servers: ModuleType, postgres: Any, empty_on_server: str) -> Any:
+        with Store.open(servers.new_database(postgres, empty_on_server)) as store:
+            Life.store = store
+            yield
 
 
 class TestLife(Life.TestCase):  # type: ignore[misc, valid-type]
