@@ -13,6 +13,7 @@ import datetime
 import json
 import platform
 import tempfile
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -61,7 +62,9 @@ def spec(folder: Path, model: str, share: float, seed: int, trials: int, policy:
 def values(result: Result, share: float) -> dict[str, dict[str, float]]:
     """By method the KL on both texts and the bytes; of what was searched, the one that is best on the search text."""
     rows = {"uniform": ["uniform", f"kv_budget={share}"], **{rule: ["seed", rule] for rule in RULES}}
-    tried = [row for row in result.rows if "kl_held_out" in row["measurements"] and "kl" in row["measurements"] and row["feasible"]]
+    most = share * next(row["measurements"]["kv_bytes"]["value"] for row in result.rows if row["origin"] == "dense")
+    both = [row for row in result.rows if {"kl", "kl_held_out"} <= row["measurements"].keys()]
+    tried = [row for row in both if row["measurements"]["kv_bytes"]["value"] <= most]
     found = {method: [row for row in tried if [row["origin"], row.get("label")] == wanted] for method, wanted in rows.items()}
     found["searched"] = [row for row in tried if row["origin"] in ("searched", "additive")]
     best = {method: min(mine, key=lambda row: row["measurements"]["kl"]["value"]) for method, mine in found.items() if mine}
@@ -73,6 +76,38 @@ def values(result: Result, share: float) -> dict[str, dict[str, float]]:
     }
 
 
+def means_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By model and budget the held-out KL of each method: mean and deviation over the seeds, and how often what was searched is better."""
+    found = []
+    for model, share in dict.fromkeys((row["model"], row["share"]) for row in rows):
+        mine = [row["kl"] for row in rows if (row["model"], row["share"]) == (model, share)]
+        kl = {method: [by[method]["held_out"] for by in mine if method in by] for method in METHODS}
+        found.append(
+            {
+                "model": model,
+                "share": share,
+                "seeds": len(mine),
+                "mean": {method: mean(items) for method, items in kl.items() if items},
+                "deviation": {method: stdev(items) if len(items) > 1 else None for method, items in kl.items() if items},
+                "beaten": {
+                    method: sum(by["searched"]["held_out"] < by[method]["held_out"] for by in mine if method in by)
+                    for method in METHODS[:-1]
+                },
+            }
+        )
+    return found
+
+
+def table(means: list[dict[str, Any]], policy: str, trials: int) -> Table:
+    shown = Table(title=f"KL to the full cache in nats/token, held out, {policy}, {trials} evaluations; mean ± deviation over seeds")
+    for column in ("model", "mean budget", *METHODS):
+        shown.add_column(column)
+    for row in means:
+        cells = {m: f"{v:.4f}" + ("" if row["deviation"][m] is None else f" ± {row['deviation'][m]:.4f}") for m, v in row["mean"].items()}
+        shown.add_row(row["model"], f"{row['share']:.1%}", *(cells.get(method, "") for method in METHODS))
+    return shown
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Holds models/ and data/.")],
     seeds: Annotated[str, typer.Option()] = "0,1,2",
@@ -80,45 +115,34 @@ def main(
     policy: Annotated[str, typer.Option()] = "snapkv",
     only: Annotated[str | None, typer.Option(help="One model.")] = None,
 ) -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    chosen = [model for model in MODELS if only in (None, model)]
     with tempfile.TemporaryDirectory() as work:
-        for model in [model for model in MODELS if only in (None, model)]:
-            for seed in map(int, seeds.split(",")):
-                for share in SHARES:
-                    job = spec(folder, model, share, seed, trials, policy)
-                    result = start(job, Path(work) / f"{model}-{seed}-{share}", Settings.read())
-                    by_method = values(result, share)
-                    rows.append({"model": model, "share": share, "seed": seed, "seconds": result.summary["seconds"], "kl": by_method})
-                    told = ", ".join(f"{method} {by_method[method]['held_out']:.4f}" for method in METHODS if method in by_method)
-                    console.print(f"{model} at {share:.1%}, seed {seed}: {told}; {rows[-1]['seconds']:.0f} s")
-    shown = Table(title=f"KL to the full cache in nats/token, held out, {policy}, {trials} evaluations; mean and deviation over seeds")
-    for column in ("model", "mean budget", *METHODS):
-        shown.add_column(column)
-    means = []
-    for model, share in dict.fromkeys((row["model"], row["share"]) for row in rows):
-        mine = [row["kl"] for row in rows if (row["model"], row["share"]) == (model, share)]
-        kl = {method: [found[method]["held_out"] for found in mine if method in found] for method in METHODS}
-        means.append({"model": model, "share": share, "held_out": {method: mean(items) for method, items in kl.items() if items}})
-        cells = [f"{mean(items):.4f}" + (f" ± {stdev(items):.4f}" if len(items) > 1 else "") if items else "" for items in kl.values()]
-        shown.add_row(model, f"{share:.1%}", *cells)
-    console.print(shown)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers, optuna)},
-                "policy": policy,
-                "trials": trials,
-                "context": CONTEXT,
-                "means": means,
-                "rows": rows,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+        for seed, model, share in product(map(int, seeds.split(",")), chosen, SHARES):
+            job = spec(folder, model, share, seed, trials, policy)
+            result = start(job, Path(work) / f"{model}-{seed}-{share}", Settings.read())
+            by_method = values(result, share)
+            rows.append({"model": model, "share": share, "seed": seed, "seconds": result.summary["seconds"], "kl": by_method})
+            told = ", ".join(f"{method} {by_method[method]['held_out']:.4f}" for method in METHODS if method in by_method)
+            console.print(f"{model} at {share:.1%}, seed {seed}: {told}; {rows[-1]['seconds']:.0f} s")
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(
+                json.dumps(
+                    {
+                        "date": datetime.date.today().isoformat(),
+                        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                        "versions": {m.__name__: m.__version__ for m in (torch, transformers, optuna)},
+                        "policy": policy,
+                        "trials": trials,
+                        "context": CONTEXT,
+                        "means": means_of(rows),
+                        "rows": rows,
+                    },
+                    indent=1,
+                )
+                + "\n"
+            )
+    console.print(table(means_of(rows), policy, trials))
 
 
 if __name__ == "__main__":

@@ -290,7 +290,8 @@ class KvState:
         assert self.keys is not None
         assert self.values is not None
         if self.plan.key_bits < 16:
-            keys = self.keys[:, :, new].unflatten(2, (-1, self.sizes.group))
+            batch, heads, _, size = self.keys.shape
+            keys = self.keys[:, :, new].reshape(batch, heads, -1, self.sizes.group, size)
             self.keys = self.keys.clone()
             self.keys[:, :, new] = rounded(keys, self.plan.key_bits, 3).flatten(2, 3)
         if self.plan.value_bits < 16:
@@ -358,7 +359,7 @@ class KvCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, model: nn.Module, context: int) -> None:
         super().__init__(config=model.config)
         for module, plan in plans_of(model):
-            self.layers[module.layer_idx] = _Layer(plan, context)  # type: ignore[index]
+            self.layers[module.layer_idx] = _Layer(plan, context)
 
     @property
     def states(self) -> list[KvState]:

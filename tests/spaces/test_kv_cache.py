@@ -93,11 +93,11 @@ def test_a_cache_holds_its_budget_and_no_more(share: float, bits: tuple[int, int
     plan = KvPlan(share, key_bits=bits[0], value_bits=bits[1])
     sizes, state = plan.sizes(tokens), KvState(plan, tokens)
     prompt = 512
-    everything = [numbers(1, 4, tokens, size), numbers(1, heads, tokens, size, seed=1), numbers(1, heads, tokens, size, seed=2)]
-    state.prefill(*(item[:, :, :prompt] for item in everything), 1.0)
+    query, key, value = numbers(1, 4, tokens, size), numbers(1, heads, tokens, size, seed=1), numbers(1, heads, tokens, size, seed=2)
+    state.prefill(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], 1.0)
     found = []
     for i in range(prompt, tokens):
-        state.decode(*(item[:, :, i : i + 1] for item in everything), 1.0)
+        state.decode(query[:, :, i : i + 1], key[:, :, i : i + 1], value[:, :, i : i + 1], 1.0)
         found.append((state.tokens, state.stored_bytes))
     budget = tokens if sizes.budget is None else sizes.budget
     packed = sizes.packed(budget - sizes.interval)
@@ -206,7 +206,7 @@ def test_values_are_rounded_as_the_kernels_pack_them(bits: int) -> None:
     keys, values = numbers(2, 3, 64, 16).half(), numbers(2, 3, 64, 16, seed=1).half()
     packed = attention_decode.pack(attention_decode.Cache(keys, values), bits, 16)
     expected = packed.dense(torch.float32)
-    torch.testing.assert_close(rounded(keys.float().unflatten(2, (-1, 16)), bits, 3).flatten(2, 3), expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rounded(keys.float().view(2, 3, 4, 16, 16), bits, 3).flatten(2, 3), expected[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rounded(values.float(), bits, 3), expected[1], rtol=1e-6, atol=1e-6)
     sizes = [[part.numel() * part.element_size() // 2 for part in parts] for parts in (
         (packed.keys, packed.key_scale, packed.key_minimum), (packed.values, packed.value_scale, packed.value_minimum))]  # fmt: skip

@@ -49,10 +49,10 @@ def statistics(layers: int, seed: int = 0) -> tuple[AttentionStatistics, ...]:
     return tuple(found)
 
 
-def given_of(problem: Problem, **changes: object) -> Given:
+def given_of(problem: Problem) -> Given:
     attention = {d.site: s for d, s in zip(problem.space.decisions, statistics(len(problem.space.decisions)), strict=True)}
     damage = [[float(level) for level in range(len(d.levels))] for d in problem.space.decisions]
-    return Given(problem, problem.cost_limits, damage, CONTEXT, 16, 8, attention, **changes)  # type: ignore[arg-type]
+    return Given(problem, problem.cost_limits, damage, CONTEXT, 16, 8, attention)
 
 
 @pytest.mark.parametrize("seed", range(20))
