@@ -276,7 +276,7 @@ class Store:
         with self._database.write() as connection:
             job = _versioned(connection, job_id, version)
             if job.state not in done:
-                _move_job(connection, job_id, job.state, state, {})
+                _move_job(connection, job_id, job.state, state, {"error": None})
         return self.job(job_id)
 
     def _sweep(self, job_id: str) -> None:
