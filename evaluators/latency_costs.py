@@ -20,7 +20,7 @@ __all__ = ["FACTORS", "GPUS", "SUBLAYERS", "UNFITTED", "Composer", "Floors", "Gp
 FACTORS = ("linear", "packed", "attend")
 """What a fit multiplies: dense linears, packed ones, attentions."""
 SUBLAYERS = ("attention", "ffn")
-_STEPS = 10_000  # a time is rounded to about this share of the dense one
+_STEPS = 100_000  # a time is rounded to this share of the dense one, or less
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Composer:
         return sum(self.linear(Form(linear, kernel=kernel, settings=settings)) for linear in site.linears) - dense(site.linears)
 
     def _rounded(self, ns: float) -> int:
-        """To about a ten thousandth of the whole, so that an exact grid of costs stays small."""
+        """To a hundred thousandth of the whole or less, so that a grid of the exact costs stays small."""
         return round(ns / self._unit) * self._unit
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,14 @@ _ROUNDS = 15
 _TOGETHER = 12  # operations that alternate
 _OPERANDS_BYTES = 512 << 20
 _ROTATED_BYTES = 128 << 20  # beyond any last-level cache that a process has for itself
+_COPIES = 16
 _CALIBRATED_BYTES = 512 << 20  # of blocks; more of them tell nothing new
 _CALIBRATED_AT_ONCE = 4  # variants beside the dense model, which anchors them
 _SECONDS = 20.0  # of whole-model measurements, about; rounds are cut down to 5 for it
 _RANDOM_CONFIGURATIONS = 6
 _RIDGE = 1e-3  # towards factors of 1, where too little varies to tell
+_FACTOR_RANGE = (0.25, 4.0)  # of an operation in a model to one on its own: caches, threads
+_REWEIGHTED, _USUAL_ERROR = 8, 0.02  # rounds, and the relative error from which on a row counts less
 
 
 def runtime_dtype(facts: ModelFacts, device: torch.device) -> torch.dtype:
@@ -126,7 +130,7 @@ def _call(operation: Operation, device: torch.device) -> tuple[Callable[[], obje
         dense.weight = nn.Parameter(weights.dense(form).to(device, dtype), requires_grad=False)
         return dense
 
-    modules = [module() for _ in range(max(1, min(64, operation["rotated"] // size)))]
+    modules = [module() for _ in range(max(1, min(_COPIES, operation["rotated"] // size)))]
     x = torch.randn(1, m, k, device=device).to(dtype)
     if len(modules) == 1:
         return partial(_run, modules[0], x), size
@@ -287,30 +291,43 @@ def _features(model: TimedModel, composer: Composer, indices: Sequence[int], blo
 
 
 def solved(rows: Sequence[Row]) -> dict[str, float]:
-    """The constants that explain whole models, by least squares of relative errors; none is negative.
+    """The constants that explain whole models, by least squares of relative errors, in which outliers count less.
 
-    Columns that are the same in every row are left to the constant of the model.
+    No constant is negative, factors stay within `_FACTOR_RANGE`. Columns that are the same in every row are left to the constant of the
+    model.
     """
     names = [n for n in rows[0].features if n == "model" or len({row.features[n] for row in rows}) > 1]
     scale = sum(row.measured_ns for row in rows) / len(rows)
-    prior = {name: float(name in FACTORS) for name in names}
-    weight = {name: _RIDGE if name in FACTORS else _RIDGE**2 for name in names}
-    fixed: dict[str, float] = {}
+    unit = {name: 1.0 if name in FACTORS else scale for name in names}
+    x = torch.tensor([[row.features[n] * unit[n] / row.measured_ns for n in names] for row in rows], dtype=torch.float64)
+    prior = torch.tensor([float(name in FACTORS) for name in names], dtype=torch.float64)
+    ridge = torch.tensor([_RIDGE if name in FACTORS else _RIDGE**2 for name in names], dtype=torch.float64)
+    bounds = [_FACTOR_RANGE if name in FACTORS else (0.0, inf) for name in names]
+    weight = torch.ones(len(rows), dtype=torch.float64)
+    for _ in range(_REWEIGHTED):
+        found = _bounded(x, weight, prior, ridge, bounds)
+        weight = 1 / (x @ found - 1.0).abs().clamp(min=_USUAL_ERROR)
+        weight /= weight.mean()
+    return dict.fromkeys(FACTORS, 1.0) | {name: value * unit[name] for name, value in zip(names, found.tolist(), strict=True)}
+
+
+def _bounded(x: Tensor, weight: Tensor, prior: Tensor, ridge: Tensor, bounds: Sequence[tuple[float, float]]) -> Tensor:
+    """The values in their bounds that make `x` [rows, columns] give ones; what would leave a bound is held there, the worst first."""
+    held: dict[int, float] = {}
+    found = prior.clone()
     while True:
-        free = [name for name in names if name not in fixed]
-        x = [[row.features[n] * (1.0 if n in FACTORS else scale) / row.measured_ns for n in free] for row in rows]
-        y = [1.0 - sum(fixed[n] * row.features[n] * (1.0 if n in FACTORS else scale) / row.measured_ns for n in fixed) for row in rows]
-        left, right = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-        ridge = torch.tensor([weight[n] for n in free], dtype=torch.float64)
-        prior_of = torch.tensor([prior[n] for n in free], dtype=torch.float64)
-        found = torch.linalg.solve(left.T @ left + torch.diag(ridge), left.T @ right + ridge * prior_of)
-        values = dict(zip(free, found.tolist(), strict=True))
-        least = min(values, key=lambda name: values[name])
-        if values[least] >= 0:
-            break
-        fixed[least] = 0.0
-    values |= fixed
-    return dict.fromkeys(FACTORS, 1.0) | {n: v * (1.0 if n in FACTORS else scale) for n, v in values.items()}
+        free = [i for i in range(len(bounds)) if i not in held]
+        for i, value in held.items():
+            found[i] = value
+        left = x[:, free] * weight[:, None]
+        right = weight * (1.0 - x[:, list(held)] @ found[list(held)])
+        matrix = left.T @ left + torch.diag(ridge[free])
+        found[free] = torch.linalg.solve(matrix, left.T @ right + ridge[free] * prior[free])
+        beyond = {i: max(bounds[i][0] - float(found[i]), float(found[i]) - bounds[i][1]) for i in free}
+        worst = max(beyond, key=lambda i: beyond[i], default=None)
+        if worst is None or beyond[worst] <= 0:
+            return found
+        held[worst] = min(max(float(found[worst]), bounds[worst][0]), bounds[worst][1])
 
 
 def _value(constants: Mapping[str, float], features: Mapping[str, float]) -> float:
