@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import autoeff
-from autoeff import commands_server, commands_service
+from autoeff import commands_kernels, commands_server, commands_service
 from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
 from autoeff.errors import AutoeffError, ExitCode, InputError
 from autoeff.flags import job_fields
@@ -48,6 +48,7 @@ app.command()(commands_service.coordinator)
 app.add_typer(commands_service.database)
 app.command()(commands_server.serve)
 app.add_typer(commands_server.keys)
+app.add_typer(commands_kernels.kernels)
 
 
 class Form(StrEnum):

@@ -27,7 +27,7 @@ import torch
 from autoeff.kernels.problems import OPS, Problem, problems
 from autoeff.kernels.timing import Limits, limits, measure
 
-__all__ = ["MODELS", "Model", "Row", "bench", "markdown", "shapes"]
+__all__ = ["MODELS", "Model", "Row", "bench", "main", "markdown", "shapes"]
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ def _chosen(text: str, allowed: list[str]) -> list[str]:
     return names
 
 
-def _main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops, phases = list(OPS), ["decode", "prefill"]
     parser = argparse.ArgumentParser(prog="python -m autoeff.kernels.bench", description="Times the kernels of autoeff on this device.")
@@ -236,4 +237,4 @@ def _main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

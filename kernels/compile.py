@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 
-__all__ = ["RESULTS", "SHARED_BYTES", "Case", "Resources", "Row", "cases", "compile_case", "hopper", "resources", "source"]
+__all__ = ["RESULTS", "SHARED_BYTES", "Case", "Resources", "Row", "cases", "compile_case", "hopper", "main", "resources", "source"]
 
 RESULTS = Path(__file__).resolve().parent / "tuning" / "compiled.json"
 SHARED_BYTES = 232_448
@@ -197,7 +197,8 @@ def _number(pattern: str, log: str) -> int:
     return int(found[1])
 
 
-def _main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
     if arguments not in ([], ["--json"], ["--write"]):
         print("usage: python -m autoeff.kernels.compile [--json | --write]", file=sys.stderr)  # noqa: T201
         return 2
@@ -221,4 +222,4 @@ def _main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ from autoeff.kernels import tuned
 from autoeff.kernels.problems import OPS, Problem, problems
 from autoeff.kernels.timing import measure
 
-__all__ = ["BOUNDS", "Log", "climb", "locked", "neighbours", "write"]
+__all__ = ["BOUNDS", "Log", "climb", "locked", "main", "neighbours", "write"]
 
 BOUNDS: Mapping[str, tuple[int, int]] = {
     "block_n": (1, 256), "block_m": (16, 256), "block_k": (16, 512), "block_c": (4, 64), "block_l": (16, 128), "splits": (1, 64),
@@ -162,7 +162,8 @@ def _tune(op: str, device: torch.device, rounds: int, log: Log) -> list[Config]:
     return entries
 
 
-def _main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m autoeff.kernels.tune", description="Tunes the kernels of autoeff for this GPU.")
     parser.add_argument("--ops", default=",".join(OPS), help="operations, separated by commas")
     parser.add_argument("--rounds", type=int, default=20, help="replays of a timing, at least 2")
@@ -193,4 +194,4 @@ def _main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -58,7 +58,7 @@ def test_every_committed_operation_is_benched() -> None:
 
 def test_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--ops", "kv_evict,linear_w8a8_fp8", "--models", "demo", "--phases", "prefill", "--rounds", "2", "--out", str(tmp_path)]
-    assert bench._main(arguments) == 0
+    assert bench.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "kernels.md").read_text(encoding="utf-8")
     result = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
@@ -90,6 +90,6 @@ def test_a_path_that_fails_is_a_row_with_the_reason() -> None:
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench._main(["--ops", "linear"])
+        bench.main(["--ops", "linear"])
     assert stopped.value.code == 2
     assert "no 'linear'; allowed: attention_block_sparse" in capsys.readouterr().err

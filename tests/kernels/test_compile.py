@@ -117,7 +117,7 @@ def test_command_prints_a_line_for_each_case(as_json: bool, capsys: pytest.Captu
     cases = [module.Case(name, "x", None, (1,), (), {}, name == "three") for name in used]
     monkeypatch.setattr(module, "cases", lambda: iter(cases))
     monkeypatch.setattr(module, "compile_case", lambda case: module.Row(case, used[case.name]))
-    assert module._main(["--json"] if as_json else []) == 1
+    assert module.main(["--json"] if as_json else []) == 1
     lines = capsys.readouterr().out.splitlines()
     if as_json:
         expected = {"kernel": "two", "config": "x", "registers": 255, "spill": 16, "shared_bytes": 0, "wgmma": True}
@@ -131,4 +131,4 @@ def test_command_prints_a_line_for_each_case(as_json: bool, capsys: pytest.Captu
 
 
 def test_command_refuses_other_arguments() -> None:
-    assert module._main(["--all"]) == 2
+    assert module.main(["--all"]) == 2

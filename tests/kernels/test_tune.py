@@ -81,12 +81,12 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune._main([]) == 2
+    assert tune.main([]) == 2
     assert capsys.readouterr() == ("", "no CUDA device: there is nothing to tune here\n")
 
 
 def test_unknown_operations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        tune._main(["--ops", "linear"])
+        tune.main(["--ops", "linear"])
     assert stopped.value.code == 2
     assert "no 'linear'; allowed: attention_block_sparse" in capsys.readouterr().err
