@@ -382,7 +382,7 @@ def _patience(state: RetryCallState) -> float:
     assert state.outcome is not None
     error = state.outcome.exception()
     assert isinstance(error, _Again)
-    return max(error.after_s, wait_exponential_jitter(initial=0.2, max=5.0)(state))
+    return max(error.after_s, wait_exponential_jitter(multiplier=0.2, max=5.0)(state))
 
 
 def _body(job: JobSpec | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -640,11 +640,11 @@ class Store:
         """One trial.
 
         Raises:
-            InputError: There is no such job or trial.
+            NotFound: There is no such job or trial.
         """
         found = self._trials(TRIAL.where(TrialRow.job_id == job_id, TrialRow.number == number))
         if not found:
-            raise InputError(f"job {job_id!r} has no trial {number}; it has {self.counts(job_id).trials}, counted from 0")
+            raise NotFound(f"job {job_id!r} has no trial {number}; it has {self.counts(job_id).trials}, counted from 0")
         return found[0]
 
     def trials(

@@ -1,0 +1,265 @@
+"""The resources: what they answer is what the command prints, pages fit together, states move as they may, requests may be repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import tarfile
+import time
+from typing import Any
+
+import pytest
+
+from autoeff.api.feed import Feed
+from autoeff.search.facts import job_facts
+from autoeff.search.results import rows_of
+from autoeff.search.standing import standing_of
+from autoeff.search.storage.records import JobState
+
+
+def submitted(served: Any, **changes: Any) -> str:
+    answer = served.ask("POST", "/v1/jobs", json=served.tiny | changes)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["job"])
+
+
+def test_rows_are_those_that_the_command_prints(served: Any) -> None:
+    """Also those of a page, which reads no other trials."""
+    rows: list[dict[str, Any]] = []
+    path: str | None = f"/v1/jobs/{served.job}/trials?limit=7"
+    while path is not None:
+        answer = served.ask("GET", path)
+        rows += answer.json()["items"]
+        cursor = answer.json()["next"]
+        assert (cursor is not None) is ("link" in answer.headers)
+        path = None if cursor is None else f"/v1/jobs/{served.job}/trials?limit=7&cursor={cursor}"
+    expected = rows_of(served.store, served.job)
+    assert any("kl_held_out" in row["measurements"] for row in rows if row["origin"] == "searched")
+    assert rows == json.loads(json.dumps(expected))
+
+
+def test_filters_hold_over_pages_and_cursors_are_of_one_listing(served: Any) -> None:
+    every = served.ask("GET", f"/v1/jobs/{served.job}/trials?limit=500").json()["items"]
+    page = served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=table&state=succeeded&limit=3").json()
+    assert page["items"] == [row for row in every if row["origin"] == "table"][:3]
+    for other in ("origin=random", "origin=table"):
+        served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?{other}&cursor={page['next']}"), 422, "invalid-input")
+    for forged in ("0", page["next"][:-1], "null.abc", "\u00e4", "a" * 1001):
+        served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials", params={"cursor": forged}), 422, "invalid-input")
+
+
+def test_a_job_is_known_by_its_etag(served: Any) -> None:
+    path = f"/v1/jobs/{served.job}"
+    for one in (path, f"{path}/pareto", f"{path}/trials/3", f"{path}/result"):
+        answer = served.ask("GET", one)
+        again = served.ask("GET", one, headers={"If-None-Match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert served.ask("GET", one, headers={"If-None-Match": '"0.0"'}).status_code == 200
+    facts = job_facts(served.store.job(served.job))
+    shown = served.ask("GET", path).json()
+    assert {name: shown[name] for name in facts if name != "model"} == {name: value for name, value in facts.items() if name != "model"}
+    assert shown["model"] == "llama"  # as it would be submitted, without the folder
+
+
+def test_the_front_is_that_of_the_command(served: Any) -> None:
+    standing = standing_of(served.store, served.store.job(served.job))
+    front = served.ask("GET", f"/v1/jobs/{served.job}/pareto").json()
+    assert [row["trial"] for row in front["items"]] == sorted(standing.front)
+    assert (front["best"], front["best_quality"], front["feasible"]) == (standing.best, standing.best_quality, True)
+
+
+def test_a_trial_has_its_attempts(served: Any) -> None:
+    trial = served.ask("GET", f"/v1/jobs/{served.job}/trials/0").json()
+    assert [attempt["outcome"] for attempt in trial["attempts"]] == ["succeeded"]
+    served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials/9999"), 404, "not-found")
+
+
+def test_a_submission_that_is_repeated_is_one(served: Any) -> None:
+    headers = {"Idempotency-Key": "first"}
+    one, two = (served.ask("POST", "/v1/jobs", json=served.tiny, headers=headers) for _ in range(2))
+    assert (one.status_code, two.status_code) == (202, 202)
+    assert one.json() == two.json()
+    assert one.headers["location"] == two.headers["location"] == f"/v1/jobs/{one.json()['job']}"
+    assert "idempotent-replayed" not in one.headers
+    assert two.headers["idempotent-replayed"] == "true"
+    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"seed": 1}, headers=headers), 422, "idempotency-key-reused")
+    other = served.ask("POST", "/v1/jobs", who="bob", json=served.tiny, headers=headers)  # keys of others are others
+    assert other.json()["job"] != one.json()["job"]
+
+
+def test_a_job_is_steered(served: Any) -> None:
+    job = submitted(served)
+    path = f"/v1/jobs/{job}"
+    assert served.ask("GET", path).json()["state"] == "pending"
+    assert [served.ask("POST", f"{path}/pause").json()["state"] for _ in range(2)] == ["paused", "paused"]
+    assert served.ask("POST", f"{path}/resume").json()["state"] == "pending"
+    seen = served.ask("GET", path)
+    served.refused(served.ask("PATCH", path, json={"trials": 50}), 428, "precondition-required")
+    changed = served.ask("PATCH", path, json={"trials": 50}, headers={"If-Match": seen.headers["etag"]})
+    assert (changed.status_code, changed.json()["budget"]) == (200, 50)
+    served.refused(served.ask("PATCH", path, json={"trials": 60}, headers={"If-Match": seen.headers["etag"]}), 412, "precondition-failed")
+    for wrong in ({}, {"trials": 0}, {"trials": None}, {"trials": 50, "x": 1}, {"seconds": -1}):
+        served.refused(served.ask("PATCH", path, json=wrong, headers={"If-Match": "*"}), 422, "invalid-input")
+    ended = [served.ask("POST", f"{path}/cancel").json()["state"] for _ in range(2)]
+    assert ended == ["cancelled", "cancelled"]
+    served.refused(served.ask("POST", f"{path}/resume"), 409, "conflict")
+    served.refused(served.ask("GET", f"{path}/result"), 404, "not-found")
+    listed = served.ask("GET", "/v1/jobs?state=cancelled").json()["items"]
+    assert job in [one["job"] for one in listed]
+
+
+def test_bad_jobs_are_refused_as_the_command_refuses_them(served: Any) -> None:
+    unreachable = served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"limits": ["avg_bits<=0.1"]}), 422, "unreachable-limit")
+    assert "least" in unreachable["detail"]
+    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"sampler": "oracle"}), 422, "invalid-input")
+    small = served.refused(served.ask("POST", "/v1/jobs:validate", json=served.tiny | {"budget": {"trials": 3}}), 422, "invalid-input")
+    assert "needs at least" in small["detail"]
+
+
+def test_a_job_is_validated_without_being_started(served: Any) -> None:
+    before = served.ask("GET", "/v1/jobs").json()["items"]
+    found = served.ask("POST", "/v1/jobs:validate", json=served.tiny)
+    assert found.status_code == 200
+    assert found.json()["least"]["avg_bits"] < 4
+    assert found.json()["job"]["budget"]["trials"] == 40
+    assert str(served.settings.model_roots[0]) not in found.text
+    assert served.ask("GET", "/v1/jobs").json()["items"] == before
+
+
+def test_open_jobs_of_an_owner_are_counted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = submitted(served)
+    monkeypatch.setattr(served.settings, "open_jobs", 1)
+    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny), 429, "quota")
+    served.ask("POST", f"/v1/jobs/{job}/cancel")
+
+
+def test_a_new_budget_is_resolved(served: Any) -> None:
+    path = f"/v1/jobs/{served.job}/resolve"
+    found = served.ask("POST", path, who="reader", json={"limits": ["linear_bytes<=0.4x"]}).json()
+    assert (found["job"], found["limits"]) == (served.job, ["linear_bytes<=0.4x"])
+    assert found[found["answer"]]["configuration"]
+    served.refused(served.ask("POST", path, json={"limits": ["linear_bytes<=0.001x"]}), 422, "unreachable-limit")
+    served.refused(served.ask("POST", path, json={"limits": []}), 422, "invalid-input")
+
+
+def test_a_trial_is_exported_once_and_downloaded_whole(served: Any) -> None:
+    best = served.ask("GET", f"/v1/jobs/{served.job}/pareto").json()["best"]
+    path = f"/v1/jobs/{served.job}/trials/{best}/export"
+    served.refused(served.ask("POST", path, json={"format": "nothing"}), 422, "invalid-input")
+    asked = [served.ask("POST", path, json={"format": "recipe"}) for _ in range(2)]
+    assert [answer.status_code for answer in asked] == [202, 202]
+    where = asked[0].headers["location"]
+    name = where.rpartition("/")[2]
+    for _ in range(600):
+        (found,) = [one for one in served.ask("GET", f"/v1/jobs/{served.job}/artifacts").json()["items"] if one["name"] == name]
+        if found["state"] != "building":
+            break
+        time.sleep(0.1)
+    assert found["state"] == "ready", found
+    answer = served.ask("GET", where)
+    assert hashlib.sha256(answer.content).hexdigest() == found["sha256"]
+    assert answer.headers["content-disposition"].startswith("attachment")
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+        assert {member.name.partition("/")[2] for member in tar} == set(found["facts"]["files"])
+    assert found["facts"]["trial"] == pytest.approx(found["facts"]["measured"], rel=1e-4)
+    served.refused(served.ask("GET", where, who="bob"), 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    "name", ["../autoeff.db", "..%2Fautoeff.db", "run.json", ".export-x", "trial-1.x.tar.json", "trial-1..tar", "secret"]
+)
+def test_no_other_file_is_given(served: Any, name: str) -> None:
+    served.refused(served.ask("GET", f"/v1/jobs/{served.job}/artifacts/{name}"), 404, "not-found")
+
+
+def test_a_report_is_drawn_from_the_tables(served: Any) -> None:
+    answer = served.ask("GET", f"/v1/jobs/{served.job}/artifacts/report.html")
+    assert answer.status_code == 200
+    assert b"<html" in answer.content[:500].lower()
+    assert "sandbox" in answer.headers["content-security-policy"]
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert served.ask("GET", f"/v1/jobs/{served.job}/artifacts/front.png").content.startswith(b"\x89PNG")
+
+
+def test_models_and_texts_are_those_under_the_roots(served: Any) -> None:
+    models = {row["model"]: row for row in served.ask("GET", "/v1/models").json()["items"]}
+    assert models["demo"]["bundled"]
+    assert (models["llama"]["model_type"], models["llama"]["bundled"]) == ("llama", False)
+    texts = [row["source"] for row in served.ask("GET", "/v1/datasets").json()["items"]]
+    assert "text.txt" in texts
+    assert "escape" not in texts
+
+
+def test_workers_are_shown(served: Any) -> None:
+    served.store.announce_worker("host/boot.1/7/1.00", ["cpu"], "cpu", {"torch": "2"}, 60)
+    (worker,) = served.ask("GET", "/v1/hardware").json()["items"]
+    assert (worker["kind"], worker["queues"], worker["busy"]) == ("cpu", ["cpu"], False)
+
+
+def test_keys_are_made_used_and_ended(served: Any) -> None:
+    made = served.ask("POST", "/v1/keys", json={"name": "notebook", "owner": "alice", "scopes": ["jobs:read"], "expires_in_days": 1}).json()
+    header = {"Authorization": f"Bearer {made['text']}"}
+    assert served.client.get(f"/v1/jobs/{served.job}", headers=header).status_code == 200
+    listed = served.ask("GET", "/v1/keys")
+    assert made["text"] not in listed.text
+    assert served.ask("DELETE", f"/v1/keys/{made['key']}").json()["revoked"]
+    served.refused(served.client.get(f"/v1/jobs/{served.job}", headers=header), 401, "unauthorized")
+    served.refused(served.ask("DELETE", "/v1/keys/00000000"), 404, "not-found")
+    own = served.keys["alice"][3:11]
+    served.refused(served.ask("DELETE", f"/v1/keys/{own}"), 409, "conflict")
+    for wrong in ({"scopes": []}, {"scopes": ["root"]}, {"owner": "a b"}, {"name": ""}, {"expires_in_days": 0}):
+        body = {"name": "n", "owner": "alice", "scopes": ["admin"]} | wrong
+        served.refused(served.ask("POST", "/v1/keys", json=body), 422, "invalid-input")
+
+
+def test_events_are_replayed_from_where_the_client_was(served: Any) -> None:
+    stored = served.store.events(served.job, limit=10_000)
+    answer = served.ask("GET", f"/v1/jobs/{served.job}/events", headers={"Last-Event-ID": "5"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-accel-buffering"] == "no"
+    sent = [dict(line.split(": ", 1) for line in block.splitlines()) for block in answer.text.strip().split("\n\n")]
+    assert [int(event["id"]) for event in sent[:-1]] == [event.seq for event in stored[5:]]
+    assert [event["event"] for event in sent] == [*(event.kind for event in stored[5:]), "end"]
+    assert json.loads(sent[-1]["data"]) == {"state": "succeeded"}
+    for wrong in ("-1", "x", "1e3", str(2**60)):
+        served.refused(served.ask("GET", f"/v1/jobs/{served.job}/events", headers={"Last-Event-ID": wrong}), 422, "invalid-input")
+
+
+def test_followers_miss_nothing_and_are_told_the_end(served: Any) -> None:
+    """Three who come at different times, while events happen."""
+    job = submitted(served)
+    feed = Feed(served.store, every_s=0.01)
+
+    async def follow(after: int) -> list[int]:
+        return [event.seq async for event in feed.follow(job, after)]
+
+    async def all_of_them() -> list[list[int]]:
+        followers = [asyncio.create_task(follow(0)), asyncio.create_task(follow(1))]
+        for turn in range(10):
+            await asyncio.to_thread(served.store.pause if turn % 2 else served.store.resume, job)
+            if turn == 5:
+                followers.append(asyncio.create_task(follow(3)))
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(served.store.cancel, job)
+        found = await asyncio.wait_for(asyncio.gather(*followers), 20)
+        await feed.close()
+        return found
+
+    found = asyncio.run(all_of_them())
+    last = served.store.job(job).events
+    assert served.store.job(job).state is JobState.CANCELLED
+    assert found == [list(range(1, last + 1)), list(range(2, last + 1)), list(range(4, last + 1))]
+
+
+def test_a_key_follows_so_many_jobs_at_once(served: Any) -> None:
+    feed = Feed(served.store, per_key=2)
+    feed.enter("a")
+    feed.enter("a")
+    feed.enter("b")
+    with pytest.raises(Exception, match="follows 2 jobs already"):
+        feed.enter("a")
+    feed.leave("a")
+    feed.enter("a")
+    assert feed.streams == 3
