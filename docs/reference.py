@@ -27,6 +27,7 @@ from autoeff.flags import FIELDS
 from autoeff.search.exporter import known_exporters
 from autoeff.search.job import JobSpec
 from autoeff.search.sampler import known_samplers
+from autoeff.search.seed import known_seeds
 from autoeff.search.settings import Settings
 from autoeff.spaces.criterion import known_criteria
 from autoeff.spaces.knob import Knob, known_knobs
@@ -207,8 +208,8 @@ def knobs_page(knobs: Mapping[str, type[Knob]]) -> str:
         "A knob is a kind of decision. `--knobs bits,skip,width` searches several of them in one space, under one limit; "
         "`--set KNOB.NAME=VALUE` changes a setting.",
         table(["knob", "what it does", "kind"], rows),
-        "At one site knobs act in the order of their kinds: structure, weight. What a later one costs is counted on what the earlier "
-        "ones have left: the bits of a narrowed FFN are paid for the neurons that are kept.",
+        "At one site knobs act in the order of their kinds: structure, weight, cache. What a later one costs is counted on what the "
+        "earlier ones have left: the bits of a narrowed FFN are paid for the neurons that are kept.",
         "A knob of your own is one file: [Adding a knob](../adding_a_knob.md).",
     )
 
@@ -263,12 +264,13 @@ def demo_structure() -> Structure:
     from autoeff.spaces.couplings import coupled
     from autoeff.spaces.sites import find_structure
 
-    model = skeleton(inspect_model(resolve_model("demo")))
-    return coupled(model, find_structure(model))[0]
+    facts = inspect_model(resolve_model("demo"))
+    model = skeleton(facts)
+    return coupled(model, find_structure(model))[0].at_context(facts.context or 0)
 
 
 def methods_page() -> str:
-    parts = ["# Quantizers, criteria, samplers, formats"]
+    parts = ["# Quantizers, criteria, samplers, rules, formats"]
     for title, use, known in (
         ("Quantizers", "Chosen with `--set bits.quantizer=NAME`.", known_quantizers()),
         (
@@ -278,6 +280,12 @@ def methods_page() -> str:
             known_criteria(),
         ),
         ("Samplers", "Chosen with `--sampler NAME`.", known_samplers()),
+        (
+            "Rules",
+            "Published rules that share out the budget of a knob among the layers. Those whose knob is searched are evaluated as guests, "
+            "at the budget of the limit; `--seeds NAME,NAME` chooses some, `--seeds none` none.",
+            known_seeds(),
+        ),
         (
             "Export formats",
             "Chosen with `autoeff export RUN TRIAL DIR --format NAME`; see [which runtime loads what](../runtimes.md).",
