@@ -1,0 +1,38 @@
+"""A service that is broken part by part in the middle of a search: the short form of `benchmarks/faults.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from sqlalchemy import update
+
+from autoeff.search.storage import Store
+from autoeff.search.storage.tables import JobRow
+
+
+@pytest.fixture(scope="module")
+def faults(root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("faults", root / "benchmarks" / "faults.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["faults"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.timeout(600)  # processes are started again and again, on a machine that may be busy
+def test_a_service_that_is_broken_part_by_part_loses_and_doubles_nothing(faults: ModuleType, servers: ModuleType, tmp_path: Path) -> None:
+    with servers.postgres_server() as postgres, servers.redis_server() as redis:  # its own, since they are killed
+        moments, workers = faults.check(list(faults.FAULTS), 0, tmp_path, postgres, redis, postgres.url)
+        assert [moment.fault for moment in moments] == list(faults.FAULTS)
+        assert len(workers) >= 2
+        with Store.open(postgres.url) as store, store.database.write() as connection:
+            connection.execute(update(JobRow).values(events=JobRow.events + 1, succeeded=JobRow.succeeded - 1))
+        with Store.open(postgres.url) as store:
+            wrong = faults.audit(store)
+    assert any("events have gaps" in line for line in wrong), "the auditor sees what is wrong"
+    assert any("counts" in line for line in wrong)

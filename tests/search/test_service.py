@@ -1,0 +1,171 @@
+"""Submitted searches, driven by one thread of this process and evaluated by another, without a broker."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoeff.errors import FailureClass, InputError
+from autoeff.search.job import JobSpec
+from autoeff.search.service import queue_of, run_coordinators, submit
+from autoeff.search.settings import Settings
+from autoeff.search.station import Station, check_queues
+from autoeff.search.storage import Job, JobState, State, Store, Trial
+
+LOOSE = "linear_bytes<=0.35x"
+Make = Callable[..., JobSpec]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "service", memory_cap_bytes=3 << 30, lease_s=6, poll_s=0.05)
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    with Store.open(settings.database) as opened:
+        yield opened
+
+
+@contextmanager
+def coordinating(settings: Settings) -> Iterator[None]:
+    stop = threading.Event()
+    thread = threading.Thread(target=run_coordinators, args=(settings, stop))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def working(settings: Settings) -> Iterator[Station]:
+    station = Station(settings, ["cpu"])
+    station.open()
+    thread = threading.Thread(target=station.run)
+    thread.start()
+    try:
+        yield station
+    finally:
+        station.stop(grace_s=0.0)
+        thread.join()
+        station.close()
+
+
+def until(store: Store, job_id: str, reached: Callable[[Job], bool]) -> Job:
+    deadline = time.monotonic() + 150
+    while not reached(job := store.job(job_id)):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.02)
+    return job
+
+
+def ended(job: Job) -> bool:
+    return job.state.terminal
+
+
+def story(trials: list[Trial], quality: str = "kl") -> list[tuple[Any, ...]]:
+    return [(t.number, t.configuration.digest, t.origin, t.split, t.windows, t.state, t.cost, t.value(quality)) for t in trials]
+
+
+def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_server_asks(
+    tiny_job: Make, searched: Any, settings: Settings, store: Store
+) -> None:
+    with searched.opened() as other:
+        (alone,) = [other.trials(job.id) for job in other.jobs() if job.spec["limits"] == [LOOSE]]
+    job = submit(store, tiny_job(limits=[LOOSE]), settings, owner="ada")
+    assert (job.state, job.queue, job.owner) == (JobState.PENDING, "cpu", "ada")
+    with coordinating(settings), working(settings):
+        until(store, job.id, lambda job: job.counts.succeeded >= len(alone) * 2 // 3)
+    assert store.job(job.id).coordinator is None
+    assert all(t.state is not State.RUNNING for t in store.trials(job.id)), "what was being evaluated is given back"
+    with coordinating(settings), working(settings):
+        job = until(store, job.id, ended)
+    assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+    found = store.trials(job.id)
+    assert story(found) == story(alone)
+    assert all(trial.told for trial in found)
+    assert job.result is not None
+    assert job.result["found"] is not None
+    assert store.waiting(["cpu"]) == []
+
+
+def test_a_job_is_paused_resumed_with_a_smaller_budget_and_cancelled(tiny_job: Make, settings: Settings, store: Store) -> None:
+    spec = tiny_job(limits=[LOOSE], budget={"trials": 60})
+    with coordinating(settings), working(settings):
+        job = submit(store, spec, settings)
+        until(store, job.id, lambda job: job.counts.succeeded >= 3)
+        store.pause(job.id)
+        paused = until(store, job.id, lambda job: job.coordinator is None and job.counts.open == 0)
+        time.sleep(0.3)
+        assert (store.job(job.id).state, store.job(job.id).counts.trials) == (JobState.PAUSED, paused.counts.trials)
+        store.change_budget(job.id, {"trials": 40}, store.job(job.id).version)
+        store.resume(job.id)
+        job = until(store, job.id, ended)
+        assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+        assert 35 < job.counts.cost <= 40
+
+        second = submit(store, tiny_job(limits=[LOOSE], seed=1), settings)  # other windows, so other work
+        until(store, second.id, lambda job: job.counts.succeeded >= 1)
+        store.cancel(second.id)
+        cancelled = until(store, second.id, ended)
+        assert (cancelled.state, cancelled.counts.open) == (JobState.CANCELLED, 0)
+        assert cancelled.counts.trials < 30
+        assert store.waiting(["cpu"]) == []
+
+
+def test_a_job_that_cannot_be_driven_fails_and_says_why(
+    tiny_job: Make, tiny_models: dict[str, Path], settings: Settings, store: Store, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_models["llama"], tmp_path / "model")
+    gone, changed = (submit(store, tiny_job(model=str(model), seed=seed), settings) for seed in (0, 1))
+    kept = (model / "config.json").read_text()
+    (model / "config.json").unlink()
+    with coordinating(settings):
+        failed = until(store, gone.id, ended)
+    assert failed.state is JobState.FAILED
+    assert "config.json" in (failed.error or "")
+    (model / "config.json").write_text(kept)
+    shutil.copyfile(tiny_models["mistral"] / "model.safetensors", model / "model.safetensors")
+    store.resume(gone.id)
+    store.cancel(gone.id)
+    with coordinating(settings):
+        failed = until(store, changed.id, ended)
+    assert failed.state is JobState.FAILED
+    assert failed.error is not None
+
+
+def test_a_worker_with_another_model_does_not_evaluate(
+    tiny_job: Make, tiny_models: dict[str, Path], settings: Settings, store: Store, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 400)
+    job = submit(store, tiny_job(data={"source": str(text), "windows": 8, "length": 16}), settings)
+    with coordinating(settings):
+        until(store, job.id, lambda job: job.counts.trials == 1)
+        text.write_text("another text\n" * 800)  # as on a machine where the same path leads to something else
+        with working(settings):
+            until(store, job.id, lambda job: job.counts.quarantined >= 1)
+            store.cancel(job.id)
+            until(store, job.id, ended)
+    failure = store.trial(job.id, 0).failure
+    assert failure is not None
+    assert failure.kind is FailureClass.LOST
+    assert "has another model, text or version" in failure.message
+
+
+def test_queues_follow_from_the_device_and_the_machine(tiny_job: Make) -> None:
+    assert [queue_of(tiny_job(device=device)) for device in ("cpu", "cuda")] == ["cpu", "gpu.any"]
+    check_queues(["cpu"])
+    with pytest.raises(InputError, match="queues disk: this machine can serve cpu"):
+        check_queues(["cpu", "disk"])
+    with pytest.raises(InputError, match="queues are missing"):
+        check_queues([])
