@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from autoeff.api.problems import ApiError
 
 __all__ = ["Backroom"]
 
+_REMEMBERED = 200
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
@@ -29,28 +30,42 @@ class Backroom:
 
     Args:
         processes: How many; they start when they are first needed.
-        timeout_s: How long a request waits for an answer.
+        timeout_s: How long a request waits for an answer; less than proxies do.
     """
 
-    def __init__(self, processes: int = 1, timeout_s: float = 30.0) -> None:
+    def __init__(self, processes: int = 1, timeout_s: float = 20.0) -> None:
         self._processes, self._timeout_s = processes, timeout_s
         self._pool: ProcessPoolExecutor | None = None
+        self._asked: dict[str, Future[Any]] = {}
 
-    async def ask(self, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
+    async def ask(self, name: str, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
         """What `function`, of a module, returns; its errors are raised here.
 
+        What is asked again under its name while it is at work, as after a timeout, is not begun again.
+
         Raises:
-            ApiError: 503: it took too long, or its process died.
+            ApiError: 503: it takes long, or its process died.
         """
-        future = self.start(function, *args, **kwargs)
+        future: Future[Result] | None = self._asked.get(name)
+        if future is None:
+            if len(self._asked) > _REMEMBERED:  # answers that nobody came back for
+                self._asked = {key: asked for key, asked in self._asked.items() if not asked.done()}
+            future = self._asked[name] = self.start(function, *args, **kwargs)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
+            result = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self._timeout_s)
         except TimeoutError:
-            message = f"this takes more than {self._timeout_s:g} s here; submit the job, which is checked before it starts"
-            raise ApiError(503, "timeout", message, {"Retry-After": "30"}) from None
+            message = "this is being worked on and takes long; send the same request again to hear the end of it"
+            raise ApiError(503, "working", message, {"Retry-After": "1"}) from None
         except BrokenProcessPool:
             self._pool = None
+            self._asked.pop(name, None)
             raise ApiError(503, "unavailable", "the process that worked on this died; try again", {"Retry-After": "5"}) from None
+        except BaseException:
+            if future.done():
+                self._asked.pop(name, None)
+            raise
+        self._asked.pop(name, None)
+        return result
 
     def start(self, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Future[Result]:
         """Begins and does not wait."""

@@ -88,7 +88,7 @@ class Exports:
             raise NotFound(f"job {job.id} is {job.state} and has no report (yet)")
         folder = self._folder(job.id) / f"report-{job.version}"
         if not (folder / name).is_file():
-            await self._backroom.ask(write_job_report, job.id, str(folder), self._settings)
+            await self._backroom.ask(f"report {folder}", write_job_report, job.id, str(folder), self._settings)
         return folder / name
 
     def _folder(self, job_id: str) -> Path:

@@ -59,6 +59,8 @@ class Roots:
         Raises:
             InputError: It names a model, text or task file that may not be reached from here, or that is not there.
         """
+        if spec.metrics:
+            raise InputError(f"the metric {spec.metrics[0][:80]!r} is code, which a server does not run; search on your own machine with it")
         changes: dict[str, Any] = {"model": self.model(spec.model), "data": self._text(spec.data, "data")}
         if spec.eval_data is not None:
             changes["eval_data"] = self._text(spec.eval_data, "eval_data")

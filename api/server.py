@@ -17,6 +17,7 @@ from contextlib import suppress
 
 import uvicorn
 
+from autoeff.api import work
 from autoeff.api.app import create_app
 from autoeff.errors import InputError
 from autoeff.search.keys import LOCAL, SCOPES
@@ -107,8 +108,10 @@ def run(
         told(f"http://{shown}:{bound.getsockname()[1]}", key)
         if dry:
             return
+        app = create_app(settings, store)
+        app.state.context.backroom.start(work.warmed)
         config = uvicorn.Config(
-            create_app(settings, store),
+            app,
             access_log=False,
             log_level="warning",
             server_header=False,

@@ -11,7 +11,7 @@ from autoeff.search.settings import Settings
 from autoeff.search.storage.records import Reply
 from autoeff.search.storage.store import Store
 
-__all__ = ["preflight", "resolved", "submitted"]
+__all__ = ["preflight", "resolved", "submitted", "warmed"]
 
 
 def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -52,6 +52,12 @@ def resolved(job_id: str, limits: Sequence[str], settings: Settings) -> dict[str
     from autoeff.search.resolve import resolve
 
     return resolve(job_id, limits, settings).to_json()
+
+
+def warmed() -> None:
+    """Loads the engine, so that the first request need not wait for it."""
+    import autoeff.search.model
+    import autoeff.search.service  # noqa: F401
 
 
 @lru_cache(1)

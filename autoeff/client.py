@@ -26,7 +26,7 @@ from typing import Any, Self, TypeVar
 
 import httpx2
 from pydantic import BaseModel
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
 
 from autoeff.api.schemas import (
     Accepted,
@@ -62,10 +62,19 @@ _PROBLEMS: Mapping[str, type[AutoeffError]] = {
     "unauthorized": Forbidden,
     "unreachable-limit": UnreachableLimit,
 }
+
+
+class _Working(Unavailable):
+    """The server is at work on the answer."""
+
+    problem = "working"
+
+
 _BUSY = frozenset({429, 502, 503, 504})
 _ATTEMPTS = 6
 _WAIT_S = 20.0
 """A server that asks for more patience than this gets none."""
+_WORK_S = 3600.0
 _EXPORT_LOOK_S = 1.0
 _CHUNK = 1 << 20
 
@@ -92,11 +101,26 @@ class _Again(Exception):
     Args:
         error: What is raised when patience ends.
         after_s: How long the server asked to wait.
+        working: Whether it is at work on what was asked.
     """
 
-    def __init__(self, error: AutoeffError, after_s: float = 0.0) -> None:
+    def __init__(self, error: AutoeffError, after_s: float = 0.0, *, working: bool = False) -> None:
         super().__init__(str(error))
-        self.error, self.after_s = error, after_s
+        self.error, self.after_s, self.working = error, after_s, working
+
+
+class _Patience:
+    """Ends after some attempts that met nobody; a server that is at work on the answer has an hour."""
+
+    def __init__(self, attempts: int) -> None:
+        self._left, self._until = attempts, time.monotonic() + _WORK_S
+
+    def __call__(self, state: RetryCallState) -> bool:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert isinstance(error, _Again)
+        self._left -= not error.working
+        return self._left <= 0 or time.monotonic() > self._until
 
 
 class Client:
@@ -339,9 +363,7 @@ class Client:
         return model.model_validate_json(self._send(method, path, again=again, **options).content)
 
     def _send(self, method: str, path: str, *, again: bool = True, **options: Any) -> httpx2.Response:
-        retrying = Retrying(
-            retry=retry_if_exception_type(_Again), stop=stop_after_attempt(_ATTEMPTS if again else 1), wait=_patience, reraise=True
-        )
+        retrying = Retrying(retry=retry_if_exception_type(_Again), stop=_Patience(_ATTEMPTS if again else 1), wait=_wait, reraise=True)
         try:
             return retrying(self._send_once, method, path, **options)
         except _Again as busy:
@@ -356,7 +378,7 @@ class Client:
             return answer
         refusal, wait = _problem(answer), _retry_after(answer)
         if answer.status_code in _BUSY and wait <= _WAIT_S:
-            raise _Again(refusal, wait)
+            raise _Again(refusal, wait, working=getattr(refusal, "problem", "") == _Working.problem)
         raise refusal
 
     def _stream(self, job_id: str, after: int) -> Iterator[JobEvent]:
@@ -378,7 +400,7 @@ class Client:
         return Unavailable(f"cannot reach the server at {self.server} ({error or type(error).__name__}); is `autoeff serve` running there?")
 
 
-def _patience(state: RetryCallState) -> float:
+def _wait(state: RetryCallState) -> float:
     assert state.outcome is not None
     error = state.outcome.exception()
     assert isinstance(error, _Again)
@@ -408,7 +430,7 @@ def _problem(answer: httpx2.Response) -> AutoeffError:
         kind, detail = str(body["type"]).rpartition(":")[2], str(body["detail"])
     except (ValueError, KeyError, TypeError):
         kind, detail = "", f"the server answered {answer.status_code} {answer.reason_phrase}"
-    known = _PROBLEMS.get(kind)
+    known = _Working if kind == _Working.problem else _PROBLEMS.get(kind)
     if known is not None:
         return known(detail)
     if answer.status_code in _BUSY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -57,7 +58,8 @@ async def submit(
     await run_in_threadpool(_check_quota, server, key.owner)
     job = await run_in_threadpool(_checked, server, spec)
     try:
-        job_id = await server.backroom.ask(work.submitted, job.model_dump(mode="json"), server.settings, key.owner, reply)
+        name = f"submit {key.prefix} {idempotency_key or uuid.uuid4().hex}"
+        job_id = await server.backroom.ask(name, work.submitted, job.model_dump(mode="json"), server.settings, key.owner, reply)
     except Conflict:
         if reply is None or (given := await run_in_threadpool(server.replies.find, key.prefix, reply.idempotency_key)) is None:
             raise
@@ -71,7 +73,9 @@ async def submit(
 async def validate(server: Server, key: Writer, spec: Body) -> Any:
     """What is known of a job before any weight is loaded: sizes, limits, the least reachable, time. Starts nothing."""
     job = await run_in_threadpool(_checked, server, spec)
-    return server.roots.hide(await server.backroom.ask(work.preflight, job.model_dump(mode="json"), server.settings))
+    fields = job.model_dump(mode="json")
+    name = f"validate {key.owner} {digest_of(fields)}"
+    return server.roots.hide(await server.backroom.ask(name, work.preflight, fields, server.settings))
 
 
 @router.get("/v1/jobs", response_model=JobPage, responses=described_problems(422))

@@ -52,4 +52,5 @@ def get_front(server: Server, job: OwnedJob, request: Request, response: Respons
 )
 async def resolve(server: Server, job: OwnedJob, asked: Annotated[ResolveRequest, Depends(body_of(ResolveRequest))]) -> Any:
     """The best configuration for a new budget, from what was measured; no model is loaded."""
-    return server.roots.hide(await server.backroom.ask(work.resolved, job.id, asked.limits, server.settings))
+    name = f"resolve {job.id} {job.events} {asked.limits}"
+    return server.roots.hide(await server.backroom.ask(name, work.resolved, job.id, asked.limits, server.settings))

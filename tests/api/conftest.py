@@ -21,6 +21,7 @@ from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.store import Store
 from autoeff.search.storage.tables import JobRow
 
+SMALL: dict[str, Any] = {"space": {"levels": {"*:bits": [16, 4, 2]}}, "budget": {"trials": 30}}
 ALL = ("jobs:read", "jobs:write", "admin")
 
 
@@ -70,8 +71,8 @@ def searched_home(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPat
     (root / "text.txt").write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
     settings = Settings(home=root / "home", memory_cap_bytes=3 << 30)
     text = {"source": str(root / "text.txt"), "windows": 4, "length": 16}
-    job = {"model": str(tiny_models["llama"]), "data": text, "limits": ["linear_bytes<=0.35x"], "budget": {"trials": 40}}
-    return root, start(JobSpec.parse(job), root / "run", settings).job_id
+    job = {"model": str(tiny_models["llama"]), "data": text, "limits": ["linear_bytes<=0.35x"]}
+    return root, start(JobSpec.parse(job | SMALL), root / "run", settings).job_id
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def make_server(searched_home: tuple[Path, str], tiny_models: dict[str, Path]) -
             "model": "llama",
             "data": {"source": "text.txt", "windows": 4, "length": 16},
             "limits": ["linear_bytes<=0.35x"],
-            "budget": {"trials": 40},
+            **SMALL,
         }
         return Served(machine, store, app, client, keys, job, tiny)
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import json
-import tarfile
-import time
 from typing import Any
 
 import pytest
@@ -123,7 +119,7 @@ def test_a_job_is_validated_without_being_started(served: Any) -> None:
     found = served.ask("POST", "/v1/jobs:validate", json=served.tiny)
     assert found.status_code == 200
     assert found.json()["least"]["avg_bits"] < 4
-    assert found.json()["job"]["budget"]["trials"] == 40
+    assert found.json()["job"]["budget"]["trials"] == 30
     assert str(served.settings.model_roots[0]) not in found.text
     assert served.ask("GET", "/v1/jobs").json()["items"] == before
 
@@ -144,27 +140,12 @@ def test_a_new_budget_is_resolved(served: Any) -> None:
     served.refused(served.ask("POST", path, json={"limits": []}), 422, "invalid-input")
 
 
-def test_a_trial_is_exported_once_and_downloaded_whole(served: Any) -> None:
-    best = served.ask("GET", f"/v1/jobs/{served.job}/pareto").json()["best"]
-    path = f"/v1/jobs/{served.job}/trials/{best}/export"
-    served.refused(served.ask("POST", path, json={"format": "nothing"}), 422, "invalid-input")
-    asked = [served.ask("POST", path, json={"format": "recipe"}) for _ in range(2)]
-    assert [answer.status_code for answer in asked] == [202, 202]
-    where = asked[0].headers["location"]
-    name = where.rpartition("/")[2]
-    for _ in range(600):
-        (found,) = [one for one in served.ask("GET", f"/v1/jobs/{served.job}/artifacts").json()["items"] if one["name"] == name]
-        if found["state"] != "building":
-            break
-        time.sleep(0.1)
-    assert found["state"] == "ready", found
-    answer = served.ask("GET", where)
-    assert hashlib.sha256(answer.content).hexdigest() == found["sha256"]
-    assert answer.headers["content-disposition"].startswith("attachment")
-    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
-        assert {member.name.partition("/")[2] for member in tar} == set(found["facts"]["files"])
-    assert found["facts"]["trial"] == pytest.approx(found["facts"]["measured"], rel=1e-4)
-    served.refused(served.ask("GET", where, who="bob"), 404, "not-found")
+def test_an_export_that_cannot_be_is_refused_at_once(served: Any) -> None:
+    path = f"/v1/jobs/{served.job}/trials"
+    served.refused(served.ask("POST", f"{path}/0/export", json={"format": "nothing"}), 422, "invalid-input")
+    held_out = next(trial.number for trial in served.store.trials(served.job, limit=500) if trial.split == "held_out")
+    served.refused(served.ask("POST", f"{path}/{held_out}/export", json={}), 409, "conflict")
+    served.refused(served.ask("POST", f"{path}/9999/export", json={}), 404, "not-found")
 
 
 @pytest.mark.parametrize(
