@@ -120,7 +120,7 @@ def measure_served(
     hardware = LatencyTable.empty(device).hardware
     for phase in spec.phases:
         steps = {label: step_of(phase, model, vocabulary, spec) for label, model in models.items()}
-        for label, timing in timed(steps, device).items():
+        for label, timing in timed(steps, device, whole=True).items():
             spread = (timing.high_us - timing.low_us) / 2e3
             found[label].append(Measurement(f"{phase}_ms", timing.median_us / 1e3, spread=spread, statistic="median", hardware=hardware))
     return found

@@ -33,7 +33,8 @@ _ROTATED_BYTES = 128 << 20  # beyond any last-level cache that a process has for
 _COPIES = 16
 _CALIBRATED_BYTES = 512 << 20  # of blocks; more of them tell nothing new
 _CALIBRATED_AT_ONCE = 4  # variants beside the dense model, which anchors them
-_SECONDS = 20.0  # of whole-model measurements, about; rounds are cut down to 5 for it
+_SECONDS = 10.0  # of calls that alternate, about; rounds are cut down to 5 for it
+_TURN_S = 0.02
 _RANDOM_CONFIGURATIONS = 6
 _RIDGE = 1e-3  # towards factors of 1, where too little varies to tell
 _FACTOR_RANGE = (0.25, 4.0)  # of an operation in a model to one on its own: caches, threads
@@ -158,13 +159,35 @@ def _attending(operation: Operation, device: torch.device, dtype: torch.dtype) -
     return call, cache.nbytes
 
 
-def timed(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
-    """Fewer rounds where calls are slow."""
+def timed(calls: Mapping[str, Callable[[], object]], device: torch.device, *, whole: bool = False) -> dict[str, Timing]:
+    """The time of each call; all alternate. Fewer rounds where calls are slow.
+
+    Args:
+        calls: By name.
+        device: Where they run.
+        whole: Of whole models: on a CPU each follows itself for `_TURN_S` before the next one's turn, so that its weights are as warm
+            as in a loop that decodes.
+    """
     if device.type == "cuda":
         return measure(calls, device, _ROUNDS)
-    once = measure(calls, device, 2)
-    seconds = sum(timing.median_us for timing in once.values()) / 1e6
-    return measure(calls, device, max(5, min(_ROUNDS, round(_SECONDS / max(seconds, 1e-6) / 2))))
+    once = {name: max(timing.low_us, 1.0) / 1e6 for name, timing in measure(calls, device, 2).items()}
+    times = {name: max(1, round(_TURN_S / seconds)) if whole else 1 for name, seconds in once.items()}
+    seconds = sum(times[name] * once[name] for name in calls)
+    found = measure(
+        {name: _repeated(call, times[name]) for name, call in calls.items()}, device, max(5, min(_ROUNDS, int(_SECONDS / seconds)))
+    )
+    return {
+        name: replace(timing, **{field: getattr(timing, field) / times[name] for field in ("median_us", "low_us", "high_us")})
+        for name, timing in found.items()
+    }
+
+
+def _repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
+    def repeated() -> None:
+        for _ in range(times):
+            call()
+
+    return call if times == 1 else repeated
 
 
 def step_of(phase: str, model: nn.Module, vocabulary: int, spec: LatencySpec) -> Callable[[], object]:
@@ -203,7 +226,7 @@ def fitted(model: TimedModel, phase: Phase, table: LatencyTable) -> Fit:
 
     def flush() -> None:
         if waiting:
-            timings = timed({"dense": dense_step} | {label: step for label, (_, step) in waiting.items()}, model.device)
+            timings = timed({"dense": dense_step} | {label: step for label, (_, step) in waiting.items()}, model.device, whole=True)
             anchors.append(timings["dense"].median_us * 1e3)
             for label, (features, _) in waiting.items():
                 rows[tuple(features.items())] = Row(label, features, timings[label].median_us * 1e3 / anchors[-1])
@@ -240,7 +263,7 @@ def fitted(model: TimedModel, phase: Phase, table: LatencyTable) -> Fit:
             flush()
     flush()
     if not anchors:  # nothing but the dense model differs in time
-        anchors.append(timed({"dense": dense_step}, model.device)["dense"].median_us * 1e3)
+        anchors.append(timed({"dense": dense_step}, model.device, whole=True)["dense"].median_us * 1e3)
     anchor = sorted(anchors)[len(anchors) // 2]
     found = [Row("dense", dense_features, anchor), *(replace(row, measured_ns=row.measured_ns * anchor) for row in rows.values())]
     constants = solved(found)

@@ -29,6 +29,7 @@ def timed(setup_of: Callable[..., EvaluationSetup], tmp_path: Path, monkeypatch:
     """A setup whose latency is asked for, measured in few rounds."""
     monkeypatch.setattr(timing, "AIMED_S", 1e-4)
     monkeypatch.setattr(latency_fit, "_ROUNDS", 5)
+    monkeypatch.setattr(latency_fit, "_TURN_S", 0.0)
     monkeypatch.setattr(latency_fit, "_RANDOM_CONFIGURATIONS", 2)
 
     def make(family: str = "llama", knobs: dict[str, dict[str, object]] = KNOBS, **fields: object) -> EvaluationSetup:

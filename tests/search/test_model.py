@@ -36,6 +36,7 @@ def job(tiny_job: Callable[..., JobSpec]) -> Callable[..., JobSpec]:
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr(timing, "AIMED_S", 1e-4)
     monkeypatch.setattr(latency_fit, "_ROUNDS", 5)
+    monkeypatch.setattr(latency_fit, "_TURN_S", 0.0)
     return Settings(home=tmp_path / "home", memory_cap_bytes=3 << 30)
 
 
