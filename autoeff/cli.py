@@ -122,6 +122,10 @@ def search(
     tasks_path: Annotated[str | None, _option("Goal", "Folder of task files of one's own.", metavar="DIR")] = None,
     task_documents: Annotated[int | None, _option("Goal", "Documents asked of each task; default all.")] = None,
     max_degradation: Annotated[float | None, _option("Goal", "Share of dense accuracy that may be lost on any task, e.g. 0.01.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        _option("Goal", "Own function of model and tokenizer, for finalists; may be repeated.", metavar="PACKAGE.MODULE:FUNCTION"),
+    ] = None,
     batch: Annotated[int | None, _option("Goal", "Sequences decoded together, for cache and read costs.")] = None,
     context: Annotated[int | None, _option("Goal", "Tokens in the cache, for cache and read costs.")] = None,
     trials: Annotated[int | None, _option("Search", "Budget in full-token evaluations; default 300.")] = None,
@@ -238,7 +242,7 @@ def resolve(
         list[str] | None, _option("Goal", "The new budget, such as linear_bytes<=0.22x; may be repeated.", metavar="LIMIT")
     ] = None,
     measure_them: Annotated[
-        bool, _option("Run", "Measure up to three proposals with the model, and keep them as trials of the run.", "--measure")
+        bool, _option("Run", "Measure up to twelve proposals with the model, and keep them as trials of the run.", "--measure")
     ] = False,
     form: Format = Form.TABLE,
 ) -> None:
@@ -582,12 +586,14 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
     held_out = {name: key for name, key in held_out.items() if any(row[key] is not None for row in rows)}
     held_out |= {name: name for row in rows for name in row if name.startswith("accuracy:")}
+    metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     print_table(
-        ["", "label", "trial", *costs.values(), quality, *held_out],
+        ["", "label", "trial", *costs.values(), quality, *held_out, *metrics],
         [
             [
                 row["role"], row["label"] or row["point"], row["trial"], *(described(name).text(row["costs"][name]) for name in costs),
                 *(described(n).text(row[key]) if row.get(key) is not None else None for n, key in {quality: "search", **held_out}.items()),
+                *(described(name).text(row["metrics"][name]) if name in row["metrics"] else None for name in metrics),
             ]
             for row in rows
         ],

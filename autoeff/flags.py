@@ -18,7 +18,7 @@ FIELDS: Mapping[str, str] = {
     "exclude": "space.exclude", "levels": "space.levels", "untie": "space.untie", "objective": "objectives", "limit": "limits",
     "trials": "budget.trials", "timeout": "budget.seconds", "sampler": "sampler", "seed": "seed", "batch": "batch", "context": "context",
     "device": "device", "target": "target", "seeds": "seeds", "table_only": "table_only", "tasks": "tasks.names",
-    "tasks_path": "tasks.path", "task_documents": "tasks.documents", "max_degradation": "tasks.max_degradation",
+    "tasks_path": "tasks.path", "task_documents": "tasks.documents", "max_degradation": "tasks.max_degradation", "metric": "metrics",
 }  # fmt: skip
 """The `JobSpec` field behind each flag of `search`."""
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -41,7 +41,7 @@ def job_fields(flags: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, A
         if section == "knobs":
             job["knobs"] = _chosen(value, job) if name == "knobs" else _with_settings(value, job)
         elif not key:
-            job[section] = list(value) if name == "limit" else _split(value) if name == "objective" else value
+            job[section] = list(value) if name in ("limit", "metric") else _split(value) if name == "objective" else value
         else:
             part = _mapping(job, section)
             if key == "levels":

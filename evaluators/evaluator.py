@@ -24,6 +24,7 @@ from autoeff.evaluators.latency import measure_served
 from autoeff.evaluators.latency_fit import runtime_dtype
 from autoeff.evaluators.latency_table import LatencySpec
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
+from autoeff.evaluators.metrics import imported_metrics, measured_by
 from autoeff.evaluators.preparation import hardware_name, prepare
 from autoeff.evaluators.quality import (
     Sample,
@@ -83,6 +84,7 @@ class Evaluator:
         self.model: Any = load_model(facts, device, footprint.narrow)
         self._texts = {split: _text(passages.to(device)) for split, passages in self.preparation.passages.items()}
         self._head = self._find_head()
+        self._metrics = imported_metrics(setup.metrics)
         self._tasks = None if setup.tasks is None else Tasks(setup.tasks, self.model, load_tokenizer(facts), facts.context)
         self._forward = Forward(self.model, self.structure.blocks, footprint.state_stride)
         self._dense_states: dict[int, States] = {}
@@ -119,7 +121,7 @@ class Evaluator:
             self._learn_targets(text, request.split)
         self.candidate.set(indices)
         whole = request.split == "held_out" and request.windows == len(text.passages.inputs)
-        return self._quality(text, request) + (self._accuracies() if whole else [])
+        return self._quality(text, request) + ([*self._accuracies(), *self._own_metrics(len(text.passages.inputs))] if whole else [])
 
     def complete(self, levels: Mapping[str, Level], prompt: str, tokens: int) -> str:
         """The prompt and its greedy continuation under a configuration; decoders only."""
@@ -132,9 +134,9 @@ class Evaluator:
         cache = KvCache(self.model, context) if self.preparation.generates else None
         for _ in range(tokens):
             seen = 0 if cache is None else cache.get_seq_length()
-            hidden = self._forward.body(
-                input_ids=ids[:, seen:], past_key_values=cache, use_cache=cache is not None
-            ).last_hidden_state[:, -1]
+            hidden = self._forward.body(input_ids=ids[:, seen:], past_key_values=cache, use_cache=cache is not None).last_hidden_state[
+                :, -1
+            ]
             following = self._head(hidden).argmax(-1)
             if following.item() == tokenizer.eos_token_id:
                 break
@@ -284,6 +286,15 @@ class Evaluator:
             Measurement(f"accuracy:{found.task}", found.sample.mean, "held_out", found.documents, found.sample.spread, hardware=hardware)
             for found in self._tasks.measure()
         ]
+
+    def _own_metrics(self, windows: int) -> list[Measurement]:
+        """What the user's own functions say of the model as it stands."""
+        if not self._metrics:
+            return []
+        facts, hardware = self.preparation.facts, hardware_name(self.preparation.device)
+        tokenizer = None if facts.task == "vision" else load_tokenizer(facts)
+        values = measured_by(self._metrics, self.model, tokenizer)
+        return [Measurement(name, value, "held_out", windows, hardware=hardware, own=True) for name, value in values.items()]
 
     def _measured(self, name: str, request: EvaluationRequest, sample: Sample, tokens: int) -> Measurement:
         full = f"{name}_held_out" if request.split == "held_out" else name

@@ -14,6 +14,7 @@ from autoeff.evaluators.footprint import Footprint, footprint_of
 from autoeff.evaluators.images import make_images
 from autoeff.evaluators.latency import Latency, latency_of
 from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, resolve_model, skeleton
+from autoeff.evaluators.metrics import check_metrics
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.tasks import check_tasks
 from autoeff.evaluators.text import Passages, make_passages
@@ -139,6 +140,8 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     if setup.tasks is not None and facts.task != "decoder":
         raise InputError(f"tasks {', '.join(setup.tasks.names)} are for decoders, which {facts.path} is not")
     asked = {} if setup.tasks is None else {"tasks": check_tasks(setup.tasks)}
+    if setup.metrics:
+        asked["metrics"] = check_metrics(setup.metrics)
     passages = _passages(facts, setup)
     for knob in knobs.values():
         if knob.kind == "cache":

@@ -30,6 +30,7 @@ class EvaluationSetup:
         bank: Folder of the level bank.
         memory_bytes: What may be held on the device; None allows all that is there.
         tasks: What is asked besides the whole held-out text.
+        metrics: What is called besides, as `package.module:function`.
         context: Tokens that budgets of the cache are shares of; None takes the model's context.
         latency: Which times are costs; None for none. No quality depends on it.
         hardware: Machines whose values count as equal, by the queue that they work for; None stands for this machine alone.
@@ -47,6 +48,7 @@ class EvaluationSetup:
     context: int | None = None
     latency: LatencySpec | None = None
     hardware: str | None = None
+    metrics: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +64,7 @@ class EvaluationSetup:
         fields["space"] = SpaceSpec(**{**space, "include": tuple(space["include"]), "exclude": tuple(space["exclude"])})
         if fields.get("tasks") is not None:
             fields["tasks"] = TaskSpec(**{**fields["tasks"], "names": tuple(fields["tasks"]["names"])})
+        fields["metrics"] = tuple(fields.get("metrics", ()))
         if fields.get("latency") is not None:
             fields["latency"] = LatencySpec.from_json(fields["latency"])
         return cls(**fields)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -26,22 +25,17 @@ from typing import Any, NoReturn
 import psutil
 
 from autoeff.errors import CandidateError, FailureClass, InputError
+from autoeff.evaluators.metrics import Metric, values_of
 from autoeff.evaluators.setup import EvaluationRequest
 from autoeff.search.runner_process import Measured, answers, death_of
 from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import Level
-from autoeff.spaces.measurements import MEASURES, Measurement
+from autoeff.spaces.measurements import Measurement
 
-__all__ = ["NAME", "Build", "ForkedRunner", "Metric"]
+__all__ = ["Build", "ForkedRunner"]
 
 Build = Callable[[dict[str, Any]], Any]
 """From a configuration, a level for every name, to a candidate."""
-Metric = Callable[[Any], Any]
-"""From a candidate to a number, or to numbers by name."""
-
-NAME = re.compile(r"[A-Za-z_][\w./:@-]{0,63}")
-"""What a metric may be called, so that it can stand in a limit."""
-
 _LOG_BYTES = 64 * 1024
 _MESSAGE_CHARACTERS = 500
 _FAREWELL_S = 5.0  # for a process that closed its output to end
@@ -153,20 +147,7 @@ class ForkedRunner:
             torch.manual_seed(self._seed)
 
     def _values(self, levels: Mapping[str, Level]) -> dict[str, float]:
-        candidate = self._build(dict(levels))
-        values: dict[str, float] = {}
-        for name, metric in self._metrics.items():
-            found = metric(candidate)
-            for key, value in found.items() if isinstance(found, Mapping) else [(name, found)]:
-                if not isinstance(key, str) or NAME.fullmatch(key) is None:
-                    raise CandidateError(FailureClass.INVALID, f"metric {name} names a value {key!r}; allowed: letters, digits and _./:@-")
-                if key in values or key in MEASURES:
-                    other = "another metric" if key in values else "a built-in measurement"
-                    raise CandidateError(FailureClass.INVALID, f"metric {name} names a value {key!r}, as {other} does; choose another name")
-                if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-                    raise CandidateError(FailureClass.INVALID, f"metric {name} gave a {type(value).__name__} for {key!r}, not a number")
-                values[key] = float(value)
-        return values
+        return values_of(self._metrics, self._build(dict(levels)))
 
 
 class _Child:

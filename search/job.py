@@ -114,6 +114,9 @@ class JobSpec(_Strict):
     limits: tuple[str, ...] = Field(default=(), description="Hard limits, e.g. weight_bytes<=0.30x.")
     budget: Budget = Field(default=Budget(), description="When to stop.")
     tasks: Tasks = Field(default=Tasks(), description="What finalists are asked with lm-eval.")
+    metrics: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        default=(), description="Own functions of model and tokenizer, for finalists: package.module:function; on this machine only."
+    )
     sampler: str = Field(default="additive", description="Who proposes.")
     seeds: Annotated[tuple[str, ...] | None, BeforeValidator(_none_listed)] = Field(
         default=None, description="Published rules that share out a knob's budget, as guests; default all that apply, `none` for none."
@@ -187,6 +190,7 @@ class JobSpec(_Strict):
             self.device,
             str(bank),
             tasks=self.tasks.asked(),
+            metrics=self.metrics,
             context=self.context,
         )
 

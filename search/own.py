@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from autoeff.errors import InputError
+from autoeff.evaluators.metrics import NAME, Metric
 from autoeff.evaluators.preparation import hardware_name
-from autoeff.search.forked import NAME, Build, ForkedRunner, Metric
+from autoeff.search.forked import Build, ForkedRunner
 from autoeff.search.own_job import Choice, OwnJob, OwnProblem, is_own
 from autoeff.search.results import Results
 from autoeff.search.run import Result, Watch, default_folder, drive

@@ -46,7 +46,8 @@ __all__ = ["Prediction", "Resolution", "Resolver", "resolve"]
 Watch = Callable[["Progress"], None]
 Evaluate = Callable[[Candidate, Split], Trial]
 
-_MEASURED = 3  # proposals of one `--measure`; each sees what those before it measured
+_MEASURED = 12  # proposals of one `--measure`; each sees what those before it measured
+_CONFIRMED = 4  # of the best within the limits, on the held-out text
 _STARTS = 5  # best measured configurations to descend from, beside the table's optimum
 _RADII = (1, 2)  # levels that a decision may move in one descent
 _DESCENTS = 8  # from one start, while they gain
@@ -136,7 +137,7 @@ def resolve(
         run: A run directory or a job id.
         limits: On costs, such as `linear_bytes<=0.22x`; they take the place of the job's.
         settings: Of this machine.
-        measure: Evaluate up to three proposals on both texts with the job's model, and keep them as trials of the job, origin `given`.
+        measure: Evaluate up to 12 proposals on both texts with the job's model, and keep them as trials of the job, origin `given`.
         watch: Hears how that goes.
 
     Raises:
@@ -282,7 +283,7 @@ def _confirm(store: Store, job: Job, problem: Problem, limits: Sequence[Limit], 
     """Measures the best within the limits on the held-out text too, as a search does with its finalists."""
     windows = job.preflight["text"]["held_out"]["windows"]
     results = Results(_under(problem, limits), all_trials(store, job.id))
-    for trial in results.within(limits)[: _MEASURED + 1]:
+    for trial in results.within(limits)[:_CONFIRMED]:
         if trial.configuration.digest not in results.held_out:
             indices = problem.space.indices(trial.configuration.levels)
             evaluate(Candidate(indices, windows, trial.origin, f"held-out of trial {trial.number}"), "held_out")

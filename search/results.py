@@ -122,6 +122,11 @@ class Results:
         measurements = () if confirmed is None else confirmed.measurements
         return {m.name: m.value for m in measurements if m.name.startswith("accuracy:") and not m.own}
 
+    def own_metrics(self, trial: Trial) -> dict[str, float]:
+        """What the user's own functions said of the trial's model, by name; empty where it was not confirmed."""
+        confirmed = self.held_out.get(trial.configuration.digest)
+        return {} if confirmed is None else {m.name: m.value for m in confirmed.measurements if m.own}
+
     def _keeps_accuracy(self, trial: Trial) -> bool:
         """Whether it loses no more on any task than is allowed; what was asked no task does not."""
         if (allowed := self.problem.max_degradation) is None:
@@ -188,7 +193,7 @@ class Results:
         names = {"held_out": f"{self.problem.quality}_held_out"}
         for key in ("held_out", "perplexity_held_out", "spearman_held_out"):
             row[key] = None if confirmed is None else confirmed.value(names.get(key, key))
-        return row | self.accuracies(trial)
+        return row | self.accuracies(trial) | {"metrics": self.own_metrics(trial)}
 
     def _closest(self) -> int | None:
         """The evaluated trial nearest to the limits on measured values among those that keep the ones on costs."""

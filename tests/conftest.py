@@ -134,6 +134,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
+    return text
+
+
 @pytest.fixture(params=FAMILIES)
 def every_family(request: pytest.FixtureRequest) -> str:
     """Each key of `FAMILIES` in turn."""

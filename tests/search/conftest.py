@@ -37,13 +37,6 @@ class Searched:
 
 
 @pytest.fixture(scope="session")
-def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
-    return text
-
-
-@pytest.fixture(scope="session")
 def tiny_job(tiny_models: dict[str, Path], tiny_text: Path) -> Callable[..., JobSpec]:
     """`tiny_job(family="llama", **fields)`: a job on a tiny model with a few fields of its own."""
 
