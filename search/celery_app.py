@@ -8,7 +8,7 @@ what takes longer than its visibility timeout to a second worker.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery import Celery
@@ -81,13 +81,14 @@ def evaluate(evaluation_id: int) -> None:
     _station.evaluate(evaluation_id)
 
 
-def sender(settings: Settings) -> Callable[[Message], None]:
-    """What sends messages to the workers of `settings.broker_url`; while the broker is away they are dropped, and come again."""
-    app.conf.broker_url = settings.broker_url
+def sender(broker_url: str) -> Callable[[Sequence[Message]], None]:
+    """What sends messages to the workers of this broker; while it is away they are dropped, and come again."""
 
-    def send(message: Message) -> None:
+    def send(messages: Sequence[Message]) -> None:
         try:
-            evaluate.apply_async((message.evaluation_id,), queue=message.queue, retry=False)
+            with app.connection_for_write(broker_url) as connection:
+                for message in messages:
+                    evaluate.apply_async((message.evaluation_id,), queue=message.queue, connection=connection, retry=False)
         except OperationalError as error:
             _log.warning("the broker is away: %s", error)
 

@@ -177,20 +177,20 @@ class Coordinator:
     # Searching
 
     def _search(self) -> dict[str, Any]:
-        self._phase = "baselines"
+        self._enter("baselines")
         guests = self._subject.guests(self._crew.runner)
         batch = next(guests)
         with suppress(StopIteration):
             while True:
                 batch = guests.send([trial.value(self._quality) for trial in self._evaluate(batch)])
         if self._subject.sampler is not None:
-            self._phase = "search"
+            self._enter("search")
             baselines = len(self._done)
             for trial in self._stored[baselines:]:
                 self._take_up(trial)
             self._ask_and_tell(self._subject.sampler)
             if self._subject.held_out_windows:
-                self._phase = "confirming"
+                self._enter("confirming")
                 self._confirm(self._subject.held_out_windows)
         self._report("reporting")
         results = self._results()
@@ -202,6 +202,10 @@ class Coordinator:
             "overhead_ms": {name: median(values) * 1e3 for name, values in self._overhead.items() if values},
             "notices": self._subject.notices,
         }
+
+    def _enter(self, phase: str) -> None:
+        self._phase = phase
+        self._store.tell(self._job_id, self._fence, "job.phase", {"phase": phase})
 
     def _ask_and_tell(self, sampler: str) -> None:
         """Searches until the budget is spent, or the sampler has no more to propose and nothing is left that could change its mind."""

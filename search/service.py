@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ __all__ = ["queue_of", "run_coordinators", "submit"]
 
 _log = logging.getLogger(__name__)
 
-Send = Callable[[Message], None]
+Send = Callable[[Sequence[Message]], None]
 
 
 def queue_of(spec: JobSpec) -> str:
@@ -82,7 +82,7 @@ def run_coordinators(settings: Settings, stop: threading.Event) -> None:
     if settings.broker_url is not None:
         from autoeff.search.celery_app import sender  # without a broker, nothing of Celery is needed
 
-        send = sender(settings)
+        send = sender(settings.broker_url)
     with Store.open(settings.database) as store:
         _Office(store, settings, send, stop).run()
 
@@ -127,8 +127,8 @@ class _Office:
             self._rung.wait(min(self._settings.poll_s, self._settings.resend_s))
             self._rung.clear()
             try:
-                for message in self._store.due(self._settings.resend_s):
-                    send(message)
+                if messages := self._store.due(self._settings.resend_s):
+                    send(messages)
             except AutoeffError as error:
                 _log.warning("%s", error)
 

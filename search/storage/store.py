@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from sqlalchemy import Connection, Row, Select, and_, delete, insert, or_, select, tuple_, update
 
-from autoeff.errors import Conflict, FailureClass, InputError, LeaseLost, NotFound, Stale
+from autoeff.errors import Conflict, FailureClass, LeaseLost, NotFound, Stale
 from autoeff.search.keys import LOCAL
 from autoeff.search.storage import leases
 from autoeff.search.storage.database import Database, insert_absent, storable
@@ -319,6 +319,16 @@ class Store:
             connection.execute(update(JobRow).where(JobRow.id == job_id).values(lease))
             leases.note(connection, job_id, [("job.coordinator", {"owner": owner, "fence": fence})])
         return fence
+
+    def tell(self, job_id: str, fence: int, kind: str, body: Mapping[str, Any]) -> None:
+        """Adds an event to the job's story.
+
+        Raises:
+            LeaseLost: Another process took over.
+        """
+        with self._database.write() as connection:
+            _fenced(connection, job_id, fence)
+            leases.note(connection, job_id, [(kind, body)])
 
     def renew_coordinator(self, job_id: str, fence: int, ttl_s: float) -> None:
         """Moves the end of the lease to `ttl_s` seconds from now.

@@ -9,15 +9,20 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
+from typer.testing import CliRunner
 
-from autoeff.errors import AutoeffError, ExitCode, InputError, StorageError
+from autoeff.cli import app
+from autoeff.errors import AutoeffError, ExitCode, FailureClass, InputError, StorageError
 from autoeff.search.storage import JobState, Proposal, State, Store, database
 from autoeff.search.storage.database import Database
 from autoeff.search.storage.migrations import configuration
@@ -191,6 +196,18 @@ class TestMigrations:
             store.propose("first", fence, proposal(4))
             assert store.events("first")[-1].kind == "trial.proposed"
 
+    def test_older_file_is_copied_before_it_is_upgraded(self, url: str) -> None:
+        with closing(sqlite3.connect(path_of(url))) as raw:
+            raw.executescript((FIXTURES / "revision_0001.sql").read_text())
+        with closing(Database(url)) as opened:
+            assert opened.upgraded_from == "0001"
+        with closing(sqlite3.connect(f"{path_of(url)}.0001.bak")) as raw:
+            assert raw.execute("SELECT version_num FROM autoeff_alembic").fetchall() == [("0001",)]
+            assert raw.execute("SELECT count(*) FROM trial").fetchall() == [(4,)]
+        with closing(Database(url)) as opened, opened.read() as connection:
+            assert opened.upgraded_from == REVISION
+            assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
+
     def test_other_tables_in_the_database_are_left_alone(self, tmp_path: Path) -> None:
         file = tmp_path / "shared.db"
         with closing(sqlite3.connect(file)) as raw:
@@ -247,6 +264,75 @@ class TestFailing:
     def test_fault_of_ours_keeps_its_trace(self, url: str) -> None:
         with closing(Database(url)) as opened, pytest.raises(IntegrityError), opened.write() as connection:
             connection.exec_driver_sql("INSERT INTO trial VALUES ('nobody', 0, 1, 'given', NULL, 1, 1.0, '{}', NULL, 0, NULL)")
+
+
+class TestServer:
+    @pytest.fixture
+    def url(self, servers: ModuleType, postgres: Any) -> Iterator[str]:
+        """An empty database of a PostgreSQL server."""
+        made = servers.new_database(postgres)
+        yield made
+        servers.drop_database(postgres, made)
+
+    def test_empty_database_gets_its_tables_from_whoever_is_first(self, url: str, race: Callable[[str, int], list[str]]) -> None:
+        code = f"""
+import autoeff.search.storage.migrations
+from autoeff.search.storage import Store
+def run(i):
+    Store.open({url!r}).create_job(str(i), {{}}, {{}}, {{}}, "")
+"""
+        race(code, 4)
+        with Store.open(url) as store:
+            assert sorted(job.id for job in store.jobs()) == list("0123")
+        with closing(Database(url)) as opened, opened.write() as connection:
+            command.check(configuration(connection))
+
+    def test_older_database_is_upgraded_only_on_request(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            command.upgrade(configuration(connection), "0001")
+        engine.dispose()
+        with pytest.raises(InputError, match=r"revision '0001', older than this autoeff needs .* `autoeff db upgrade`"):
+            Store.open(url)
+        monkeypatch.setenv("AUTOEFF_DATABASE_URL", url)
+        done = CliRunner().invoke(app, ["db", "upgrade"])
+        assert (done.exit_code, f"was upgraded from 0001: revision {REVISION}" in done.stdout) == (0, True), done.output
+        assert "is up to date" in CliRunner().invoke(app, ["db", "upgrade"]).stdout
+        Store.open(url).close()
+
+    def test_database_of_a_newer_version_is_refused(self, url: str) -> None:
+        with closing(Database(url)) as opened, opened.write() as connection:
+            connection.exec_driver_sql("UPDATE autoeff_alembic SET version_num = '9999'")
+        with pytest.raises(InputError, match="revision '9999', newer than this autoeff knows"):
+            Store.open(url)
+
+    def test_text_that_postgresql_cannot_store_is_mended(self, url: str, proposal: Callable[..., Proposal], me: str) -> None:
+        with Store.open(url) as store:
+            store.create_job("job", {}, {}, {}, "")
+            ref = store.propose("job", store.acquire_coordinator("job", me, 60), proposal(0), claim_for=me, ttl_s=60)
+            assert ref.claim is not None
+            store.fail(ref.claim, FailureClass.CRASH, "a\0b", "c\0\ud800d")
+            (attempt,) = store.attempts(ref.evaluation_id)
+            assert (attempt.failure and attempt.failure.message, attempt.log) == ("a\ufffdb", "c\ufffd?d")
+
+    def test_absent_server_is_one_line_without_the_password(self, servers: ModuleType) -> None:
+        with pytest.raises(StorageError, match="connection") as caught:
+            Store.open(f"postgresql+psycopg://me:secret@127.0.0.1:{servers.free_port()}/autoeff")
+        assert "secret" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_lost_connection_is_one_line_and_the_next_call_connects_again(self, url: str, servers: ModuleType, postgres: Any) -> None:
+        def lose(store: Store) -> None:
+            with store.database.write() as connection:
+                (mine,) = connection.exec_driver_sql("SELECT pg_backend_pid()").one()
+                with closing(psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True)) as other:
+                    other.execute("SELECT pg_terminate_backend(%s)", [mine])
+                connection.exec_driver_sql("SELECT 1")
+
+        with Store.open(url) as store:
+            with pytest.raises(StorageError):
+                lose(store)
+            assert store.jobs() == []
 
 
 def test_every_dialect_has_a_clock_in_utc_seconds() -> None:
