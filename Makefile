@@ -1,5 +1,6 @@
 # make demo    set up and search the bundled model
 # make test    set up and run every check
+# make faults  set up and break a running service part by part
 #
 # PYTHON chooses the interpreter (3.11 to 3.13), WORKERS the number of test processes, TESTS what pytest runs.
 
@@ -22,11 +23,15 @@ define timed
 	@echo "== $(1)"; since=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - since )) s"
 endef
 
-.PHONY: demo env lint test types
+.PHONY: demo env faults lint test types
 
 demo: env
 	@mkdir -p runs
 	$(BIN)/autoeff search demo --knobs bits,skip --limit 'avg_bits<=3.5' --trials 120 --windows 8 --eval-windows 16 --seed 0 --out "runs/demo-$$(date +%Y%m%d-%H%M%S)"
+
+# Breaks every part of a running service, three times each, and audits what is left.
+faults: env
+	$(BIN)/python benchmarks/faults.py --moments 3
 
 # One process per core: torch's own threads would only compete.
 test: lint types
