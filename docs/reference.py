@@ -350,11 +350,68 @@ def search_quality() -> str:
     return table(["model", "knobs", "bytes", "uniform", "best of random", "additive optimum", "found", "found against uniform"], rows)
 
 
+def real_size() -> str:
+    """Each run of a shape, predicted and measured."""
+    rows = []
+    for name, run in results("real_size").items():
+        for what, unit in (("memory_bytes", "GB"), ("bank_bytes", "GB"), ("bank_s", "s"), ("evaluation_s", "s"), ("total_s", "s")):
+            scale = 1e9 if unit == "GB" else 1
+            predicted, measured = (run[side][what] / scale for side in ("predicted", "measured"))
+            rows.append([f"{name.split(', ')[0]}, {run['store']}", REAL[what], f"{predicted:.3g} {unit}", f"{measured:.3g} {unit}"])
+    return table(["shape, store", "what", "predicted", "measured"], rows)
+
+
+REAL = {
+    "memory_bytes": "peak memory",
+    "bank_bytes": "bank on disk",
+    "bank_s": "building the bank",
+    "evaluation_s": "an evaluation",
+    "total_s": "opening, bank and five evaluations",
+}
+
+
+def method_fronts() -> str:
+    """Quantizers, criteria and unit criteria, by model and level."""
+    shown = {"bits, asymmetric": ("4", "3", "2"), "sparsity": ("0.5", "2:4"), "width": ("0.75", "0.5"), "heads": ("0.5",)}
+    rows = []
+    for model, found in results("method_fronts").items():
+        for name, levels in shown.items():
+            merged: dict[str, dict[str, Any]] = {}
+            for row in found["rows"]:
+                if row["table"] == name:
+                    merged.setdefault(row["method"], {}).update(row["levels"])
+            for level in levels:
+                values = {method: found[level]["mean"] for method, found in merged.items() if level in found}
+                if values:
+                    text = ", ".join(f"{method} {value:.3g}" for method, value in sorted(values.items(), key=lambda item: item[1]))
+                    rows.append([model, f"`{name.partition(',')[0]}={level}`", text])
+    return table(["model", "level everywhere", "best first"], rows)
+
+
+def joint_search() -> str:
+    """Means over seeds, by model and budget."""
+    rows = []
+    for model, group in groupby(results("joint_search")["rows"], key=lambda row: row["model"]):
+        runs = list(group)
+        for share in runs[0]["resolve"]:
+            found = {
+                knobs: sum(s["held_out"] for run in runs for s in run["searches"] if (s["knobs"], s["share"]) == (knobs, share)) / len(runs)
+                for knobs in ("bits", "bits,width,skip")
+            }
+            ratio = sum(run["resolve"][share]["ratio_to_fresh"] for run in runs) / len(runs)
+            alone, joint = found.values()
+            rows.append([model, len(runs), share, f"{alone:.3g}", f"{joint:.3g}", f"{joint / alone - 1:+.0%}", f"{ratio:.3f}"])
+    columns = ["model", "seeds", "`linear_bytes`", "`bits`", "`bits,width,skip`", "", "resolved / fresh, search text"]
+    return table(columns, rows)
+
+
 def less(before: float, after: float) -> str:
     return f"{1 - after / before:.0%} less"
 
 
-RESULTS: Mapping[str, Callable[[], str]] = {"encoder_front": encoder_front, "search_quality": search_quality}
+RESULTS: Mapping[str, Callable[[], str]] = {
+    function.__name__: function for function in (encoder_front, search_quality, real_size, method_fronts, joint_search)
+}
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -58,7 +58,7 @@ import nbformat
 
 notebook = nbformat.read(sys.argv[1], 4)
 (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-names = dict(TRIALS=70, TEXT={TINY})
+names = dict(TRIALS=70, TEXT={TINY}, MODEL=sys.argv[2])
 cell.source += "\\n" + "\\n".join(f"{{name}} = {{value!r}}" for name, value in names.items() if name in cell.source)
 nbclient.NotebookClient(notebook, timeout=150, kernel_name="python3", resources=dict(metadata=dict(path="."))).execute()
 """
@@ -335,14 +335,19 @@ def test_the_example_knob_is_searched_beside_others(float8: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebooks_run(path: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a fast form, which replaces the cell tagged `parameters`; stored outputs are those of the full one."""
     monkeypatch.setenv("AUTOEFF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "train.txt").write_text(WORDS)
     done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=170, check=False
+        [sys.executable, "-c", NOTEBOOK, str(path), str(tiny_models["bert"])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -355,6 +360,6 @@ def test_notebooks_are_stored_small_with_outputs_and_no_paths_of_a_machine(path:
     notebook = nbformat.read(path, 4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count == i for i, cell in enumerate(cells, 1))
-    assert sum(bool(cell.outputs) for cell in cells) >= 5
+    assert sum(bool(cell.outputs) for cell in cells) >= 2
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     assert not re.search(r"/(root|home|work|tmp)/", path.read_text())
