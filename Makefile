@@ -1,4 +1,5 @@
 # make demo    set up and search the bundled model
+# make demo-cluster  the same over REST, with Redis, PostgreSQL and two workers
 # make test    set up and run every check
 # make faults  set up and break a running service part by part
 #
@@ -23,11 +24,15 @@ define timed
 	@echo "== $(1)"; since=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - since )) s"
 endef
 
-.PHONY: demo env faults lint test types
+.PHONY: demo demo-cluster env faults lint test types
 
 demo: env
 	@mkdir -p runs
 	$(BIN)/autoeff search demo --knobs bits,skip --limit 'avg_bits<=3.5' --trials 120 --windows 8 --eval-windows 16 --seed 0 --out "runs/demo-$$(date +%Y%m%d-%H%M%S)"
+
+# A cluster that lives for one search: Redis, PostgreSQL, the API, a coordinator, two Celery workers.
+demo-cluster: env
+	$(BIN)/python benchmarks/demo_cluster.py
 
 # Breaks every part of a running service, three times each, and audits what is left.
 faults: env

@@ -34,7 +34,7 @@ class RateLimits:
     """How many calls a key, or an address without one, may make in any minute.
 
     Args:
-        per_minute: Calls of a key; 0 does not limit.
+        per_minute: Calls of a key; 0 limits nothing at all.
         refused_per_minute: Calls of an address that are refused for want of a good key.
     """
 
@@ -66,7 +66,7 @@ class RateLimits:
         Raises:
             ApiError: 429.
         """
-        if not self._limiter.test(self._refused, "address", address):
+        if self._per_key is not None and not self._limiter.test(self._refused, "address", address):
             raise ApiError(429, "too-many-requests", "too many calls without a good key; wait a minute", {"Retry-After": "60"})
 
     def refused(self, address: str) -> None:

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     data_roots: Folders = Field(default=(), description="Folders whose texts a server lets jobs name, divided by colons.")
     hub: bool = Field(default=False, description="Whether a server lets jobs name models and texts of the hub.")
     secret: str | None = Field(default=None, min_length=16, description="Signs cursors; servers of one database share it.")
-    calls_per_minute: int = Field(default=600, ge=0, description="Calls of an API key in a minute; 0 for any number.")
+    calls_per_minute: int = Field(default=600, ge=0, description="Calls of an API key in a minute; 0 for any number, also without a key.")
     open_jobs: int = Field(default=1000, ge=1, description="Jobs of one owner that have not ended.")
 
     @classmethod

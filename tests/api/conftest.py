@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import update
@@ -114,3 +117,16 @@ def make_server(searched_home: tuple[Path, str], tiny_models: dict[str, Path]) -
 @pytest.fixture(scope="module")
 def served(make_server: Callable[..., Served]) -> Served:
     return make_server()
+
+
+@pytest.fixture(scope="module")
+def live(served: Any) -> Iterator[str]:
+    """The URL of a server that listens."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(served.app, lifespan="off", log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    bound.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 
 from autoeff import client as client_module
 from autoeff.cli import main
@@ -21,19 +18,6 @@ from autoeff.client import Client
 from autoeff.errors import Conflict, Forbidden, InputError, NotFound, Stale, Unavailable, UnreachableLimit
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def live(served: Any) -> Iterator[str]:
-    """The URL of a server that listens."""
-    bound = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(served.app, lifespan="off", log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    bound.close()
 
 
 @pytest.fixture
