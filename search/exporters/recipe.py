@@ -37,6 +37,7 @@ def recipe_of(job: Job, trial: Trial) -> str:
         "model": {key: job.preflight["model"][key] for key in ("model_type", "digest", "parameters")},
         "knobs": job.spec["knobs"],
         "untie": job.spec["space"]["untie"],
+        "context": job.spec["context"] or job.preflight["model"]["context"],
         "digest": trial.configuration.digest,
         "configuration": dict(trial.configuration.levels),
         "measurements": {m.name: m.to_json() for m in trial.measurements},
