@@ -22,8 +22,11 @@ from autoeff.search.samplers.problem import OperatingPoint, Problem
 from autoeff.search.settings import Settings
 from autoeff.search.standing import judged_cost, problem_of, standing_of
 from autoeff.search.storage.records import Job, Trial
+from autoeff.spaces.costs import LATENCIES
 
 __all__ = ["Comparison", "compare", "write_fronts"]
+
+_TIMES = {name for name, _ in LATENCIES.values()}
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,24 @@ def compare(runs: Sequence[str], settings: Settings) -> Comparison:
         _check_comparable(first, other)
     own = is_own(first.job)
     held_out = own or len({side.job.preflight["text"]["held_out"]["digest"] for side in sides}) == 1
+    timed_alike = len({str(side.job.preflight.get("latency", {}).get("digest")) for side in sides}) == 1
     cost = judged_cost(first.job)
+    if cost in _TIMES and not timed_alike:
+        cost = "weight_bytes"
+    points = [(point, bound) for point, bound in _points(sides, cost) if timed_alike or not _TIMES & {limit.name for limit in point.limits}]
+    notices = [] if held_out else ["the held-out texts differ, so only values on the search text are compared"]
+    if not timed_alike:
+        notices.append("the runs are not timed by one latency table, so no budget in milliseconds is compared")
     return Comparison(
         quality=first.problem.quality,
         cost=cost,
         own=own,
         runs=tuple(_run(side, held_out) for side in sides),
-        budgets=tuple(_budget(point, bound, sides, held_out) for point, bound in _points(sides, cost)),
+        budgets=tuple(_budget(point, bound, sides, held_out) for point, bound in points),
         settings=_settings(sides),
         decisions=_decisions(sides),
         fronts=tuple(_front(side, cost) for side in sides),
-        notices=() if held_out else ("the held-out texts differ, so only values on the search text are compared",),
+        notices=tuple(notices),
     )
 
 

@@ -200,7 +200,8 @@ def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
     make_seeds(spec.seeds, list(spec.knobs))
     if spec.metrics and queue is not None:
         raise InputError(f"the metric {spec.metrics[0]!r} is code of this machine, which workers of a queue do not have; search without them")
-    setup = replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap, latency=_latency(spec, settings), hardware=queue)
+    latency = _latency(spec, settings, queue)
+    setup = replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap, latency=latency, hardware=queue)
     preparation = prepare(setup, elsewhere=queue is not None)
     context = spec.context or preparation.facts.context
     if context is None:
@@ -228,7 +229,7 @@ def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
     )
 
 
-def _latency(spec: JobSpec, settings: Settings) -> LatencySpec | None:
+def _latency(spec: JobSpec, settings: Settings, queue: str | None) -> LatencySpec | None:
     """What must be timed: nothing, unless an objective or a limit is on a time."""
     named = {*spec.objectives, *(text.partition("<")[0].strip() for text in spec.limits)}
     phases = tuple(phase for phase in PHASES if f"{phase}_ms" in named)

@@ -30,6 +30,11 @@ SPACE = SearchSpace(
     DENSE,
 )
 COSTS = CostModel(SPACE, batch=2, context=10)
+TIMED = CostModel(
+    SearchSpace((Decision("a", "bits", 0, (16, 4), {(): ({}, {"decode_ns": -2_000_000})}),), DENSE | {"decode_ns": 3_000_001}),
+    batch=2,
+    context=10,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,32 @@ COSTS = CostModel(SPACE, batch=2, context=10)
 def test_a_limit_is_read_exactly(text: str, name: str, bound: Fraction) -> None:
     limit = parse_limit(text, COSTS)
     assert (limit.name, limit.bound) == (name, bound)
+
+
+@pytest.mark.parametrize(
+    ("text", "bound"),
+    [
+        ("decode_ms<=4", Fraction(4)),
+        ("decode_ms<=4ms", Fraction(4)),
+        ("decode_ms<=1.5us", Fraction(15, 10_000)),
+        ("decode_ms<=2s", Fraction(2000)),
+        ("decode_ms<=0.6x", Fraction(6, 10) * Fraction(3_000_001, 10**6)),
+    ],
+)
+def test_a_limit_in_milliseconds_is_read_exactly(text: str, bound: Fraction) -> None:
+    limit = parse_limit(text, TIMED)
+    assert (limit.name, limit.bound) == ("decode_ms", bound)
+    assert limit.met(bound)
+    assert not limit.met(bound + Fraction(1, 10**9))
+
+
+def test_a_limit_in_milliseconds_is_refused_in_its_own_unit() -> None:
+    with pytest.raises(UnreachableLimit, match=r"the least decode_ms of this space is 1000\.0010us;"):
+        check_reachable([parse_limit("decode_ms<=1000us", TIMED)], TIMED)
+    with pytest.raises(InputError, match="unknown unit 'MB'; allowed: us, ms, s and x"):
+        parse_limit("decode_ms<=1MB", TIMED)
+    with pytest.raises(InputError, match="no limit can be set on 'decode_ms'"):
+        parse_limit("decode_ms<=1", COSTS)
 
 
 @pytest.mark.parametrize(

@@ -98,5 +98,8 @@ def test_latency_of_an_absent_gpu_is_estimated_everywhere(job: Callable[..., Job
     measured = {m.name: m.method for m in planned.problem.cost_model.measurements([0] * len(planned.space.decisions))}
     assert {name for name, method in measured.items() if method == "estimated"} == {"decode_ms", "prefill_ms"}
     assert any("estimated" in notice for notice in planned.notices)
+    assert plan(spec, settings, "cpu").preflight["latency"] == planned.preflight["latency"]
+    with pytest.raises(InputError, match="of the workers of queue cpu is not measured yet"):
+        plan(job(limits=["decode_ms<=1s"]), settings, "cpu")
     with pytest.raises(UnreachableLimit, match=r"the least decode_ms of this space is 0\.\d+us"):
         plan(job(limits=["decode_ms<=0.0001us"], target="H200"), settings)

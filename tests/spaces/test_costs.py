@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -107,3 +108,26 @@ def test_space_alone_is_enough_for_the_costs(make_structure: Callable[..., Struc
     again = SearchSpace.from_yaml(space.to_yaml())
     indices = space.sample(random.Random(2))
     assert CostModel(again, batch=1, context=1).values(indices) == CostModel(space, batch=1, context=1).values(indices)
+
+
+def test_spaces_from_before_latency_read_what_they_store(make_model: Callable[..., nn.Module]) -> None:
+    structure = find_structure(make_model("llama"))
+    space, _ = build_space(structure, SpaceSpec({"bits": {}}))
+    before = SearchSpace(
+        tuple(
+            replace(d, costs={c: tuple({n: v for n, v in cost.items() if n != "read_bytes"} for cost in row) for c, row in d.costs.items()})
+            for d in space.decisions
+        ),
+        {name: value for name, value in space.dense.items() if name != "read_bytes"},
+    )
+    for seed in range(5):
+        indices = space.sample(random.Random(seed))
+        assert CostModel(before, batch=1, context=2).values(indices) == CostModel(space, batch=1, context=2).values(indices)
+
+
+@pytest.mark.parametrize(("quantity", "method"), [("decode_ns", "predicted"), ("decode_floor_ns", "estimated")])
+def test_times_say_how_they_came_about(make_model: Callable[..., nn.Module], quantity: str, method: str) -> None:
+    space, _ = build_space(find_structure(make_model("llama")), SpaceSpec({"bits": {}}), dense={quantity: 1_500_000})
+    found = {m.name: (m.value, m.method) for m in CostModel(space, batch=1, context=2).measurements([0] * len(space.decisions))}
+    assert found.pop("decode_ms") == (1.5, method)
+    assert {how for _, how in found.values()} == {"exact"}
