@@ -237,6 +237,8 @@ def _latency(spec: JobSpec, settings: Settings, queue: str | None) -> LatencySpe
         if spec.target is not None:
             raise InputError(f"target {spec.target!r} is given, but no objective and no limit is on decode_ms or prefill_ms")
         return None
+    if queue is not None and spec.target is None:
+        raise InputError(f"{phases[0]}_ms of the workers of queue {queue} is not measured yet; search on that machine, or give a target")
     return LatencySpec(phases, spec.batch, spec.context, str(settings.home / "latency"), spec.target)
 
 
