@@ -116,7 +116,7 @@ def search(
     untie: Annotated[bool | None, _option("Space", "Let fused linears (q/k/v, gate/up) decide apart.", "--untie/--tie")] = None,
     objective: Annotated[str | None, _option("Goal", "What to minimise; quality first.", metavar="NAME,NAME…")] = None,
     limit: Annotated[
-        list[str] | None, _option("Goal", "A hard limit such as weight_bytes<=0.30x or avg_bits<=3.5; may be repeated.", metavar="LIMIT")
+        list[str] | None, _option("Goal", "A hard limit such as weight_bytes<=0.30x or decode_ms<=4ms; may be repeated.", metavar="LIMIT")
     ] = None,
     tasks: Annotated[str | None, _option("Goal", "Tasks of lm-eval to ask finalists (extra tasks).", metavar="NAME,NAME…")] = None,
     tasks_path: Annotated[str | None, _option("Goal", "Folder of task files of one's own.", metavar="DIR")] = None,

@@ -148,7 +148,7 @@ def _attending(operation: Operation, device: torch.device, dtype: torch.dtype) -
     batch, context, heads, kv, size = (operation[name] for name in ("batch", "context", "heads", "kv", "size"))
     decode = operation.name == "attention_decode"
     q = torch.randn(batch, heads, 1 if decode else context, size, device=device).to(dtype)
-    cache = torch.randn(2, batch, kv, context, size, device=device).to(dtype)
+    cache = torch.randn(2, batch, kv, context - decode, size, device=device).to(dtype)
     new = torch.randn(batch, kv, 1, size, device=device).to(dtype)
 
     @torch.inference_mode()

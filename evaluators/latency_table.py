@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import digest_of
@@ -35,7 +35,7 @@ class LatencySpec:
     Attributes:
         phases: `decode`, `prefill` or both.
         batch: Sequences at once.
-        context: Tokens in the cache of a decoding step, and of a prompt; None takes the model's context.
+        context: Tokens in the cache after a decoding step, and of a prompt; None takes the model's context.
         folder: Of the tables.
         target: A GPU of `GPUS` that is not here; None for the job's own device.
     """
@@ -130,7 +130,7 @@ class LatencyTable:
     def empty(cls, device: torch.device) -> LatencyTable:
         """For what is measured here and now."""
         gpu = device.type == "cuda"
-        versions = {"torch": str(torch.__version__), "transformers": str(transformers.__version__), "python": platform.python_version()}
+        versions = {name: _version(name) for name in ("autoeff", "torch", "transformers", "triton")} | {"python": platform.python_version()}
         name = torch.cuda.get_device_name(device) if gpu else _cpu_name()
         return cls(name, versions, 0 if gpu else torch.get_num_threads(), date.today().isoformat())
 
@@ -194,6 +194,14 @@ class LatencyTable:
         """Where a table of this device, these versions and threads belongs."""
         name = re.sub(r"[^a-z0-9]+", "-", self.hardware.lower()).strip("-")
         return folder / f"{name}-{digest_of([FORMAT, self.versions])[:8]}.json"
+
+
+def _version(package: str) -> str:
+    """What is installed; a bare tree has no metadata of its own."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _cpu_name() -> str:

@@ -249,7 +249,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def decoding(model: nn.Module, vocabulary: int, batch: int, context: int) -> _Call:
-    """A call that decodes one token for each of `batch` sequences with `context` tokens in the cache; the cache is then as it was.
+    """A call that decodes the last of `context` tokens of each of `batch` sequences; the cache is then as it was.
 
     Raises:
         InputError: The model keeps its cache in a form that cannot be filled.
@@ -267,12 +267,12 @@ def decoding(model: nn.Module, vocabulary: int, batch: int, context: int) -> _Ca
                 raise InputError(
                     f"the cache of {type(model).__name__} ({type(layer).__name__}) cannot be filled, so decode_ms is not known"
                 )
-            missing = context - (layer is like)
+            missing = max(0, context - 1 - (layer is like))
             shapes = [(*tensor.shape[:2], missing, tensor.shape[3]) for tensor in (like.keys, like.values)]
             layer.update(*(torch.randn(shape, device=device, dtype=like.keys.dtype) for shape in shapes))
     states = [dict(vars(layer)) for layer in cache.layers]
     if "position_ids" in signature(model.forward).parameters:
-        arguments["position_ids"] = torch.full((batch, 1), context, device=device)
+        arguments["position_ids"] = torch.full((batch, 1), context - 1, device=device)
 
     def call() -> object:
         for layer, state in zip(cache.layers, states, strict=True):

@@ -98,7 +98,14 @@ def test_decoding_step_sees_the_whole_context_each_time(tiny_model: Callable[...
     first, second = call(), call()
     assert torch.equal(first.logits, second.logits)  # type: ignore[attr-defined]
     assert first.logits.shape[:2] == (2, 1)  # type: ignore[attr-defined]
-    assert second.past_key_values.get_seq_length() == 21  # type: ignore[attr-defined]
+    assert second.past_key_values.get_seq_length() == 20  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("family", "context"), [("gpt2", 64), ("gpt2", 1), ("llama", 2)])
+def test_contexts_at_the_ends_can_be_timed(tiny_model: Callable[..., nn.Module], family: str, context: int) -> None:
+    """GPT-2 has 64 positions, and no more."""
+    output: Any = decoding(tiny_model(family), 61, 1, context)()
+    assert output.logits.isfinite().all()
 
 
 def test_prefill_takes_every_token_and_gives_the_last(tiny_model: Callable[..., nn.Module]) -> None:

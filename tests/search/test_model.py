@@ -12,6 +12,7 @@ import pytest
 from autoeff.errors import InputError, UnreachableLimit
 from autoeff.evaluators import latency_fit
 from autoeff.kernels import timing
+from autoeff.search.compare import compare
 from autoeff.search.job import JobSpec
 from autoeff.search.run import plan, resume, start
 from autoeff.search.settings import Settings
@@ -88,6 +89,19 @@ def test_nothing_is_timed_that_nobody_asks_for(job: Callable[..., JobSpec], sett
     assert not (settings.home / "latency").exists()
     with pytest.raises(InputError, match="no objective and no limit is on decode_ms or prefill_ms"):
         plan(job(target="H200"), settings)
+
+
+def test_milliseconds_of_different_devices_are_not_compared(job: Callable[..., JobSpec], settings: Settings, tmp_path: Path) -> None:
+    for target in ("H200", "L4"):
+        start(job(limits=["decode_ms<=0.9x"], target=target), tmp_path / target, settings)
+    found = compare([str(tmp_path / target) for target in ("H200", "L4")], settings)
+    assert found.cost == "weight_bytes"
+    assert any("not timed by one latency table" in notice for notice in found.notices)
+    assert found.budgets
+    assert not any("decode_ms" in budget["budget"] for budget in found.budgets)
+    twice = compare([str(tmp_path / "H200")] * 2, settings)
+    assert twice.cost == "decode_ms"
+    assert any("decode_ms" in budget["budget"] for budget in twice.budgets)
 
 
 def test_latency_of_an_absent_gpu_is_estimated_everywhere(job: Callable[..., JobSpec], settings: Settings) -> None:
