@@ -37,12 +37,12 @@ from autoeff.search.settings import Settings
 from autoeff.search.storage import State, Store
 from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, OutboxRow, TrialRow
 
-LEASE_S = 3.0
+LEASE_S = 4.0
 JOB = {
     "model": "demo", "data": {"windows": 8, "length": 64}, "eval_data": {"windows": 8, "length": 64}, "knobs": {"bits": {}, "skip": {}},
     "limits": ["linear_bytes<=0.25x"], "budget": {"trials": 45}, "sampler": "nsga2",
 }  # fmt: skip
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 def _servers() -> ModuleType:
@@ -176,11 +176,17 @@ def postgres_stopped_at_once(cluster: Cluster, rng: random.Random) -> None:
     cluster.postgres.start()
 
 
+def postgres_away_past_the_lease(cluster: Cluster, rng: random.Random) -> None:
+    cluster.postgres.stop(signal.SIGQUIT)
+    time.sleep(1.5 * LEASE_S)
+    cluster.postgres.start()
+
+
 FAULTS: Mapping[str, Callable[[Cluster, random.Random], None]] = {
     fault.__name__: fault
     for fault in (
         messages_repeated, worker_killed, redis_emptied, pool_process_killed, coordinator_killed, runner_killed,
-        worker_stopped_past_its_lease, postgres_stopped_at_once, redis_killed, every_coordinator_killed,
+        worker_stopped_past_its_lease, postgres_stopped_at_once, redis_killed, every_coordinator_killed, postgres_away_past_the_lease,
     )
 }  # fmt: skip
 
@@ -219,7 +225,7 @@ def running(folder: Path, postgres: Any, redis: Any, database: str) -> Iterator[
         cluster.stop()
 
 
-def break_everything(cluster: Cluster, faults: Sequence[str], seed: int) -> tuple[str, list[Moment]]:
+def break_everything(cluster: Cluster, spec: JobSpec, faults: Sequence[str], seed: int) -> tuple[str, list[Moment]]:
     """Searches while these faults happen, one after the other; returns the job and what they were like.
 
     Raises:
@@ -228,7 +234,7 @@ def break_everything(cluster: Cluster, faults: Sequence[str], seed: int) -> tupl
     rng = random.Random(seed)
     moments = []
     with Store.open(cluster.settings.database) as store:
-        job_id = submit(store, JobSpec.parse(JOB | {"seed": seed}), cluster.settings).id
+        job_id = submit(store, spec, cluster.settings).id
     ended(cluster, job_id, 2, "the start")
     for fault in faults:
         time.sleep(rng.uniform(0.0, 0.5))
@@ -251,7 +257,7 @@ def ended(cluster: Cluster, job_id: str, count: int, what: str) -> int:
             if done >= count or job.state.terminal:
                 assert job.error is None, job.error
                 return done
-            assert time.monotonic() < deadline, f"{what}: {done} of {count} trials ended in {WAIT_S:g} s: {job}"
+            assert time.monotonic() < deadline, f"{what}: {done} of {count} trials ended in {WAIT_S:g} s; {job.state}, {job.counts}"
             time.sleep(0.1)
 
 
@@ -315,7 +321,9 @@ def same_values(store: Store, job_id: str, settings: Settings, count: int) -> No
             assert abs(item.value - stored.value) <= 1e-6 * abs(stored.value) + 1e-9, (trial.number, item, stored)
 
 
-def check(faults: Sequence[str], seed: int, folder: Path, postgres: Any, redis: Any, database: str) -> tuple[list[Moment], Counter[str]]:
+def check(
+    spec: JobSpec, faults: Sequence[str], seed: int, folder: Path, postgres: Any, redis: Any, database: str
+) -> tuple[list[Moment], Counter[str]]:
     """One search with these faults; returns their moments, and the evaluations of each worker.
 
     Raises:
@@ -323,7 +331,7 @@ def check(faults: Sequence[str], seed: int, folder: Path, postgres: Any, redis: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     with running(folder, postgres, redis, database) as cluster:
-        job_id, moments = break_everything(cluster, faults, seed)
+        job_id, moments = break_everything(cluster, spec, faults, seed)
         runners = cluster.children(2)
     assert not [runner for runner in runners if runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE], "runners are left"
     with Store.open(database) as store:
@@ -346,7 +354,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder, servers.postgres_server() as postgres, servers.redis_server() as redis:
         for round_ in range(moments):
             faults = rng.sample(sorted(FAULTS), len(FAULTS))
-            found, workers = check(faults, seed + round_, Path(folder) / str(round_), postgres, redis, servers.new_database(postgres))
+            spec, place = JobSpec.parse(JOB | {"seed": seed + round_}), Path(folder) / str(round_)
+            found, workers = check(spec, faults, seed + round_, place, postgres, redis, servers.new_database(postgres))
             done += found
             for moment in found:
                 print(f"{moment.fault:32s} after {moment.after:4d} trials: went on in {moment.recovered_s:5.1f} s", flush=True)

@@ -206,12 +206,13 @@ def answers(
         pending: What was read before and not yet taken.
         settings: Hold the memory cap.
         timeout_s: From now on.
-        tick: Called ten times a second while nothing comes.
+        tick: Called ten times a second, also while progress is reported.
 
     Raises:
         CandidateError: No answer in time, or too much memory held.
     """
-    deadline = time.monotonic() + timeout_s
+    looked = time.monotonic()
+    deadline = looked + timeout_s
     watched = psutil.Process(pid)
     cap = settings.memory_cap
     with selectors.DefaultSelector() as selector:
@@ -221,13 +222,18 @@ def answers(
                 line, _, rest = pending.partition(b"\n")
                 pending[:] = rest
                 yield json.loads(line)
-            if selector.select(_TICK_S):
+            answering = bool(selector.select(_TICK_S))
+            if answering:
                 data = os.read(fd, 1 << 20)
                 if not data:
                     return
                 pending += data
+            if time.monotonic() < looked + _TICK_S:
                 continue
+            looked = time.monotonic()
             tick()
+            if answering:
+                continue
             if time.monotonic() > deadline:
                 raise CandidateError(FailureClass.TIMEOUT, f"no answer within {timeout_s:g} s")
             if (held := _resident(watched)) > cap:

@@ -21,6 +21,7 @@ from autoeff.search.crew import Away, Stopped
 from autoeff.search.job import JobSpec
 from autoeff.search.model import plan
 from autoeff.search.settings import Settings
+from autoeff.search.storage.holders import process_identity
 from autoeff.search.storage.records import Job, JobState, Message, Reply
 from autoeff.search.storage.store import Store
 
@@ -90,6 +91,7 @@ def run_coordinators(settings: Settings, stop: threading.Event) -> None:
 class _Office:
     def __init__(self, store: Store, settings: Settings, send: Send | None, stop: threading.Event) -> None:
         self._store, self._settings, self._send, self._stop = store, settings, send, stop
+        self._me = process_identity()
         self._rung = threading.Event()
         self._driven: dict[str, threading.Thread] = {}
 
@@ -102,7 +104,7 @@ class _Office:
         while not self._stop.is_set():
             self._driven = {job_id: thread for job_id, thread in self._driven.items() if thread.is_alive()}
             with suppress(StorageError):  # whoever drives a job says so
-                for job_id in self._store.waiting_jobs():
+                for job_id in self._store.waiting_jobs(self._me):
                     if job_id not in self._driven and len(self._driven) < self._settings.coordinated_jobs:
                         self._driven[job_id] = threading.Thread(target=self._drive, args=(job_id,), name=f"job {job_id}")
                         self._driven[job_id].start()
@@ -183,8 +185,6 @@ def _after(error: BaseException) -> tuple[JobState, str | None] | None:
 
 
 def _fail(store: Store, job_id: str, settings: Settings, message: str) -> None:
-    from autoeff.search.storage.holders import process_identity
-
     fence = store.acquire_coordinator(job_id, process_identity(), settings.lease_s)
     try:
         store.set_job_state(job_id, fence, JobState.FAILED, error=message)

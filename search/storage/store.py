@@ -295,7 +295,7 @@ class Store:
     def acquire_coordinator(self, job_id: str, owner: str, ttl_s: float) -> int:
         """Makes `owner` the one process that drives the job, and returns its fence.
 
-        A lease that ended, or whose holder is surely dead, is taken over; the former holder's writes are refused from then on.
+        A lease that ended, or whose holder is surely dead or `owner` itself, is taken over; what was begun before is refused from then on.
 
         Args:
             job_id: The job.
@@ -312,7 +312,7 @@ class Store:
             job = connection.execute(query).one_or_none()
             if job is None:
                 raise _unknown(job_id)
-            if job.leased and not holder_is_dead(job.coordinator):
+            if job.leased and job.coordinator != owner and not holder_is_dead(job.coordinator):
                 raise Conflict(f"job {job_id!r} is driven by the process {job.coordinator}; stop that one or wait for its end")
             fence: int = job.coordinator_fence + 1
             lease = {"coordinator": owner, "coordinator_until": now() + ttl_s, "coordinator_fence": fence}
@@ -353,13 +353,13 @@ class Store:
             raise _taken_over(job_id, row.coordinator)
         return Orders(row.state, row.budget)
 
-    def waiting_jobs(self) -> list[str]:
-        """Submitted jobs that are to go on and that nobody drives, the oldest first."""
+    def waiting_jobs(self, me: str) -> list[str]:
+        """Submitted jobs that are to go on and that no other process drives than `me`, the oldest first."""
         wants = and_(JobRow.queue.is_not(None), JobRow.state.in_((JobState.PENDING, JobState.RUNNING)))
         query = select(JobRow.id, JobRow.coordinator, (JobRow.coordinator_until > now()).label("leased"))
         with self._database.read() as connection:
             rows = connection.execute(query.where(wants).order_by(JobRow.created_at, JobRow.id)).all()
-        return [row.id for row in rows if not row.leased or holder_is_dead(row.coordinator)]
+        return [row.id for row in rows if not row.leased or row.coordinator == me or holder_is_dead(row.coordinator)]
 
     def release_coordinator(self, job_id: str, fence: int) -> None:
         """Ends the lease; nothing happens where it was lost before."""

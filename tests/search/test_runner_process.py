@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from autoeff.errors import CandidateError, FailureClass, InputError, RunnerLost
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.text import TextSpec
-from autoeff.search.runner_process import RunnerProcess
+from autoeff.search.runner_process import RunnerProcess, answers
 from autoeff.search.settings import Settings
 from autoeff.spaces.build import SpaceSpec
 
@@ -125,3 +127,22 @@ def test_a_runner_dies_with_its_parent_even_while_it_loops(tiny_models: dict[str
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_lease_is_renewed_while_progress_is_reported() -> None:
+    reading, writing = os.pipe()
+    ticks: list[float] = []
+
+    def report() -> None:
+        for done in range(60):  # a level bank of many small entries
+            os.write(writing, json.dumps({"done": done}).encode() + b"\n")
+            time.sleep(0.01)
+        os.close(writing)
+
+    thread = threading.Thread(target=report)
+    thread.start()
+    found = list(answers(reading, os.getpid(), bytearray(), Settings(), 60.0, lambda: ticks.append(time.monotonic())))
+    thread.join()
+    os.close(reading)
+    assert [answer["done"] for answer in found] == list(range(60))
+    assert len(ticks) >= 3
