@@ -2,6 +2,7 @@
 # make demo-cluster  the same over REST, with Redis, PostgreSQL and two workers
 # make test    set up and run every check
 # make faults  set up and break a running service part by part
+# make kernels-compile  set up and compile every kernel for sm_90: minutes, and no GPU
 #
 # PYTHON chooses the interpreter (3.11 to 3.13), WORKERS the number of test processes, TESTS what pytest runs.
 
@@ -24,7 +25,7 @@ define timed
 	@echo "== $(1)"; since=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - since )) s"
 endef
 
-.PHONY: demo demo-cluster env faults lint test types
+.PHONY: demo demo-cluster env faults kernels-compile lint test types
 
 demo: env
 	@mkdir -p runs
@@ -37,6 +38,9 @@ demo-cluster: env
 # Breaks every part of a running service, three times each, and audits what is left.
 faults: env
 	$(BIN)/python benchmarks/faults.py --moments 3
+
+kernels-compile: env
+	$(BIN)/autoeff kernels compile --target sm_90
 
 # One process per core: torch's own threads would only compete.
 test: lint types
