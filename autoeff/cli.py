@@ -135,6 +135,7 @@ def search(
     table_only: Annotated[bool | None, _option("Search", "Measure the damage table and stop there.", "--table-only")] = None,
     seed: Annotated[int | None, _option("Search", "Draws the windows and everything random; default 0.")] = None,
     device: Annotated[str | None, _option("Search", "cpu, cuda or cuda:N; default cpu.")] = None,
+    queue: Annotated[str | None, _option("Search", "On a server, its workers: cpu, gpu.any, gpu.KIND; default by the device.")] = None,
     target: Annotated[
         str | None, _option("Goal", "A GPU that is not here, such as H200, for estimated decode_ms and prefill_ms.", metavar="GPU")
     ] = None,

@@ -17,7 +17,7 @@ FIELDS: Mapping[str, str] = {
     "eval_draw": "eval_data.draw", "eval_bos": "eval_data.bos", "knobs": "knobs", "settings": "knobs", "include": "space.include",
     "exclude": "space.exclude", "levels": "space.levels", "untie": "space.untie", "objective": "objectives", "limit": "limits",
     "trials": "budget.trials", "timeout": "budget.seconds", "sampler": "sampler", "seed": "seed", "batch": "batch", "context": "context",
-    "device": "device", "target": "target", "seeds": "seeds", "table_only": "table_only", "tasks": "tasks.names",
+    "device": "device", "queue": "queue", "target": "target", "seeds": "seeds", "table_only": "table_only", "tasks": "tasks.names",
     "tasks_path": "tasks.path", "task_documents": "tasks.documents", "max_degradation": "tasks.max_degradation", "metric": "metrics",
 }  # fmt: skip
 """The `JobSpec` field behind each flag of `search`."""

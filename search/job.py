@@ -128,6 +128,11 @@ class JobSpec(_Strict):
         default=None, ge=1, description="Tokens in the cache, for cache and read costs; default the model's context."
     )
     device: str = Field(default="cpu", description="cpu, cuda or cuda:N.")
+    queue: str | None = Field(
+        default=None,
+        pattern=r"^(cpu|gpu\.[a-z0-9.-]{1,50})$",
+        description="On a server, the workers that evaluate it: cpu, gpu.any, gpu.KIND; default by the device.",
+    )
     target: str | None = Field(
         default=None, description="A GPU that is not here, such as H200, whose latency counts, estimated from its data sheet."
     )

@@ -63,8 +63,10 @@ def start(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lambda pr
     """Runs a new search into the folder `out`, which must not exist.
 
     Raises:
-        InputError: As `plan`; also an existing or unwritable `out`.
+        InputError: As `plan`; also a queue, and an existing or unwritable `out`.
     """
+    if spec.queue is not None:
+        raise InputError(f"queue {spec.queue!r} names workers of a server; submit the job to one, or leave it out")
     planned = plan(spec, settings)
     with Store.open(settings.database) as store:
         job_id = uuid.uuid4().hex[:12]

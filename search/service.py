@@ -33,8 +33,16 @@ Send = Callable[[Sequence[Message]], None]
 
 
 def queue_of(spec: JobSpec) -> str:
-    """The workers that evaluate a job: `cpu`, or `gpu.any`."""
-    return "cpu" if spec.device == "cpu" else "gpu.any"
+    """The workers that evaluate a job.
+
+    Raises:
+        InputError: It names some that do not have its device.
+    """
+    by_device = "cpu" if spec.device == "cpu" else "gpu.any"
+    queue = spec.queue or by_device
+    if queue.partition(".")[0] != by_device.partition(".")[0]:
+        raise InputError(f"queue {queue!r} has no workers with the device {spec.device!r}; leave one of them out")
+    return queue
 
 
 def submit(

@@ -26,7 +26,7 @@ FLAGS: dict[str, Any] = {
     "objective": "kl,weight_bytes", "limit": ["weight_bytes<=0.30x", "avg_bits<=3.5"], "trials": 500, "timeout": "20m",
     "seeds": "pyramidkv,cake",
     "sampler": "tpe", "table_only": True, "seed": 7, "batch": 2, "context": 256, "device": "cuda:1", "target": "H200", "tasks": "piqa,own",
-    "tasks_path": "tasks", "task_documents": 50, "max_degradation": 0.01,
+    "queue": "gpu.h200", "tasks_path": "tasks", "task_documents": 50, "max_degradation": 0.01,
 }  # fmt: skip
 
 JOB = """
@@ -52,6 +52,7 @@ seed: 7
 batch: 2
 context: 256
 device: cuda:1
+queue: gpu.h200
 target: H200
 """
 

@@ -164,6 +164,11 @@ def test_a_worker_with_another_model_does_not_evaluate(
 
 def test_queues_follow_from_the_device_and_the_machine(tiny_job: Make) -> None:
     assert [queue_of(tiny_job(device=device)) for device in ("cpu", "cuda")] == ["cpu", "gpu.any"]
+    assert queue_of(tiny_job(device="cuda", queue="gpu.h200")) == "gpu.h200"
+    with pytest.raises(InputError, match="queue 'gpu.h200' has no workers with the device 'cpu'"):
+        queue_of(tiny_job(queue="gpu.h200"))
+    with pytest.raises(InputError, match="'queue'"):
+        tiny_job(queue="disk")
     check_queues(["cpu"])
     with pytest.raises(InputError, match="queues disk: this machine can serve cpu"):
         check_queues(["cpu", "disk"])
