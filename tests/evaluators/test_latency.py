@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from autoeff.errors import InputError
-from autoeff.evaluators import latency_fit
+from autoeff.evaluators import latency_fit, loading
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.latency import Latency
 from autoeff.evaluators.latency_table import LatencySpec, LatencyTable
@@ -99,6 +99,19 @@ def test_finalists_are_measured_end_to_end(timed: Callable[..., EvaluationSetup]
     for measurements in found.values():
         assert [m.name for m in measurements] == ["decode_ms", "prefill_ms"]
         assert all(m.method == "measured" and m.value > 0 and m.spread is not None and m.hardware for m in measurements)
+
+
+def test_model_that_is_kept_in_16_bits_is_served_in_them(timed: Callable[..., EvaluationSetup], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_WIDE_BYTES", 0)
+    setup = timed("mistral", {"bits": {"group_size": 32}})
+    assert {key.split()[-1] for key in table_of(prepare(setup)).entries} == {"bfloat16"}
+    evaluator = Evaluator(replace(setup, latency=None))
+    levels = {"it": {d.key: 4 for d in evaluator.space.decisions}}
+    model = evaluator.served(levels)["it"]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert setup.latency is not None
+    (found,) = evaluator.latency(levels, setup.latency)["it"]
+    assert found.value > 0
 
 
 def test_encoder_has_prefill_alone(timed: Callable[..., EvaluationSetup], tmp_path: Path) -> None:
