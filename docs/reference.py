@@ -217,7 +217,8 @@ def knobs_page(knobs: Mapping[str, type[Knob]]) -> str:
 def knob_page(knob: type[Knob]) -> str:
     """From the docstring, and from the sites and levels that the knob has in the bundled model."""
     made, about, name = knob(), described(knob), knob.name
-    sites = made.sites(demo_structure())
+    model = next(model for model in ("demo", "demo-moe") if made.sites(demo_structure(model)))
+    sites = made.sites(demo_structure(model))
     first = sites[0]
     places = [
         [f"`{site.name.split(f'.{site.block}.')[-1]}`", ", ".join(f"`{level}`" for level in made.levels(site))]
@@ -229,7 +230,7 @@ def knob_page(knob: type[Knob]) -> str:
         f"# `{name}`",
         about.text,
         "## Levels",
-        f"The first is the dense model. On the bundled model `demo` there are {len(sites)} decisions; those of block {first.block}:",
+        f"The first is the dense model. On the bundled model `{model}` there are {len(sites)} decisions; those of block {first.block}:",
         table(["place", "levels"], places),
         f"A decision is written `{first.name}:{name}`. `--levels '*:{name}={two}'` leaves fewer levels; "
         f"`--exclude '*.{first.block}.*:{name}'` keeps a block dense.",
@@ -259,12 +260,12 @@ def page_of(*parts: str) -> str:
 
 
 @cache
-def demo_structure() -> Structure:
+def demo_structure(name: str = "demo") -> Structure:
     from autoeff.evaluators.loading import inspect_model, resolve_model, skeleton
     from autoeff.spaces.couplings import coupled
     from autoeff.spaces.sites import find_structure
 
-    facts = inspect_model(resolve_model("demo"))
+    facts = inspect_model(resolve_model(name))
     model = skeleton(facts)
     return coupled(model, find_structure(model))[0].at_context(facts.context or 0)
 

@@ -43,11 +43,11 @@ from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.knob import BESIDE_WEIGHTS
 from autoeff.spaces.kv_cache import KvCache, KvPlan, continuation_start, watched
 from autoeff.spaces.material import dense_weight
 from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.sites import Linear
-from autoeff.spaces.space import Decision
 
 __all__ = ["Evaluator"]
 
@@ -193,7 +193,7 @@ class Evaluator:
     def remeasure(self, folder: Path, split: Split, windows: int, levels: Mapping[str, Level] | None = None) -> list[Measurement]:
         """Quality of the model in `folder` against this setup's dense model, as a trial's is measured.
 
-        Of `levels` those about the cache are put in force: no weights hold them.
+        Of `levels` those about the cache and about experts are put in force: no weights hold them.
 
         The weights replace the dense ones for good, so this is the last thing that an evaluator does.
         """
@@ -201,12 +201,12 @@ class Evaluator:
         if text.targets is None:
             self._learn_targets(text, split)
         self.candidate.set(self._zeros)
-        of_cache = {key for key, decision in zip(self.space.index, self.space.decisions, strict=True) if self._about_cache(decision)}
+        beside = {d.key for d in self.space.decisions if self.preparation.knobs[d.knob].kind in BESIDE_WEIGHTS}
         exported = load_model(inspect_model(folder), self.preparation.device, self.preparation.footprint.narrow).state_dict()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tensor.data = exported[name].to(tensor.dtype)  # points there: the dense weights are let go
         self._dense_states, self._last_states = {}, {}
-        self.candidate.set(self.space.indices({key: level for key, level in (levels or {}).items() if key in of_cache}))
+        self.candidate.set(self.space.indices({key: level for key, level in (levels or {}).items() if key in beside}))
         return self._quality(text, EvaluationRequest({}, split, windows))
 
     def stored_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
@@ -340,9 +340,6 @@ class Evaluator:
             text.targets = [teacher_of(hidden[:, start:], self._head) for _, _, hidden in everything]
         if split == "search":
             self._dense_states = {number: states for number, (_, states) in self._last_states.items()}
-
-    def _about_cache(self, decision: Decision) -> bool:
-        return self.preparation.knobs[decision.knob].kind == "cache"
 
     def _start(self, text: _Text) -> int:
         """The first token of each window that counts: what stands before is a prompt, where candidates differ in their caches."""

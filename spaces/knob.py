@@ -18,11 +18,13 @@ from autoeff.spaces.material import Material
 from autoeff.spaces.plugins import plugin, plugins
 from autoeff.spaces.sites import Site, Structure
 
-__all__ = ["KINDS", "Cost", "Kind", "Knob", "Undo", "known_knobs", "make_knob", "swap"]
+__all__ = ["BESIDE_WEIGHTS", "KINDS", "Cost", "Kind", "Knob", "Undo", "known_knobs", "make_knob", "swap"]
 
 Kind = Literal["structure", "weight", "cache", "runtime", "trained"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order in which knobs at one site are applied."""
+BESIDE_WEIGHTS: frozenset[Kind] = frozenset({"cache", "runtime"})
+"""Kinds whose levels no checkpoint holds: they stand in the recipe beside it."""
 Cost = Mapping[str, int]
 """Change against the dense level of primary quantities: `linear_bytes`, `kv_bytes_per_token`, `cache_bytes`, `flops_per_token`.
 

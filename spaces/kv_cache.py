@@ -81,8 +81,8 @@ class Sizes:
 
     @property
     def rest(self) -> int | None:
-        """Tokens kept after a round."""
-        return None if self.budget is None else self.budget - self.interval
+        """Tokens kept after a round; no fewer than must stay, where a text is too short for the budget."""
+        return None if self.budget is None else max(self.budget - self.interval, self.sinks + self.window)
 
     def packed(self, tokens: int) -> int:
         """How many of so many tokens are packed right after a round."""
@@ -206,7 +206,7 @@ class KvState:
             start = part.stop
             if self._fresh == self.sizes.interval:
                 self._round()
-        return torch.cat(outputs, 2)
+        return torch.cat(outputs, 2) if outputs else query[..., : value.shape[3]]
 
     def reorder(self, rows: Tensor) -> None:
         """Lets sequence i be what sequence `rows[i]` was (beam search)."""
@@ -446,7 +446,7 @@ def _attention(
     plan = KvPlan(**_merged(module)) if layer is None else layer.state.plan
     state = KvState(plan, key.shape[2]) if layer is None else layer.state
     if layer is None:  # a whole text: the first part is the prompt
-        start = continuation_start(key.shape[2])
+        start = max(1, continuation_start(key.shape[2]))
         prompt, rest = slice(0, start), slice(start, None)
         output = torch.cat(
             [

@@ -254,6 +254,15 @@ def test_watching_shows_the_attention_and_changes_nothing(tiny_model: Callable[.
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("policy", POLICIES)
+def test_texts_too_short_for_their_budget_keep_what_must_stay(tiny_model: Callable[..., Any], policy: str) -> None:
+    model = tiny_model("llama")
+    with under(model, share=0.1, policy=policy):
+        for length in (1, 2, 3, 5):
+            assert model(text(length)).logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_prompts_of_different_lengths_are_refused(tiny_model: Callable[..., Any]) -> None:
     model, ids = tiny_model("llama"), text()
     mask = torch.ones_like(ids)
