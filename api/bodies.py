@@ -6,6 +6,7 @@ here is finite, 64-bit and printable, so that nothing behind it meets a value th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -36,23 +37,30 @@ class BodyLimit:
     Args:
         app: What comes behind.
         limit: In bytes.
+        part_s: How long to wait for the next part of a body.
     """
 
-    def __init__(self, app: ASGIApp, limit: int = BODY_BYTES) -> None:
-        self._app, self._limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int = BODY_BYTES, part_s: float = 30.0) -> None:
+        self._app, self._limit, self._part_s = app, limit, part_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        read = 0
+        read, whole = 0, False
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal read, whole
+            if whole:  # what comes now is that the caller has left
+                return await receive()
             if declared.isdigit() and int(declared) > self._limit:
                 raise _too_large(self._limit)
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._part_s)
+            except TimeoutError:
+                raise ApiError(408, "timeout", f"nothing of the body came for {self._part_s:g} s", {"Connection": "close"}) from None
+            whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._limit:
                 raise _too_large(self._limit)

@@ -73,7 +73,7 @@ class Feed:
                 for event in page:
                     after = event.seq
                     yield event
-            self._last[job_id] = max(self._last.get(job_id, 0), after)
+            self._last.setdefault(job_id, after)  # never further: other streams may wait for what this one has read itself
             self._read()
             ended = await self._ended(job_id, after)
             while not ended:

@@ -86,6 +86,7 @@ PROBLEMS: Mapping[int, str] = {
     404: "not-found",
     405: "method-not-allowed",
     406: "not-acceptable",
+    408: "timeout",
     409: "conflict",
     412: "precondition-failed",
     413: "too-large",

@@ -60,7 +60,9 @@ class Roots:
             InputError: It names a model, text or task file that may not be reached from here, or that is not there.
         """
         if spec.metrics:
-            raise InputError(f"the metric {spec.metrics[0][:80]!r} is code, which a server does not run; search on your own machine with it")
+            raise InputError(
+                f"the metric {spec.metrics[0][:80]!r} is code, which a server does not run; search on your own machine with it"
+            )
         changes: dict[str, Any] = {"model": self.model(spec.model), "data": self._text(spec.data, "data")}
         if spec.eval_data is not None:
             changes["eval_data"] = self._text(spec.eval_data, "eval_data")
@@ -118,7 +120,7 @@ class Roots:
 
     @staticmethod
     def _found(name: str, roots: Sequence[Path]) -> Path | None:
-        for root in roots:
+        for root in roots if name else ():
             try:
                 path = (root / name).resolve(strict=True)
             except (OSError, ValueError, RuntimeError):  # not there, too long, a loop of links

@@ -32,6 +32,9 @@ __all__ = [
     "KeyPage",
     "KeyRequest",
     "KeyRow",
+    "LatencyPage",
+    "LatencyRow",
+    "LatencyTable",
     "Measured",
     "ModelPage",
     "ModelRow",
@@ -292,6 +295,33 @@ class HardwarePage(_Answer):
     """Workers."""
 
     items: list[HardwareRow]
+
+
+class LatencyRow(_Answer):
+    """The time of an operation in nanoseconds: median and quartiles over rounds."""
+
+    operation: str
+    median_ns: int
+    low_ns: int
+    high_ns: int
+    rounds: int
+
+
+class LatencyTable(_Answer):
+    """What was measured on one device with one set of versions."""
+
+    device: str
+    versions: dict[str, str]
+    threads: int = Field(description="Of torch; 0 on a GPU.")
+    date: str
+    total: int
+    items: list[LatencyRow]
+
+
+class LatencyPage(_Answer):
+    """Tables of measured operations."""
+
+    items: list[LatencyTable]
 
 
 class KeyRequest(_Request):

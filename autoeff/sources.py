@@ -220,12 +220,11 @@ class Remote:
         Raises:
             AutoeffError: It failed or was cancelled.
         """
-        started, told = time.monotonic(), 0.0
+        started, told, phase = time.monotonic(), 0.0, "loading"
         for event in self.client.events(job_id):
-            if event.kind == "end" or time.monotonic() - told > _LOOK_S:
-                job = self.client.job(job_id)
-                front = self.client.pareto(job_id)
-                watch(_progress(job, front, time.monotonic() - started))
+            phase = {"job.phase": event.body.get("phase", phase), "end": "done"}.get(event.kind, phase)
+            if event.kind in ("job.phase", "end") or time.monotonic() - told > _LOOK_S:
+                watch(_progress(self.client.job(job_id), self.client.pareto(job_id), phase, time.monotonic() - started))
                 told = time.monotonic()
         job = self.client.job(job_id)
         if job.state != "succeeded":
@@ -326,13 +325,12 @@ def opened(ref: str) -> Iterator[Run]:
         yield run
 
 
-def _progress(job: JobDetail, front: Front, seconds: float) -> Progress:
-    """What can be said from outside; a server's searches do not tell their phase."""
+def _progress(job: JobDetail, front: Front, phase: str, seconds: float) -> Progress:
+    """What can be said from outside."""
     from autoeff.search.coordinator import Progress
 
-    phases = {"pending": "loading", "succeeded": "done"}
     return Progress(
-        phase=phases.get(str(job.state), "search" if job.trials else "loading"),
+        phase=phase,
         done=job.trials - job.open,
         total=0,
         used=job.used,

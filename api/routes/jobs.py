@@ -40,7 +40,7 @@ IdempotencyKey = Annotated[
     "/v1/jobs",
     status_code=202,
     response_model=Accepted,
-    responses=described_problems(409, 413, 415, 422, 503),
+    responses=described_problems(409, 408, 413, 415, 422, 503),
     openapi_extra=documented_body(JobSpec),
 )
 async def submit(
@@ -68,7 +68,10 @@ async def submit(
 
 
 @router.post(
-    "/v1/jobs:validate", response_model=Preflight, responses=described_problems(413, 415, 422, 503), openapi_extra=documented_body(JobSpec)
+    "/v1/jobs:validate",
+    response_model=Preflight,
+    responses=described_problems(408, 413, 415, 422, 503),
+    openapi_extra=documented_body(JobSpec),
 )
 async def validate(server: Server, key: Writer, spec: Body) -> Any:
     """What is known of a job before any weight is loaded: sizes, limits, the least reachable, time. Starts nothing."""
@@ -114,7 +117,7 @@ def get_result(server: Server, job: OwnedJob, request: Request, response: Respon
 @router.patch(
     "/v1/jobs/{job_id}",
     response_model=JobDetail,
-    responses=described_problems(404, 409, 412, 413, 415, 422, 428),
+    responses=described_problems(404, 409, 412, 408, 413, 415, 422, 428),
     openapi_extra=documented_body(Budgets)
     | {
         "parameters": [

@@ -27,7 +27,7 @@ def list_keys(server: Server, key: Admin) -> dict[str, Any]:
     "",
     status_code=201,
     response_model=KeyMade,
-    responses=described_problems(413, 415, 422),
+    responses=described_problems(408, 413, 415, 422),
     openapi_extra=documented_body(KeyRequest),
 )
 def make_key(server: Server, key: Admin, asked: Annotated[KeyRequest, Depends(body_of(KeyRequest))], response: Response) -> dict[str, Any]:

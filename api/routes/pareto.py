@@ -47,7 +47,7 @@ def get_front(server: Server, job: OwnedJob, request: Request, response: Respons
 @router.post(
     "/resolve",
     response_model=ResolutionRow,
-    responses=described_problems(404, 413, 415, 422, 503),
+    responses=described_problems(404, 408, 413, 415, 422, 503),
     openapi_extra=documented_body(ResolveRequest),
 )
 async def resolve(server: Server, job: OwnedJob, asked: Annotated[ResolveRequest, Depends(body_of(ResolveRequest))]) -> Any:

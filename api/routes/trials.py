@@ -59,7 +59,7 @@ def get_trial(server: Server, job: OwnedJob, number: TrialNumber, request: Reque
     "/{number}/export",
     status_code=202,
     response_model=Artifact,
-    responses=described_problems(404, 409, 413, 415, 422),
+    responses=described_problems(404, 409, 408, 413, 415, 422),
     openapi_extra=documented_body(ExportRequest),
 )
 def export(

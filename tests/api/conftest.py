@@ -52,7 +52,10 @@ class Served:
         headers = dict(options.pop("headers", {}))
         if who is not None:
             headers["Authorization"] = f"Bearer {self.keys[who]}"
-        answer: httpx2.Response = self.client.request(method, path, headers=headers, **options)
+        for _ in range(20):
+            answer: httpx2.Response = self.client.request(method, path, headers=headers, **options)
+            if answer.status_code != 503 or not answer.json().get("type", "").endswith(":working"):
+                break  # else this machine is slow, and asking again hears the end of it
         return answer
 
     def refused(self, answer: httpx2.Response, status: int, kind: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
 from autoeff.api.app import OPEN_ROUTES, create_app, openapi_document
+from autoeff.api.bodies import BodyLimit
+from autoeff.api.problems import ApiError
 from autoeff.search.storage.keys import KeyRing
 
 NOBODY = "0" * 12
@@ -159,6 +162,21 @@ def test_a_body_is_counted_while_it_comes(served: Any) -> None:
     served.refused(answer, 413, "too-large")
 
 
+def test_a_body_that_does_not_come_is_not_waited_for_long() -> None:
+    async def never() -> Any:
+        await asyncio.sleep(60)
+
+    async def reads(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+    async def unsent(message: Any) -> None:
+        raise AssertionError(message)
+
+    with pytest.raises(ApiError, match="nothing of the body came") as raised:
+        asyncio.run(BodyLimit(reads, part_s=0.01)({"type": "http", "headers": []}, never, unsent))
+    assert raised.value.status == 408
+
+
 def test_pointers_lead_to_what_is_wrong(served: Any) -> None:
     body = served.refused(
         served.ask("POST", "/v1/jobs", json={"model": "demo", "budget": {"trials": "many"}, "a/b": 1}), 422, "invalid-input"
@@ -175,6 +193,7 @@ def test_another_content_type_is_refused(served: Any) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"model": ""},
         {"model": "/etc"},
         {"model": "../home"},
         {"model": "llama/../../home"},

@@ -13,6 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from autoeff.api import work
 from autoeff.api.app import openapi_document
 
 CASES = 6
@@ -34,7 +35,8 @@ class Asked:
 @pytest.fixture(scope="module")
 def asked(served: Any, live: str) -> Asked:
     """Somebody who owns a finished job; where a request names a job, it is that one."""
-    CONTRACT.config.update(parameters={"job_id": served.job})
+    CONTRACT.config.update(parameters={"job_id": served.job}, request_timeout=60)
+    served.app.state.context.backroom.start(work.warmed)
     return Asked(live, {"Authorization": f"Bearer {served.keys['alice']}"})
 
 

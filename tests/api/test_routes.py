@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from autoeff.api.feed import Feed
+from autoeff.evaluators.latency_table import Entry, LatencyTable
 from autoeff.search.facts import job_facts
 from autoeff.search.results import rows_of
 from autoeff.search.standing import standing_of
@@ -179,6 +180,19 @@ def test_workers_are_shown(served: Any) -> None:
     assert (worker["kind"], worker["queues"], worker["busy"]) == ("cpu", ["cpu"], False)
 
 
+def test_measured_operations_are_those_of_the_tables(served: Any) -> None:
+    folder = served.settings.home / "latency"
+    folder.mkdir(exist_ok=True)
+    entry = Entry(1200, 1100, 1300, 30)
+    table = LatencyTable("CPU x", {"torch": "2"}, 1, "2026-11-01", {"linear k=8 m=1 n=4 float32": entry, "softmax n=4 float32": entry})
+    table.write(folder / "cpu.json")
+    (folder / "broken.json").write_text("{")
+    (found,) = served.ask("GET", "/v1/kernel-latencies").json()["items"]
+    assert (found["device"], found["total"]) == ("CPU x", 2)
+    (found,) = served.ask("GET", "/v1/kernel-latencies?operation=linear").json()["items"]
+    assert found["items"] == [{"operation": "linear k=8 m=1 n=4 float32", "median_ns": 1200, "low_ns": 1100, "high_ns": 1300, "rounds": 30}]
+
+
 def test_keys_are_made_used_and_ended(served: Any) -> None:
     made = served.ask("POST", "/v1/keys", json={"name": "notebook", "owner": "alice", "scopes": ["jobs:read"], "expires_in_days": 1}).json()
     header = {"Authorization": f"Bearer {made['text']}"}
@@ -232,6 +246,32 @@ def test_followers_miss_nothing_and_are_told_the_end(served: Any) -> None:
     last = served.store.job(job).events
     assert served.store.job(job).state is JobState.CANCELLED
     assert found == [list(range(1, last + 1)), list(range(2, last + 1)), list(range(4, last + 1))]
+
+
+def test_a_stream_that_comes_later_takes_nothing_from_an_earlier_one(served: Any) -> None:
+    """It reads what is new itself, before the earlier one has been handed it."""
+    job = submitted(served)
+    feed = Feed(served.store, every_s=0.2)
+
+    async def both() -> list[int]:
+        early = feed.follow(job, 0)
+        seen = [(await anext(early)).seq]
+        waiting = asyncio.create_task(anext(early))
+        await asyncio.sleep(0.1)  # the reader has looked and sleeps
+        await asyncio.to_thread(served.store.pause, job)
+        late = feed.follow(job, 0)
+        assert [(await anext(late)).seq for _ in range(2)] == [1, 2]
+        further = asyncio.create_task(anext(late))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(served.store.cancel, job)
+        seen.append((await asyncio.wait_for(waiting, 5)).seq)
+        seen += [event.seq async for event in early]
+        await asyncio.wait_for(further, 5)
+        await feed.close()
+        return seen
+
+    seen = asyncio.run(both())
+    assert seen == list(range(1, served.store.job(job).events + 1))
 
 
 def test_a_key_follows_so_many_jobs_at_once(served: Any) -> None:
