@@ -243,7 +243,7 @@ def resolve(
         list[str] | None, _option("Goal", "The new budget, such as linear_bytes<=0.22x; may be repeated.", metavar="LIMIT")
     ] = None,
     measure_them: Annotated[
-        bool, _option("Run", "Measure up to twelve proposals with the model, and keep them as trials of the run.", "--measure")
+        bool, _option("Run", "Measure up to 24 proposals with the model, and keep them as trials of the run.", "--measure")
     ] = False,
     form: Format = Form.TABLE,
 ) -> None:

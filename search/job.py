@@ -83,11 +83,11 @@ class Tasks(_Strict):
     names: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(default=(), description="Tasks of lm-eval, or of `path`.")
     path: str | None = Field(default=None, description="Folder of task files of one's own.")
     documents: int | None = Field(default=None, ge=1, description="Documents asked of each task; default all.")
-    max_degradation: float | None = Field(default=None, ge=0, lt=1, description="Share of dense accuracy that may be lost on any task.")
+    max_degradation: float | None = Field(default=None, ge=0, lt=1, description="Share of dense accuracy that may be lost on any task, or on labels.")
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> Tasks:
-        if not self.names and (self.path, self.documents, self.max_degradation) != (None, None, None):
+        if not self.names and (self.path, self.documents) != (None, None):
             raise ValueError("names are missing: say which tasks are asked")
         return self
 

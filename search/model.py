@@ -203,6 +203,8 @@ def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
     latency = _latency(spec, settings, queue)
     setup = replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap, latency=latency, hardware=queue)
     preparation = prepare(setup, elsewhere=queue is not None)
+    if spec.tasks.max_degradation is not None and not spec.tasks.names and preparation.passages["held_out"].labels is None:
+        raise InputError("max_degradation is about accuracies; name tasks, or give images in folders that are labels of the model")
     context = spec.context or preparation.facts.context
     if context is None:
         raise InputError(f"model_type {preparation.facts.model_type!r} states no context length, which cache costs need; give --context")

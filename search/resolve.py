@@ -46,7 +46,7 @@ __all__ = ["Prediction", "Resolution", "Resolver", "resolve"]
 Watch = Callable[["Progress"], None]
 Evaluate = Callable[[Candidate, Split], Trial]
 
-_MEASURED = 12  # proposals of one `--measure`; each sees what those before it measured
+_MEASURED = 24  # proposals of one `--measure`; each sees what those before it measured
 _CONFIRMED = 4  # of the best within the limits, on the held-out text
 _STARTS = 5  # best measured configurations to descend from, beside the table's optimum
 _RADII = (1, 2)  # levels that a decision may move in one descent
@@ -137,7 +137,7 @@ def resolve(
         run: A run directory or a job id.
         limits: On costs, such as `linear_bytes<=0.22x`; they take the place of the job's.
         settings: Of this machine.
-        measure: Evaluate up to 12 proposals on both texts with the job's model, and keep them as trials of the job, origin `given`.
+        measure: Evaluate up to 24 proposals on both texts with the job's model, and keep them as trials of the job, origin `given`.
         watch: Hears how that goes.
 
     Raises:

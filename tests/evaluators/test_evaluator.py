@@ -153,6 +153,7 @@ def test_dense_perplexities_are_those_of_the_model_cards(shared: Path, tmp_path:
         assert found.value == pytest.approx(expected, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_dense_spearman_is_that_of_the_model_card(shared: Path, tmp_path: Path) -> None:
     data = TextSpec(str(shared / "data" / "stsb-train.csv"), windows=8)
     setup = EvaluationSetup(
