@@ -1,8 +1,11 @@
-"""Submitted searches, driven by one thread of this process and evaluated by another, without a broker."""
+"""Submitted searches, driven by one thread of this process and evaluated by another, or by a Celery worker."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autoeff.errors import FailureClass, InputError
 from autoeff.search.job import JobSpec
@@ -60,8 +64,26 @@ def working(settings: Settings) -> Iterator[Station]:
         station.close()
 
 
+@contextmanager
+def celery_working(settings: Settings) -> Iterator[None]:
+    variables = {
+        "AUTOEFF_HOME": str(settings.home),
+        "AUTOEFF_LEASE_S": str(settings.lease_s),
+        "AUTOEFF_MEMORY_CAP_BYTES": str(settings.memory_cap),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    command = [sys.executable, "-m", "autoeff.cli", "worker", "--queues", "cpu", "--broker", str(settings.broker_url)]
+    with (settings.home / "celery.log").open("wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 def until(store: Store, job_id: str, reached: Callable[[Job], bool]) -> Job:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while not reached(job := store.job(job_id)):
         assert time.monotonic() < deadline, job
         time.sleep(0.02)
@@ -76,8 +98,9 @@ def story(trials: list[Trial], quality: str = "kl") -> list[tuple[Any, ...]]:
     return [(t.number, t.configuration.digest, t.origin, t.split, t.windows, t.state, t.cost, t.value(quality)) for t in trials]
 
 
+@pytest.mark.timeout(900)
 def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_server_asks(
-    tiny_job: Make, searched: Any, settings: Settings, store: Store
+    tiny_job: Make, searched: Any, settings: Settings, store: Store, redis: Any
 ) -> None:
     with searched.opened() as other:
         (alone,) = [other.trials(job.id) for job in other.jobs() if job.spec["limits"] == [LOOSE]]
@@ -87,9 +110,12 @@ def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_ser
         until(store, job.id, lambda job: job.counts.succeeded >= len(alone) * 2 // 3)
     assert store.job(job.id).coordinator is None
     assert all(t.state is not State.RUNNING for t in store.trials(job.id)), "what was being evaluated is given back"
-    with coordinating(settings), working(settings):
+    celery = settings.model_copy(update={"broker_url": redis.url, "resend_s": 1.0})
+    with coordinating(celery), celery_working(celery):
         job = until(store, job.id, ended)
     assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+    workers = {attempt.worker for trial in store.trials(job.id) for attempt in store.attempts(trial.evaluation_id) if attempt.accepted}
+    assert len(workers) == 2
     found = store.trials(job.id)
     assert story(found) == story(alone)
     assert all(trial.told for trial in found)
