@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from autoeff.evaluators.bank import Step
 from autoeff.evaluators.footprint import steps_of
-from autoeff.evaluators.forward import BATCH_TOKENS
+from autoeff.evaluators.forward import BATCH_TOKENS, Forward
 from autoeff.evaluators.loading import one_block
 from autoeff.evaluators.preparation import Preparation
 from autoeff.evaluators.quality import CHUNK_ROWS
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.kv_cache import KvPlan, KvState, continuation_start
 from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Linear, Site
 
@@ -36,6 +37,7 @@ _WEIGHTS = 9 << 20  # of the timed linear: its float32 values are past the 32 Mi
 _WRITTEN_BYTES = 32 << 20
 _DRAWN = 64  # configurations, of whose decoding the mean is taken: levels that silence sublayers save it
 _IMPORTS_S = 6.0  # of a new process
+_SHARE = 0.25  # of the context, kept by the cache whose rounds are timed
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,31 @@ def predict_seconds(preparation: Preparation, bank: Path) -> Seconds:
     return Seconds(
         opening=_IMPORTS_S + preparation.seconds + body + 2 * head,
         bank=built * part + (missing * _write_s(bank) if missing else 0.0),
-        evaluation=body + head + decoded,
+        evaluation=body + head + decoded + (_rounds_s(preparation) if preparation.generates else 0.0),
     )
+
+
+@torch.no_grad()
+def _rounds_s(preparation: Preparation) -> float:
+    """Seconds of attention in rounds over the whole search text, in every layer whose cache can be decided about; sampled on one batch."""
+    passages, device = preparation.passages["search"], preparation.device
+    sites = [site for site in preparation.structure.sites if site.kind == "attention" and site.kv is not None]
+    batches = Forward.batches(len(passages.inputs), passages.tokens)
+    site = sites[0]
+    assert site.kv is not None
+    output = next(linear for linear in site.linears if linear.name == site.output)
+    shape = batches[0].stop, output.in_features // site.kv.value_size, passages.length
+    query = torch.randn(*shape, site.kv.key_size, device=device)
+    key, value = (torch.randn(shape[0], site.kv_heads, shape[2], size, device=device) for size in (site.kv.key_size, site.kv.value_size))
+    start = continuation_start(passages.length)
+    prompt, rest = slice(0, start), slice(start, None)
+
+    def rounds() -> None:
+        state = KvState(KvPlan(_SHARE), passages.length)
+        state.prefill(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], 1.0)
+        state.decode(query[:, :, rest], key[:, :, rest], value[:, :, rest], 1.0)
+
+    return _mean_s(rounds, device, 1) * len(batches) * len(sites)
 
 
 def _kind(step: Step) -> tuple[str, object]:

@@ -52,6 +52,18 @@ def weights_of(preparation: Preparation, name: str) -> int:
     return next(site.parameters for site in preparation.structure.sites if site.name == name)
 
 
+def test_attention_in_rounds_counts_where_caches_are_decided_about(
+    setup_of: SetupOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"_body_s": 0.0, "_head_s": 0.0, "_level_s": (0.0, 0.0), "_write_s": 0.0}.items():
+        monkeypatch.setattr(f"autoeff.evaluators.timing.{name}", lambda *_, seconds=seconds: seconds)
+    without, with_cache = (
+        predict_seconds(prepare(setup_of("llama", {"skip": {}, **knobs})), tmp_path / "bank").evaluation
+        for knobs in ({}, {"kv_budget": {"shares": (0.5,)}})
+    )
+    assert with_cache > without == 0
+
+
 def test_every_kind_of_level_is_sampled(setup_of: SetupOf, tmp_path: Path) -> None:
     for settings, criterion in (({"quantizer": "gptq"}, "wanda"), ({"store": "nested"}, "nirvana")):
         knobs = {"bits": {**settings, "group_size": 16}, "sparsity": {"criterion": criterion}, "width": {"criterion": "magnitude"}}
