@@ -75,6 +75,7 @@ class Picture:
         front: (cost, quality) of the trials on the Pareto front.
         limit: Upper bound on the cost, None where the job has none on it.
         linear: Whether the quality stands on a linear axis instead: the user's own metrics may be negative, or larger the better.
+        method: How costs came about, where they are not exact.
     """
 
     quality: str
@@ -85,6 +86,7 @@ class Picture:
     limit: float | None = None
     spearman: Sequence[tuple[float, float]] = field(default=())
     linear: bool = False
+    method: str | None = None
 
 
 def draw_png(picture: Picture) -> bytes:
@@ -172,10 +174,10 @@ def _saved(picture: Picture, form: str, **options: Any) -> bytes:
         if ranked:
             upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
             _draw_spearman(lower, picture)
-            _label_cost(lower, picture.cost)
+            _label_cost(lower, picture.cost, picture.method)
         else:
             upper = figure.subplots()
-            _label_cost(upper, picture.cost)
+            _label_cost(upper, picture.cost, picture.method)
         _draw_quality(upper, picture)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, **options)
@@ -242,8 +244,9 @@ def _draw_spearman(axes: Axes, picture: Picture) -> None:
     axes.set_ylabel("Spearman, held out")
 
 
-def _label_cost(axes: Axes, cost: str) -> None:
-    axes.set_xlabel(_label(cost) if described(cost).unit != "bytes" else cost)
+def _label_cost(axes: Axes, cost: str, method: str | None = None) -> None:
+    label = _label(cost) if described(cost).unit != "bytes" else cost
+    axes.set_xlabel(label if method is None else f"{label} ({method})")
     if described(cost).unit.startswith(("bytes", "FLOP")):
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: described(cost).text(value)))
 

@@ -141,6 +141,7 @@ def picture_of(job: Job, rows: Sequence[Row], summary: Row) -> Picture:
         guests=guests,
         limit=_bound(problem, cost),
         linear=own,
+        method=None if cost not in problem.cost_model.measures or (how := problem.cost_model.measures[cost].method) == "exact" else how,
         spearman=[
             (_value(row, cost), row["measurements"]["spearman_held_out"]["value"])
             for row in rows

@@ -71,6 +71,7 @@ def test_search_keeps_a_limit_on_measured_latency(job: Callable[..., JobSpec], s
     page = (result.folder / "report.html").read_text()
     assert "predicted and measured" in page
     assert "decode_ms (predicted)" in page
+    assert "decode_ms, ms (predicted)" in page  # the axis of the picture
 
     table = Path(stored.preflight["latency"]["table"])
     assert resume(result.folder, settings).summary == result.summary  # the times are found again
