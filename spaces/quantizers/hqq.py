@@ -30,6 +30,8 @@ class HalfQuadratic(Quantizer):
     residual r for an outlier; no residual below 0.17 has any, so trained weights have none, and greater ones would only be fitted
     more slowly. Without that, scaling a weight changes no code.
 
+    With symmetric codes of 2 bits it can do more harm than round to nearest, although it fits better (`benchmarks/method_fronts.py`).
+
     Source: Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models.
     """
 
