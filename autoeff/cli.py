@@ -587,7 +587,7 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
     held_out = {name: key for name, key in held_out.items() if any(row[key] is not None for row in rows)}
     held_out |= {name: name for row in rows for name in row if name.startswith("accuracy:")}
-    metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    metrics = list(dict.fromkeys(name for row in rows for name in row.get("metrics", ())))
     print_table(
         ["", "label", "trial", *costs.values(), quality, *held_out, *metrics],
         [

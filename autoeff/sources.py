@@ -134,11 +134,11 @@ class Local:
         return Listing([row for row in listing.rows if row["trial"] in front], listing.columns)
 
     def trial(self, run: str, trial: str) -> Shown:
-        from autoeff.search.results import page_of
+        from autoeff.search.results import rows_of
 
         with opened(run) as found:
             record = found.store.trial(found.job_id, self._number(found, trial))
-            (row,) = page_of(found.store, found.store.job(found.job_id), [record])
+            row = next(row for row in rows_of(found.store, found.job_id) if row["trial"] == record.number)
             return Shown(row, [attempt.log for attempt in found.store.attempts(record.evaluation_id)])
 
     def feasible(self, run: str) -> bool:

@@ -39,10 +39,10 @@ def rows_of(store: Store, job_id: str) -> list[dict[str, Any]]:
 
 def page_of(store: Store, job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """The rows of some trials, as `rows_of` gives them, without reading the others."""
-    text = job.preflight.get("text")
-    if not text:  # own code has none
+    text = job.preflight.get("text", {}).get("held_out")
+    if text is None:  # own code has none
         return _rows(trials, ())
-    windows = text["held_out"]["windows"]
+    windows = text["windows"]
     digests = dict.fromkeys(trial.configuration.digest for trial in trials)
     keys = [evaluation_key(job.setup_digest, digest, "held_out", windows) for digest in digests]
     return _rows(trials, store.of_keys(job.id, keys))
