@@ -406,12 +406,24 @@ def joint_search() -> str:
     return table(columns, rows)
 
 
+def kv_front() -> str:
+    """Means over seeds, by model and mean budget."""
+    rows = []
+    for row in results("kv_front")["means"]:
+        mean = row["mean"]
+        best = min((value, method) for method, value in mean.items() if method != "searched")
+        change = f"{mean['searched'] / best[0] - 1:+.0%}"
+        rows.append([row["model"], f"{row['share']:.1%}", row["seeds"], *(f"{value:.3g}" for value in mean.values()), best[1], change])
+    columns = ["model", "mean budget", "seeds", "uniform", "PyramidKV", "PrefixKV", "CAKE", "searched", "best other", "searched against it"]
+    return table(columns, rows)
+
+
 def less(before: float, after: float) -> str:
     return f"{1 - after / before:.0%} less"
 
 
 RESULTS: Mapping[str, Callable[[], str]] = {
-    function.__name__: function for function in (encoder_front, search_quality, real_size, method_fronts, joint_search)
+    function.__name__: function for function in (encoder_front, search_quality, real_size, method_fronts, joint_search, kv_front)
 }
 
 
