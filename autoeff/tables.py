@@ -78,6 +78,8 @@ def print_comparison(comparison: Comparison) -> None:
     others = [] if comparison.own else ["avg_bits", held_out]
     figures = [name for name in dict.fromkeys([cost, *others[:1], quality, *others[1:]]) if name != "trial"]
 
+    titles = [f"{name} ({comparison.method})" if comparison.method and name == cost else name for name in figures]
+
     def cells(trial: Row | None) -> list[object]:
         if trial is None:
             return [None] * (1 + len(figures))
@@ -85,7 +87,7 @@ def print_comparison(comparison: Comparison) -> None:
         return [trial["trial"], *(None if values.get(name) is None else described(name).text(values[name]) for name in figures)]
 
     print_table(
-        ["run", "state", "limits", "evaluations", "found trial", *figures],
+        ["run", "state", "limits", "evaluations", "found trial", *titles],
         [[r["run"], r["state"], ", ".join(r["limits"]), f"{r['evaluations']:.4g}", *cells(r["found"])] for r in comparison.runs],
         left=3,
     )

@@ -36,6 +36,7 @@ class Comparison:
     Attributes:
         quality: Name of the quality measure of all runs.
         cost: Name of the cost over which the fronts are drawn.
+        method: How its values came about, where they are not exact: `predicted` or `estimated`.
         own: Whether the runs searched the user's own code.
         runs: Name, job, state, evaluations used and `found`: the trial that its search found (else the closest); None before there is one.
         budgets: `budget`, `bound` on `cost` (None where it limits another cost), the `best` of each run within it, and the `winner`.
@@ -47,6 +48,7 @@ class Comparison:
 
     quality: str
     cost: str
+    method: str | None
     own: bool
     runs: tuple[dict[str, Any], ...]
     budgets: tuple[dict[str, Any], ...]
@@ -57,7 +59,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "quality": self.quality, "cost": self.cost, "own": self.own, "runs": list(self.runs), "budgets": list(self.budgets),
+            "quality": self.quality, "cost": self.cost, "method": self.method, "own": self.own, "runs": list(self.runs),
+            "budgets": list(self.budgets),
             "settings": dict(self.settings), "decisions": dict(self.decisions), "fronts": [list(front) for front in self.fronts],
             "notices": list(self.notices),
         }  # fmt: skip
@@ -108,6 +111,7 @@ def compare(runs: Sequence[str], settings: Settings) -> Comparison:
     return Comparison(
         quality=first.problem.quality,
         cost=cost,
+        method=None if (form := first.problem.cost_model.measures.get(cost)) is None or form.method == "exact" else form.method,
         own=own,
         runs=tuple(_run(side, held_out) for side in sides),
         budgets=tuple(_budget(point, bound, sides, held_out) for point, bound in points),
@@ -131,7 +135,7 @@ def write_fronts(comparison: Comparison, folder: Path) -> Path:
         run["run"]: [(point["cost"], point["quality"]) for point in front]
         for run, front in zip(comparison.runs, comparison.fronts, strict=True)
     }
-    picture = draw_fronts(comparison.quality, comparison.cost, lines, linear=comparison.own)
+    picture = draw_fronts(comparison.quality, comparison.cost, lines, linear=comparison.own, method=comparison.method)
     try:
         folder.mkdir(parents=True)
         write_file(folder / "fronts.png", picture)

@@ -102,7 +102,9 @@ def draw_svg(picture: Picture) -> str:
     return text[text.index("<svg") :]
 
 
-def draw_fronts(quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[float, float]]], *, linear: bool = False) -> bytes:
+def draw_fronts(
+    quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[float, float]]], *, linear: bool = False, method: str | None = None
+) -> bytes:
     """Fronts over each other as a PNG on white, 1,600 pixels wide.
 
     Args:
@@ -110,6 +112,7 @@ def draw_fronts(quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[flo
         cost: Name of the measurement on the other one.
         fronts: (cost, quality) by name of the run; what is not above zero has no place on a logarithmic axis.
         linear: As of a `Picture`.
+        method: Likewise.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
@@ -123,7 +126,7 @@ def draw_fronts(quality: str, cost: str, fronts: Mapping[str, Sequence[tuple[flo
                 colour, dash = _RUNS[i % len(_RUNS)], _DASHES[i // len(_RUNS) % len(_DASHES)]
                 axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.4, drawstyle="steps-post", marker=".", markersize=6, label=name)
         axes.set_ylabel(_label(quality))
-        _label_cost(axes, cost)
+        _label_cost(axes, cost, method)
         if axes.lines:
             axes.legend(loc="upper right", frameon=False, fontsize=8.5)
         return _png(figure)
