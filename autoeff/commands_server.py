@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["keys", "serve"]
 
 _SCOPES = "jobs:read,jobs:write"
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Format = Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")]
 
 keys = typer.Typer(name="keys", help="Makes and ends the keys of the server on this machine's database.", no_args_is_help=True)
 
@@ -65,11 +65,11 @@ def create(
 
 
 @keys.command()
-def ls(json: _Json = False) -> None:
+def ls(form: _Format = "table") -> None:
     """Lists every key, without its secret."""
     with _ring() as ring:
         rows = [key.to_json() for key in ring.all()]
-    if json:
+    if form == "json":
         print_json(rows)
         return
     columns = ["key", "name", "owner", "scopes", "created", "expires", "revoked", "last_used"]

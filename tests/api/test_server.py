@@ -57,6 +57,7 @@ def running(tiny_models: dict[str, Path], searched_home: tuple[Path, str], tmp_p
     process.stdout.close()
 
 
+@pytest.mark.timeout(420)
 def test_a_search_over_http_is_the_search_without_a_server(
     running: Running,
     searched_home: tuple[Path, str],
@@ -141,7 +142,7 @@ def test_keys_are_made_listed_and_ended_from_the_command(
     monkeypatch.setenv("AUTOEFF_HOME", str(tmp_path))
     assert main(["keys", "create", "--name", "ci", "--owner", "team", "--scopes", "jobs:read", "--days", "7"]) == 0
     text = capsys.readouterr().out.strip()
-    assert main(["keys", "ls", "--json"]) == 0
+    assert main(["keys", "ls", "--format", "json"]) == 0
     listed = capsys.readouterr().out
     assert text not in listed
     assert [row["key"] for row in json.loads(listed)] == [text[3:11]]
