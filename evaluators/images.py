@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor
 
 from autoeff.errors import InputError
 from autoeff.evaluators.checkpoint import existing_path, read_json
@@ -70,8 +69,11 @@ def _passages(facts: ModelFacts, spec: TextSpec, files: list[Path], where: str, 
 
 def _pixels(facts: ModelFacts, files: list[Path]) -> Tensor:
     """What the model's processor makes of images, float32 [images, C, H, W]."""
-    from PIL import Image
-
+    try:
+        from PIL import Image
+        from transformers import AutoImageProcessor
+    except ImportError as error:
+        raise InputError(f"images need the package {error.name}; run `pip install pillow`") from None
     path = facts.path / PROCESSOR
     if not path.is_file():
         raise InputError(f"{facts.path} holds no {PROCESSOR}, which says how images are prepared; it stands beside the weights")

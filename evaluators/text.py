@@ -109,8 +109,7 @@ class Passages:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        moved = {name: move(getattr(self, name)) for name in ("inputs", "mask", "scores", "labels")}
-        return replace(self, **moved)
+        return replace(self, inputs=self.inputs.to(device), mask=move(self.mask), scores=move(self.scores), labels=move(self.labels))
 
 
 def make_passages(

@@ -83,7 +83,9 @@ class Tasks(_Strict):
     names: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(default=(), description="Tasks of lm-eval, or of `path`.")
     path: str | None = Field(default=None, description="Folder of task files of one's own.")
     documents: int | None = Field(default=None, ge=1, description="Documents asked of each task; default all.")
-    max_degradation: float | None = Field(default=None, ge=0, lt=1, description="Share of dense accuracy that may be lost on any task, or on labels.")
+    max_degradation: float | None = Field(
+        default=None, ge=0, lt=1, description="Share of dense accuracy that may be lost on any task, or on labels."
+    )
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> Tasks:

@@ -199,7 +199,7 @@ def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
     check_sampler(spec.sampler)
     make_seeds(spec.seeds, list(spec.knobs))
     if spec.metrics and queue is not None:
-        raise InputError(f"the metric {spec.metrics[0]!r} is code of this machine, which workers of a queue do not have; search without them")
+        raise InputError(f"the metric {spec.metrics[0]!r} is code, which workers of a queue do not have; search without it")
     latency = _latency(spec, settings, queue)
     setup = replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap, latency=latency, hardware=queue)
     preparation = prepare(setup, elsewhere=queue is not None)

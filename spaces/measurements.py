@@ -112,7 +112,7 @@ _ROWS = (
     Measure("bytes_per_token", "bytes/token", "cost", "weight and cache bytes read per decoded token at the job's batch and context"),
     Measure("flops_per_token", "FLOP/token", "cost", "floating-point operations of the linears per token"),
     Measure("decode_ms", "ms", "cost", "time of one decoding step at the job's batch and context, composed of measured kernels"),
-    Measure("prefill_ms", "ms", "cost", "time to process prompts of the job's context, batch of them at once, composed of measured kernels"),
+    Measure("prefill_ms", "ms", "cost", "time to process a batch of prompts of the job's context, composed of measured kernels"),
 )
 MEASURES = {row.name: row for row in _ROWS}
 _ACCURACY = "accuracy:"  # followed by the name of a task

@@ -25,12 +25,12 @@ ROOMS = tuple(BELOW)
 
 # A bare GPU machine has these and no more; what evaluates there may import nothing else.
 LIGHT = {"torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "yaml"}
-EXTRAS = {"datasets", "jinja2", "lm_eval"}  # imported where they are used, with a line that says what to install
+EXTRAS = {"PIL", "datasets", "jinja2", "lm_eval"}  # imported where they are used, with a line that says what to install
 PACKAGES = {"kernels": {"torch", "triton"}, "spaces": LIGHT, "evaluators": LIGHT | EXTRAS}
 
 # Absent from a bare GPU machine, or forbidden there.
 HEAVY = [
-    *("alembic", "celery", "datasets", "fastapi", "jinja2", "lm_eval", "matplotlib", "optuna", "peft", "psutil", "pydantic"),
+    *("alembic", "celery", "datasets", "fastapi", "jinja2", "lm_eval", "matplotlib", "optuna", "peft", "PIL", "psutil", "pydantic"),
     "pydantic_settings",
     *("redis", "rich", "scipy", "sqlalchemy", "streamlit", "typer"),
 ]
