@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,8 +138,7 @@ def one_round(policy: str, tokens: int = 64, pool: int = 7) -> tuple[KvState, Te
     """A prompt that is evicted once, with values that name their tokens, and what each KV head kept."""
     plan = KvPlan(0.25, policy, block=tokens, pool=pool)
     state = KvState(plan, tokens)
-    sizes = plan.sizes(tokens)
-    object.__setattr__(state, "sizes", type(sizes)(**{**vars(sizes), "block": tokens, "window": 4}))
+    state.sizes = replace(state.sizes, block=tokens, window=4)
     query, key = numbers(1, 4, tokens, 8), numbers(1, 2, tokens, 8, seed=3)
     value = torch.arange(float(tokens)).view(1, 1, -1, 1).expand(1, 2, tokens, 8).contiguous()
     state.prefill(query, key, value, 8**-0.5)
@@ -190,7 +190,7 @@ def test_h2o_counts_go_on_over_blocks_and_generated_tokens() -> None:
     """With room for everything nothing is evicted, so that the sums are those of the whole text."""
     tokens = 64
     state = KvState(KvPlan(0.99, "h2o"), tokens)
-    object.__setattr__(state, "sizes", type(state.sizes)(**{**vars(state.sizes), "budget": 200}))
+    state.sizes = replace(state.sizes, budget=200)
     query, key = numbers(1, 4, tokens, 8), numbers(1, 2, tokens, 8, seed=3)
     state.prefill(query[:, :, :40], key[:, :, :40], key[:, :, :40], 8**-0.5)
     for i in range(40, tokens):
