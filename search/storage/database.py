@@ -9,13 +9,14 @@ snapshot. Statements, locks and idle transactions have deadlines, so that nobody
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, Row, column, create_engine, event, inspect, make_url, select, table, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -26,7 +27,7 @@ from autoeff.errors import AutoeffError, InputError, StorageError
 from autoeff.search.storage.tables import REVISION, Base
 from autoeff.spaces.configuration import canonical_json
 
-__all__ = ["VERSION_TABLE", "Database", "insert_absent", "storable"]
+__all__ = ["VERSION_TABLE", "Database", "again", "insert_absent", "storable"]
 
 VERSION_TABLE = "autoeff_alembic"
 BUSY_MS = 10_000
@@ -37,6 +38,8 @@ _SESSION = {"statement_timeout": "10s", "lock_timeout": "3s", "idle_in_transacti
 _MIGRATION_LOCK = 7_217_504_390_125  # of PostgreSQL's advisory locks: one process migrates
 _MIGRATING = threading.Lock()
 """Alembic's context is global to the process."""
+_IN_THE_WAY = ("40001", "40P01", "55P03")  # serialisation, deadlock, a lock waited for too long: the transaction was undone as a whole
+_TRIES = 5
 _EXAMPLES = "sqlite:////home/me/autoeff.db or postgresql+psycopg://me@host/autoeff"
 
 
@@ -113,6 +116,8 @@ class Database:
 
     def _translated(self, error: Exception) -> AutoeffError:
         cause = _cause(error)
+        if getattr(getattr(error, "orig", None), "sqlstate", None) in _IN_THE_WAY:
+            return _InTheWay(f"database {self.name}: {cause}")
         remedy = "what was committed is kept; `autoeff resume` goes on from there"
         if "full" in cause:
             remedy = f"free some space; {remedy}"
@@ -181,6 +186,27 @@ class Database:
         with closing(sqlite3.connect(self.name)) as source, closing(sqlite3.connect(partial)) as target:
             source.backup(target)
         partial.replace(copy)
+
+
+class _InTheWay(StorageError):
+    """Another transaction was in the way; this one was undone and can be made again."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def again(method: Callable[P, R]) -> Callable[P, R]:
+    """Makes a transaction anew that was undone since another one was in its way: PostgreSQL breaks deadlocks so."""
+
+    @functools.wraps(method)
+    def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
+        for _ in range(_TRIES - 1):
+            with suppress(_InTheWay):
+                return method(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return repeated
 
 
 def insert_absent(connection: Connection, into: type[Base], values: Mapping[str, Any]) -> Row[Any] | None:

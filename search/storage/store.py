@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, Select, and_, delete, insert, or_, selec
 from autoeff.errors import Conflict, FailureClass, LeaseLost, NotFound, Stale
 from autoeff.search.keys import LOCAL
 from autoeff.search.storage import leases
-from autoeff.search.storage.database import Database, insert_absent, storable
+from autoeff.search.storage.database import Database, again, insert_absent, storable
 from autoeff.search.storage.holders import holder_is_dead
 from autoeff.search.storage.records import (
     Attempt,
@@ -244,6 +244,7 @@ class Store:
         """Has a paused or failed job go on; one that does anyway stays as it is. Raises as `pause`."""
         return self._order(job_id, version, JobState.PENDING, (JobState.PENDING, JobState.RUNNING))
 
+    @again
     def cancel(self, job_id: str, version: int | None = None) -> Job:
         """Ends the job: what is queued is dropped, workers hear of it when they renew their leases. Raises as `pause`."""
         self._order(job_id, version, JobState.CANCELLING, (JobState.CANCELLING, JobState.CANCELLED))
@@ -369,6 +370,7 @@ class Store:
 
     # Trials, by the coordinator
 
+    @again
     def propose(
         self,
         job_id: str,
@@ -451,6 +453,7 @@ class Store:
 
     # Evaluations, by workers
 
+    @again
     def claim(self, evaluation_id: int, worker: str, ttl_s: float) -> Claim | None:
         """The right to do this work; None when it is not queued (any more).
 
@@ -477,6 +480,7 @@ class Store:
             moved = leases.move(connection, claim.evaluation_id, claim.fence, {"lease_until": now() + ttl_s})
             return moved and leases.wanted(connection, claim.evaluation_id)
 
+    @again
     def complete(self, claim: Claim, measurements: Sequence[Measurement], seconds: float, facts: Mapping[str, Any] | None = None) -> bool:
         """Stores the results; False when the claim was void: they are then kept with the attempt and do not count.
 
@@ -503,6 +507,7 @@ class Store:
             leases.announce(connection, claim.evaluation_id, State.SUCCEEDED, {"seconds": seconds})
             return True
 
+    @again
     def fail(
         self,
         claim: Claim,
@@ -533,6 +538,7 @@ class Store:
             leases.announce(connection, claim.evaluation_id, State.FAILED, {"failure": str(failure)})
             return True
 
+    @again
     def lost(self, claim: Claim, reason: str, log: str = "") -> State:
         """Gives the work back after the runner died of something that is not the candidate's; returns its state from then on.
 
@@ -542,6 +548,7 @@ class Store:
             leases.lose(connection, claim.evaluation_id, claim.fence, storable(reason), _end(log))
             return connection.execute(select(EvaluationRow.state).where(EvaluationRow.id == claim.evaluation_id)).scalar_one()
 
+    @again
     def release(self, claim: Claim) -> bool:
         """Gives the work back unfinished, on an orderly shutdown: no loss is counted. False when the claim was void.
 
@@ -559,6 +566,7 @@ class Store:
                 leases.announce(connection, claim.evaluation_id, state, body)
             return moved
 
+    @again
     def reap(self) -> int:
         """Ends the claims of workers whose lease ran out or who are surely dead, as `lost` does; returns how many.
 

@@ -315,6 +315,20 @@ def run(i):
             (attempt,) = store.attempts(ref.evaluation_id)
             assert (attempt.failure and attempt.failure.message, attempt.log) == ("a\ufffdb", "c\ufffd?d")
 
+    def test_transaction_that_was_undone_for_another_one_is_made_again(
+        self, url: str, postgres: Any, proposal: Callable[..., Proposal], me: str
+    ) -> None:
+        with Store.open(url) as store:
+            store.create_job("job", {}, {}, {}, "")
+            fence = store.acquire_coordinator("job", me, 60)
+            other = psycopg.connect(url.replace("+psycopg", ""))
+            other.execute("SELECT 1 FROM job FOR UPDATE")  # for longer than a lock is waited for
+            release = threading.Timer(4.0, other.close)
+            release.start()
+            assert store.propose("job", fence, proposal(0)).number == 0
+            release.join()
+            assert [trial.number for trial in store.trials("job")] == [0]
+
     def test_absent_server_is_one_line_without_the_password(self, servers: ModuleType) -> None:
         with pytest.raises(StorageError, match="connection") as caught:
             Store.open(f"postgresql+psycopg://me:secret@127.0.0.1:{servers.free_port()}/autoeff")
