@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -22,7 +22,7 @@ from autoeff.api.cursors import Cursors
 from autoeff.api.exports import Exports
 from autoeff.api.feed import Feed
 from autoeff.api.metrics import Metrics, Observed, Sample
-from autoeff.api.problems import Problem, described_problems, install
+from autoeff.api.problems import ApiError, Problem, ProblemItem, described_problems, install
 from autoeff.api.roots import Roots
 from autoeff.api.routes import artifacts, datasets, events, hardware, health, jobs, kernel_latencies, keys, models, pareto, trials
 from autoeff.api.schemas import Budgets, ExportRequest, KeyRequest, ResolveRequest
@@ -91,7 +91,18 @@ def _routed(lifespan: Any = None) -> FastAPI:
     )
     install(app)
     app.include_router(health.router)
-    guarded = APIRouter(dependencies=[Depends(caller)], responses=described_problems(401, 403, 429, 500))
+
+    def only_known_parameters(request: Request) -> None:
+        """Refuses a query parameter that the contract does not have: a filter that is misspelt would be no filter."""
+        operation = _document(app)["paths"].get(request.scope["route"].path, {}).get(request.method.lower(), {})
+        known = {found["name"] for found in operation.get("parameters", ()) if found["in"] == "query"}
+        if unknown := sorted(set(request.query_params) - known):
+            items = [ProblemItem(detail="is unknown here", parameter=name[:80]) for name in unknown[:20]]
+            raise ApiError(422, "invalid-input", f"there is no query parameter {unknown[0][:80]!r} here", errors=items)
+
+    guarded = APIRouter(
+        dependencies=[Depends(caller), Depends(only_known_parameters)], responses=described_problems(401, 403, 422, 429, 500)
+    )
     for resource in (jobs, trials, pareto, events, artifacts, models, datasets, hardware, kernel_latencies, keys):
         guarded.include_router(resource.router)
     guarded.include_router(health.guarded)

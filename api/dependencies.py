@@ -14,7 +14,18 @@ from autoeff.errors import NotFound
 from autoeff.search.keys import Key
 from autoeff.search.storage.records import Job
 
-__all__ = ["Cursor", "JobId", "Limit", "OwnJob", "OwnedJob", "TrialNumber", "etag", "link_next", "same_version", "unchanged"]
+__all__ = [
+    "Cursor",
+    "JobId",
+    "Limit",
+    "OwnJob",
+    "OwnedJob",
+    "TrialNumber",
+    "etag",
+    "link_next",
+    "same_version",
+    "unchanged",
+]
 
 _JOB = re.compile(r"[0-9a-f]{12}")
 _ETAG = re.compile(r'(?:W/)?"(\d{1,12})\.(\d{1,12})"')

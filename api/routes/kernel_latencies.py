@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1/kernel-latencies", tags=["hardware"])
 def list_latencies(
     server: Server,
     key: Reader,
-    operation: Annotated[str | None, Query(max_length=40, pattern="^[a-z0-9_]+$", description="Only this one, such as linear.")] = None,
+    operation: Annotated[str, Query(max_length=40, pattern="^[a-z0-9_]*$", description="Only this one, such as linear.")] = "",
     limit: Annotated[int, Query(ge=1, le=5000, description="Operations of a table.")] = 500,
 ) -> Any:
     """Every table of a device and its versions, with its operations by name and sizes."""
@@ -44,7 +44,7 @@ def _tables(folder: Path) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def _shown(table: dict[str, Any], operation: str | None, limit: int) -> dict[str, Any]:
-    entries = [(name, entry) for name, entry in sorted(table["entries"].items()) if operation in (None, name.partition(" ")[0])]
+def _shown(table: dict[str, Any], operation: str, limit: int) -> dict[str, Any]:
+    entries = [(name, entry) for name, entry in sorted(table["entries"].items()) if operation in ("", name.partition(" ")[0])]
     rows = [{"operation": name, **entry} for name, entry in entries[:limit]]
     return {name: table[name] for name in ("device", "versions", "threads", "date")} | {"total": len(entries), "items": rows}

@@ -96,6 +96,12 @@ def test_framework_errors_are_problems(served: Any) -> None:
     served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=nobody"), 422, "invalid-input")
 
 
+def test_a_misspelt_filter_is_refused(served: Any) -> None:
+    body = served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?orign=table"), 422, "invalid-input")
+    assert body["errors"] == [{"detail": "is unknown here", "parameter": "orign"}]
+    assert served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=table&state=succeeded&limit=1").status_code == 200
+
+
 def test_a_fault_shows_nothing_of_itself(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("SELECT secret FROM /etc/passwd")
