@@ -114,6 +114,17 @@ def test_a_cache_holds_its_budget_and_no_more(share: float, bits: tuple[int, int
         assert bound - max(b for _, b in found) == 2 * 2 * heads * size
 
 
+def test_groups_are_formed_anew_after_an_eviction() -> None:
+    """So keys of a group and channel have as many values as there are codes, and as many tokens are packed as may be."""
+    tokens = 512
+    state = KvState(KvPlan(0.5, "h2o", key_bits=2), tokens)
+    state.prefill(numbers(1, 4, tokens, 8), numbers(1, 2, tokens, 8, seed=1), numbers(1, 2, tokens, 8, seed=2), 1.0)
+    assert state.keys is not None
+    assert state.packed == state.sizes.packed(state.tokens) > 0
+    for group in state.keys[0, :, : state.packed].split(state.sizes.group, 1):
+        assert all(len(channel.unique()) <= 4 for channel in group.transpose(1, 2).reshape(-1, state.sizes.group))
+
+
 def test_the_sinks_and_the_window_are_never_evicted_and_streaming_keeps_nothing_else() -> None:
     tokens = 256
     plan = KvPlan(0.125, "streaming")
