@@ -50,6 +50,8 @@ ORDER = ("index", "limits", "runtimes", "troubleshooting")
 TINY = {"source": "train.txt", "windows": 2, "length": 32}
 FAST: dict[str, Any] = {"data": TINY, "eval_data": TINY, "space": {"levels": {"*:bits": [16, 2]}}}
 WORDS = "the cat sat on the mat and the dog ate the other hat\n" * 800
+TRIALS = {"compress_a_decoder": 70, "compress_an_encoder": 40, "search_your_own_module": 12}
+"""About the least budgets of the searches of the notebooks."""
 NOTEBOOK = f"""
 import sys
 
@@ -58,7 +60,7 @@ import nbformat
 
 notebook = nbformat.read(sys.argv[1], 4)
 (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-names = dict(TRIALS=70, TEXT={TINY}, MODEL=sys.argv[2])
+names = dict(TRIALS=int(sys.argv[3]), TEXT={TINY}, MODEL=sys.argv[2])
 cell.source += "\\n" + "\\n".join(f"{{name}} = {{value!r}}" for name, value in names.items() if name in cell.source)
 nbclient.NotebookClient(notebook, timeout=150, kernel_name="python3", resources=dict(metadata=dict(path="."))).execute()
 """
@@ -342,7 +344,7 @@ def test_notebooks_run(path: Path, tiny_models: dict[str, Path], tmp_path: Path,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "train.txt").write_text(WORDS)
     done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK, str(path), str(tiny_models["bert"])],
+        [sys.executable, "-c", NOTEBOOK, str(path), str(tiny_models["bert"]), str(TRIALS[path.stem])],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -120,7 +120,7 @@ def test_demo_moe_is_searched_on_its_own_text(tmp_path: Path) -> None:
             "knobs": ["bits", "skip"],
             "space": {"levels": {"*:bits": [16, 4, 2]}},
             "limits": ["linear_bytes<=0.3x"],
-            "budget": {"trials": 25},
+            "budget": {"trials": 34},
         }
     )
     result = start(spec, tmp_path / "run", Settings(home=tmp_path / "home", memory_cap_bytes=3 << 30))

@@ -38,6 +38,7 @@ def values(evaluator: Evaluator) -> list[float]:
     ]
 
 
+@pytest.mark.parametrize("every_family", ["llama", "gpt2", "phi3", "opt", "bert", "qwen2_moe"], indirect=True)  # forms that differ
 def test_every_family_gives_the_same_values(stored_family: Path, tmp_path: Path, narrow: Callable[[], None]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 40)

@@ -1,4 +1,4 @@
-"""A service that is broken part by part in the middle of a search: the short form of `benchmarks/faults.py`."""
+"""A service that is broken part by part in the middle of a search: one round of `benchmarks/faults.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def faults(root: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.timeout(600)  # processes are started again and again, on a machine that may be busy
+@pytest.mark.slow  # a minute on two free cores; tests/search/test_service.py breaks off a service in a quarter of that
+@pytest.mark.timeout(600)
 def test_a_service_that_is_broken_part_by_part_loses_and_doubles_nothing(
     faults: ModuleType, servers: ModuleType, tmp_path: Path, tiny_job: Callable[..., JobSpec]
 ) -> None:

@@ -27,6 +27,7 @@ FLAGS: dict[str, Any] = {
     "seeds": "pyramidkv,cake",
     "sampler": "tpe", "table_only": True, "seed": 7, "batch": 2, "context": 256, "device": "cuda:1", "target": "H200", "tasks": "piqa,own",
     "queue": "gpu.h200", "tasks_path": "tasks", "task_documents": 50, "max_degradation": 0.01,
+    "metric": ["mine:refusals"],
 }  # fmt: skip
 
 JOB = """
@@ -45,6 +46,7 @@ objectives: [kl, weight_bytes]
 limits: ["weight_bytes<=0.30x", avg_bits<=3.5]
 budget: {trials: 500, seconds: 1200}
 tasks: {names: [piqa, own], path: tasks, documents: 50, max_degradation: 0.01}
+metrics: ["mine:refusals"]
 sampler: tpe
 seeds: [pyramidkv, cake]
 table_only: true

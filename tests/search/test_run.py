@@ -70,7 +70,7 @@ def test_the_same_job_makes_the_same_trials_without_evaluating_again(tiny_job: J
         assert keys == [store.trial(first.job_id, row["trial"]).evaluation_id for row in first.rows]
 
 
-@pytest.mark.parametrize("sampler", ["additive", "nsga2"])
+@pytest.mark.parametrize("sampler", ["additive", pytest.param("nsga2", marks=pytest.mark.slow)])
 def test_a_stopped_search_resumes_with_the_sequence_of_an_undisturbed_one(
     tiny_job: Job, searched: Any, settings: Settings, tmp_path: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,17 +153,15 @@ def test_harmful_candidates_are_recorded_and_the_search_goes_on(tiny_job: Job, t
 
 
 @pytest.mark.parametrize("name", ["hf-dense", "recipe"])
-def test_an_export_measures_in_a_fresh_process_what_its_trial_measured(
-    tiny_job: Job, settings: Settings, tmp_path: Path, name: str
-) -> None:
-    result = start(tiny_job("gpt2", limits=[LOOSE], budget={"trials": 40}), tmp_path / "run", settings)
+def test_an_export_measures_in_a_fresh_process_what_its_trial_measured(searched: Any, tmp_path: Path, name: str) -> None:
+    result = resume(searched.loose, searched.settings)
     found = result.summary["found"]
-    exported = export(tmp_path / "run", found, tmp_path / "out", name, settings)
+    exported = export(searched.loose, found, tmp_path / "out", name, searched.settings)
     assert exported["measured"] == pytest.approx(exported["trial"], rel=1e-6)
     assert "recipe.json" in exported["files"]
     assert exported["linear_bytes"] == result.rows[found]["measurements"]["linear_bytes"]["value"]
     with pytest.raises(InputError, match="exists already"):
-        export(tmp_path / "run", found, tmp_path / "out", name, settings)
+        export(searched.loose, found, tmp_path / "out", name, searched.settings)
 
 
 def test_an_export_that_measures_otherwise_is_not_kept(searched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def cache_job(tiny_job: Callable[..., JobSpec], tiny_text: Path) -> Callable[...
     return make
 
 
+@pytest.mark.slow
 def test_rules_are_guests_at_the_limit_and_a_resumed_search_makes_the_same(cache_job: Callable[..., JobSpec], tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "home")
 

@@ -124,6 +124,7 @@ def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_ser
     assert store.waiting(["cpu"]) == []
 
 
+@pytest.mark.slow
 def test_a_job_is_paused_resumed_with_a_smaller_budget_and_cancelled(tiny_job: Make, settings: Settings, store: Store) -> None:
     small = {"limits": ["avg_bits<=12"], "space": {"include": ["model.layers.0.*"]}}
     spec = tiny_job(**small, budget={"trials": 60}, sampler="random")
