@@ -12,7 +12,7 @@ from autoeff.search.run import Result, export, start
 from autoeff.search.settings import Settings
 
 
-@pytest.mark.parametrize("every_family", ["phi3", "qwen2_moe"], indirect=True)  # fused projections, experts
+@pytest.mark.parametrize("every_family", ["phi3"], indirect=True)  # the others: -m slow
 def test_a_search_ends_with_an_export_that_transformers_loads(stored_family: Path, tiny_text: Path, tmp_path: Path) -> None:
     search_and_export(stored_family, tiny_text, tmp_path)
 
@@ -35,6 +35,8 @@ def search_and_export(model: Path, text: Path, tmp_path: Path, **fields: object)
         "sparsity": {"criterion": "magnitude", "ratios": [0.5]},
         "width": {"criterion": "magnitude"},
     }
+    if model.name in ("mixtral", "qwen3_moe", "olmoe"):  # all their neurons are experts', which no width cuts
+        del knobs["width"]
     job = {
         "model": str(model), "data": {"source": str(text), "windows": 4, "length": 12}, "knobs": knobs,
         "limits": ["linear_bytes<=0.35x"], "budget": {"trials": 32},

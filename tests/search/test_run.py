@@ -143,7 +143,7 @@ def test_a_finished_run_is_only_reported_again(searched: Any) -> None:
 
 
 def test_harmful_candidates_are_recorded_and_the_search_goes_on(tiny_job: Job, tmp_path: Path, third_party_knobs: Path) -> None:
-    settings = Settings(home=tmp_path / "home", memory_cap_bytes=2 << 30, evaluation_timeout_s=6)
+    settings = Settings(home=tmp_path / "home", memory_cap_bytes=2 << 30, evaluation_timeout_s=4)
     one = {"include": ["model.layers.1.mlp:faulty"]}
     job = tiny_job(knobs={"faulty": {}}, space=one, objectives=["kl", "flops_per_token"], budget={"trials": 20})
     result = start(job, tmp_path / "run", settings)
