@@ -37,12 +37,13 @@ Cursor = Annotated[str | None, Query(max_length=1000, description="`next` of the
 
 
 def _found(job_id: str, server: Context, key: Key) -> Job:
+    absent = ApiError(404, "not-found", "there is no job of this id")
+    if not _JOB.fullmatch(job_id):
+        raise absent
     try:
-        if _JOB.fullmatch(job_id):
-            return server.store.job(job_id, owner=key.owner)
+        return server.store.job(job_id, owner=key.owner)
     except NotFound:
-        pass
-    raise ApiError(404, "not-found", "there is no job of this id")
+        raise absent from None
 
 
 def _readable(job_id: JobId, server: Server, key: Reader) -> Job:

@@ -135,8 +135,8 @@ class Weights(Protocol):
     def rows(self, form: Form) -> Tensor | None:
         """The outputs that are left; None for all."""
 
-    def whole(self, form: Form) -> Tensor:
-        """The parameter in the dense shape and layout, zero where something was cut."""
+    def whole(self, form: Form) -> Tensor | None:
+        """The parameter in the dense shape and layout, zero where something was cut; None where the model's own will do."""
 
 
 class Stored:
@@ -174,8 +174,8 @@ class Arbitrary:
     def rows(self, form: Form) -> Tensor | None:
         return torch.arange(form.linear.out_features)
 
-    def whole(self, form: Form) -> Tensor:
-        raise NotImplementedError("random values are for shapes that run")
+    def whole(self, form: Form) -> None:
+        return None
 
 
 def serve(
@@ -205,10 +205,9 @@ def serve(
     for name, form in forms(structure, space, knobs, indices).items():
         if not form.chain or form.silenced or not _there(model, blocks[blocks_of[name]]):
             continue
-        if form.linear.experts and isinstance(weights, Arbitrary):
-            continue  # their own values are as good
         if form.linear.experts or any(step.knob.name in unserved for step in form.chain):
-            _set(model, form.linear.weight, weights.whole(form))
+            if (values := weights.whole(form)) is not None:
+                _set(model, form.linear.weight, values)
         else:
             _put(model, name, _module(model.get_submodule(name), form, weights))
     sites = {site.name: site for site in structure.sites}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -14,6 +15,7 @@ from autoeff.search.storage.store import Store
 
 __all__ = ["Runner", "Worker"]
 
+_log = logging.getLogger(__name__)
 _AGAIN_S = 1.0  # between tries to write an outcome down
 
 
@@ -115,6 +117,6 @@ class _Renewal:
         try:
             if not self._store.renew(self._claim, self._lease_s):
                 raise _Unwanted
-        except StorageError:
-            pass  # the lease may end, and the result is written down all the same if nobody took over
+        except StorageError as error:  # the lease may end, and the result is written down all the same if nobody took over
+            _log.warning("evaluation %d: its lease is not renewed: %s", self._claim.evaluation_id, error)
         self._next = time.monotonic() + self._lease_s / 3

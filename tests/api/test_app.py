@@ -39,7 +39,7 @@ def test_every_route_but_two_needs_a_key(served: Any) -> None:
         if path in OPEN_ROUTES:
             assert answer.status_code in (200, 503), path
         elif method != "HEAD":
-            served.refused(answer, 401, "unauthorized")
+            assert served.refused(answer, 401, "unauthorized")["status"] == 401
             assert answer.headers["www-authenticate"] == "Bearer"
 
 
@@ -49,13 +49,15 @@ def test_every_route_but_two_needs_a_key(served: Any) -> None:
     ids=["empty", "basic", "no key", "no form", "unknown", "no ascii", "no space"],
 )
 def test_what_is_no_key_opens_nothing(served: Any, key: str) -> None:
-    served.refused(served.client.get("/v1/jobs", headers={"Authorization": key.encode()}), 401, "unauthorized")
+    assert served.refused(served.client.get("/v1/jobs", headers={"Authorization": key.encode()}), 401, "unauthorized")["status"] == 401
 
 
 def test_a_key_with_another_secret_opens_nothing(served: Any) -> None:
     text = served.keys["alice"]
     forged = text[:-1] + ("A" if text[-1] != "A" else "B")
-    served.refused(served.client.get("/v1/jobs", headers={"Authorization": f"Bearer {forged}"}), 401, "unauthorized")
+    assert (
+        served.refused(served.client.get("/v1/jobs", headers={"Authorization": f"Bearer {forged}"}), 401, "unauthorized")["status"] == 401
+    )
 
 
 def test_owners_never_meet(served: Any) -> None:
@@ -68,7 +70,7 @@ def test_owners_never_meet(served: Any) -> None:
         options = {"headers": {"If-Match": "*"}} | ({"json": body} if body is not None else {})
         answers = [served.ask(method, filled(path, job), who="bob", **options) for job in (served.job, NOBODY)]
         for answer in answers:
-            served.refused(answer, 404, "not-found")
+            assert served.refused(answer, 404, "not-found")["status"] == 404
         kept = [{key: value for key, value in answer.json().items() if key != "trace_id"} for answer in answers]
         assert kept[0] == kept[1], path
     assert served.ask("GET", "/v1/jobs", who="bob").json()["items"] == []
@@ -83,17 +85,17 @@ def test_a_key_does_what_its_scopes_say(served: Any) -> None:
         ("GET", "/v1/keys", None),
         ("GET", "/metrics", None),
     ]:
-        served.refused(served.ask(method, path, who="reader", json=body), 403, "forbidden")
+        assert served.refused(served.ask(method, path, who="reader", json=body), 403, "forbidden")["status"] == 403
 
 
 def test_framework_errors_are_problems(served: Any) -> None:
-    served.refused(served.ask("GET", "/nothing/here"), 404, "not-found")
+    assert served.refused(served.ask("GET", "/nothing/here"), 404, "not-found")["status"] == 404
     wrong = served.ask("PUT", "/v1/jobs")
-    served.refused(wrong, 405, "method-not-allowed")
+    assert served.refused(wrong, 405, "method-not-allowed")["status"] == 405
     assert set(wrong.headers["allow"].split(", ")) >= {"GET"}
     listed = served.refused(served.ask("GET", "/v1/jobs?limit=many"), 422, "invalid-input")
     assert listed["errors"][0]["parameter"] == "limit"
-    served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=nobody"), 422, "invalid-input")
+    assert served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=nobody"), 422, "invalid-input")["status"] == 422
 
 
 def test_a_misspelt_filter_is_refused(served: Any) -> None:
@@ -108,7 +110,7 @@ def test_a_fault_shows_nothing_of_itself(served: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(type(served.store), "jobs", fail)
     answer = served.ask("GET", "/v1/jobs")
-    served.refused(answer, 500, "internal")
+    assert served.refused(answer, 500, "internal")["status"] == 500
     assert "secret" not in answer.text
     assert "passwd" not in answer.text
 
@@ -155,7 +157,12 @@ def test_a_fault_shows_nothing_of_itself(served: Any, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_bad_body_is_a_problem(served: Any, content: bytes, status: int, kind: str) -> None:
-    served.refused(served.ask("POST", "/v1/jobs:validate", content=content, headers={"Content-Type": "application/json"}), status, kind)
+    assert (
+        served.refused(
+            served.ask("POST", "/v1/jobs:validate", content=content, headers={"Content-Type": "application/json"}), status, kind
+        )["status"]
+        == status
+    )
 
 
 def test_a_body_is_counted_while_it_comes(served: Any) -> None:
@@ -165,7 +172,7 @@ def test_a_body_is_counted_while_it_comes(served: Any) -> None:
             yield b"x" * (1 << 16)
 
     answer = served.ask("POST", "/v1/jobs", content=parts(), headers={"Content-Type": "application/json"})
-    served.refused(answer, 413, "too-large")
+    assert served.refused(answer, 413, "too-large")["status"] == 413
 
 
 def test_a_body_that_does_not_come_is_not_waited_for_long() -> None:
@@ -221,7 +228,7 @@ def test_nothing_outside_the_roots_is_reached(served: Any, changes: dict[str, An
     link = served.settings.data_roots[0] / "escape"
     if not link.is_symlink():
         link.symlink_to("/etc/passwd")
-    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | changes), 422, "invalid-input")
+    assert served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | changes), 422, "invalid-input")["status"] == 422
 
 
 def test_a_key_may_call_so_often_in_a_minute(make_server: Callable[..., Any]) -> None:
@@ -229,7 +236,7 @@ def test_a_key_may_call_so_often_in_a_minute(make_server: Callable[..., Any]) ->
     answers = [served.ask("GET", "/v1/models") for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 5 + [429]
     assert answers[0].headers["ratelimit"].startswith('"key";r=4;t=')
-    served.refused(answers[5], 429, "too-many-requests")
+    assert served.refused(answers[5], 429, "too-many-requests")["status"] == 429
     assert int(answers[5].headers["retry-after"]) > 0
     assert served.ask("GET", "/v1/models", who="bob").status_code == 200
 

@@ -42,9 +42,15 @@ def test_filters_hold_over_pages_and_cursors_are_of_one_listing(served: Any) -> 
     page = served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=table&state=succeeded&limit=3").json()
     assert page["items"] == [row for row in every if row["origin"] == "table"][:3]
     for other in ("origin=random", "origin=table"):
-        served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?{other}&cursor={page['next']}"), 422, "invalid-input")
+        assert (
+            served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?{other}&cursor={page['next']}"), 422, "invalid-input")["status"]
+            == 422
+        )
     for forged in ("0", page["next"][:-1], "null.abc", "\u00e4", "a" * 1001):
-        served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials", params={"cursor": forged}), 422, "invalid-input")
+        assert (
+            served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials", params={"cursor": forged}), 422, "invalid-input")["status"]
+            == 422
+        )
 
 
 def test_a_job_is_known_by_its_etag(served: Any) -> None:
@@ -70,7 +76,7 @@ def test_the_front_is_that_of_the_command(served: Any) -> None:
 def test_a_trial_has_its_attempts(served: Any) -> None:
     trial = served.ask("GET", f"/v1/jobs/{served.job}/trials/0").json()
     assert [attempt["outcome"] for attempt in trial["attempts"]] == ["succeeded"]
-    served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials/9999"), 404, "not-found")
+    assert served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials/9999"), 404, "not-found")["status"] == 404
 
 
 def test_a_submission_that_is_repeated_is_one(served: Any) -> None:
@@ -81,7 +87,12 @@ def test_a_submission_that_is_repeated_is_one(served: Any) -> None:
     assert one.headers["location"] == two.headers["location"] == f"/v1/jobs/{one.json()['job']}"
     assert "idempotent-replayed" not in one.headers
     assert two.headers["idempotent-replayed"] == "true"
-    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"seed": 1}, headers=headers), 422, "idempotency-key-reused")
+    assert (
+        served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"seed": 1}, headers=headers), 422, "idempotency-key-reused")[
+            "status"
+        ]
+        == 422
+    )
     other = served.ask("POST", "/v1/jobs", who="bob", json=served.tiny, headers=headers)  # keys of others are others
     assert other.json()["job"] != one.json()["job"]
 
@@ -93,16 +104,21 @@ def test_a_job_is_steered(served: Any) -> None:
     assert [served.ask("POST", f"{path}/pause").json()["state"] for _ in range(2)] == ["paused", "paused"]
     assert served.ask("POST", f"{path}/resume").json()["state"] == "pending"
     seen = served.ask("GET", path)
-    served.refused(served.ask("PATCH", path, json={"trials": 50}), 428, "precondition-required")
+    assert served.refused(served.ask("PATCH", path, json={"trials": 50}), 428, "precondition-required")["status"] == 428
     changed = served.ask("PATCH", path, json={"trials": 50}, headers={"If-Match": seen.headers["etag"]})
     assert (changed.status_code, changed.json()["budget"]) == (200, 50)
-    served.refused(served.ask("PATCH", path, json={"trials": 60}, headers={"If-Match": seen.headers["etag"]}), 412, "precondition-failed")
+    assert (
+        served.refused(
+            served.ask("PATCH", path, json={"trials": 60}, headers={"If-Match": seen.headers["etag"]}), 412, "precondition-failed"
+        )["status"]
+        == 412
+    )
     for wrong in ({}, {"trials": 0}, {"trials": None}, {"trials": 50, "x": 1}, {"seconds": -1}):
-        served.refused(served.ask("PATCH", path, json=wrong, headers={"If-Match": "*"}), 422, "invalid-input")
+        assert served.refused(served.ask("PATCH", path, json=wrong, headers={"If-Match": "*"}), 422, "invalid-input")["status"] == 422
     ended = [served.ask("POST", f"{path}/cancel").json()["state"] for _ in range(2)]
     assert ended == ["cancelled", "cancelled"]
-    served.refused(served.ask("POST", f"{path}/resume"), 409, "conflict")
-    served.refused(served.ask("GET", f"{path}/result"), 404, "not-found")
+    assert served.refused(served.ask("POST", f"{path}/resume"), 409, "conflict")["status"] == 409
+    assert served.refused(served.ask("GET", f"{path}/result"), 404, "not-found")["status"] == 404
     listed = served.ask("GET", "/v1/jobs?state=cancelled").json()["items"]
     assert job in [one["job"] for one in listed]
 
@@ -110,7 +126,7 @@ def test_a_job_is_steered(served: Any) -> None:
 def test_bad_jobs_are_refused_as_the_command_refuses_them(served: Any) -> None:
     unreachable = served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"limits": ["avg_bits<=0.1"]}), 422, "unreachable-limit")
     assert "least" in unreachable["detail"]
-    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"sampler": "oracle"}), 422, "invalid-input")
+    assert served.refused(served.ask("POST", "/v1/jobs", json=served.tiny | {"sampler": "oracle"}), 422, "invalid-input")["status"] == 422
     small = served.refused(served.ask("POST", "/v1/jobs:validate", json=served.tiny | {"budget": {"trials": 3}}), 422, "invalid-input")
     assert "needs at least" in small["detail"]
 
@@ -128,7 +144,7 @@ def test_a_job_is_validated_without_being_started(served: Any) -> None:
 def test_open_jobs_of_an_owner_are_counted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submitted(served)
     monkeypatch.setattr(served.settings, "open_jobs", 1)
-    served.refused(served.ask("POST", "/v1/jobs", json=served.tiny), 429, "quota")
+    assert served.refused(served.ask("POST", "/v1/jobs", json=served.tiny), 429, "quota")["status"] == 429
     served.ask("POST", f"/v1/jobs/{job}/cancel")
 
 
@@ -137,23 +153,23 @@ def test_a_new_budget_is_resolved(served: Any) -> None:
     found = served.ask("POST", path, who="reader", json={"limits": ["linear_bytes<=0.4x"]}).json()
     assert (found["job"], found["limits"]) == (served.job, ["linear_bytes<=0.4x"])
     assert found[found["answer"]]["configuration"]
-    served.refused(served.ask("POST", path, json={"limits": ["linear_bytes<=0.001x"]}), 422, "unreachable-limit")
-    served.refused(served.ask("POST", path, json={"limits": []}), 422, "invalid-input")
+    assert served.refused(served.ask("POST", path, json={"limits": ["linear_bytes<=0.001x"]}), 422, "unreachable-limit")["status"] == 422
+    assert served.refused(served.ask("POST", path, json={"limits": []}), 422, "invalid-input")["status"] == 422
 
 
 def test_an_export_that_cannot_be_is_refused_at_once(served: Any) -> None:
     path = f"/v1/jobs/{served.job}/trials"
-    served.refused(served.ask("POST", f"{path}/0/export", json={"format": "nothing"}), 422, "invalid-input")
+    assert served.refused(served.ask("POST", f"{path}/0/export", json={"format": "nothing"}), 422, "invalid-input")["status"] == 422
     held_out = next(trial.number for trial in served.store.trials(served.job, limit=500) if trial.split == "held_out")
-    served.refused(served.ask("POST", f"{path}/{held_out}/export", json={}), 409, "conflict")
-    served.refused(served.ask("POST", f"{path}/9999/export", json={}), 404, "not-found")
+    assert served.refused(served.ask("POST", f"{path}/{held_out}/export", json={}), 409, "conflict")["status"] == 409
+    assert served.refused(served.ask("POST", f"{path}/9999/export", json={}), 404, "not-found")["status"] == 404
 
 
 @pytest.mark.parametrize(
     "name", ["../autoeff.db", "..%2Fautoeff.db", "run.json", ".export-x", "trial-1.x.tar.json", "trial-1..tar", "secret"]
 )
 def test_no_other_file_is_given(served: Any, name: str) -> None:
-    served.refused(served.ask("GET", f"/v1/jobs/{served.job}/artifacts/{name}"), 404, "not-found")
+    assert served.refused(served.ask("GET", f"/v1/jobs/{served.job}/artifacts/{name}"), 404, "not-found")["status"] == 404
 
 
 def test_a_report_is_drawn_from_the_tables(served: Any) -> None:
@@ -200,13 +216,13 @@ def test_keys_are_made_used_and_ended(served: Any) -> None:
     listed = served.ask("GET", "/v1/keys")
     assert made["text"] not in listed.text
     assert served.ask("DELETE", f"/v1/keys/{made['key']}").json()["revoked"]
-    served.refused(served.client.get(f"/v1/jobs/{served.job}", headers=header), 401, "unauthorized")
-    served.refused(served.ask("DELETE", "/v1/keys/00000000"), 404, "not-found")
+    assert served.refused(served.client.get(f"/v1/jobs/{served.job}", headers=header), 401, "unauthorized")["status"] == 401
+    assert served.refused(served.ask("DELETE", "/v1/keys/00000000"), 404, "not-found")["status"] == 404
     own = served.keys["alice"][3:11]
-    served.refused(served.ask("DELETE", f"/v1/keys/{own}"), 409, "conflict")
+    assert served.refused(served.ask("DELETE", f"/v1/keys/{own}"), 409, "conflict")["status"] == 409
     for wrong in ({"scopes": []}, {"scopes": ["root"]}, {"owner": "a b"}, {"name": ""}, {"expires_in_days": 0}):
         body = {"name": "n", "owner": "alice", "scopes": ["admin"]} | wrong
-        served.refused(served.ask("POST", "/v1/keys", json=body), 422, "invalid-input")
+        assert served.refused(served.ask("POST", "/v1/keys", json=body), 422, "invalid-input")["status"] == 422
 
 
 def test_events_are_replayed_from_where_the_client_was(served: Any) -> None:
@@ -219,7 +235,12 @@ def test_events_are_replayed_from_where_the_client_was(served: Any) -> None:
     assert [event["event"] for event in sent] == [*(event.kind for event in stored[5:]), "end"]
     assert json.loads(sent[-1]["data"]) == {"state": "succeeded"}
     for wrong in ("-1", "x", "1e3", str(2**60)):
-        served.refused(served.ask("GET", f"/v1/jobs/{served.job}/events", headers={"Last-Event-ID": wrong}), 422, "invalid-input")
+        assert (
+            served.refused(served.ask("GET", f"/v1/jobs/{served.job}/events", headers={"Last-Event-ID": wrong}), 422, "invalid-input")[
+                "status"
+            ]
+            == 422
+        )
 
 
 def test_followers_miss_nothing_and_are_told_the_end(served: Any) -> None:
