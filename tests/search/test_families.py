@@ -14,7 +14,7 @@ from autoeff.search.settings import Settings
 
 @pytest.mark.parametrize("every_family", ["phi3"], indirect=True)  # the others: -m slow
 def test_a_search_ends_with_an_export_that_transformers_loads(stored_family: Path, tiny_text: Path, tmp_path: Path) -> None:
-    search_and_export(stored_family, tiny_text, tmp_path)
+    assert search_and_export(stored_family, tiny_text, tmp_path).found is not None
 
 
 def test_so_does_a_search_of_a_model_of_images(tiny_vit: Path, tiny_images: Path, tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_so_does_a_search_of_a_model_of_images(tiny_vit: Path, tiny_images: Path
 
 @pytest.mark.slow
 def test_a_search_of_every_family_ends_with_an_export_that_transformers_loads(stored_family: Path, tiny_text: Path, tmp_path: Path) -> None:
-    search_and_export(stored_family, tiny_text, tmp_path)
+    assert search_and_export(stored_family, tiny_text, tmp_path).found is not None
 
 
 def search_and_export(model: Path, text: Path, tmp_path: Path, **fields: object) -> Result:
