@@ -24,7 +24,7 @@ from autoeff.api.feed import Feed
 from autoeff.api.metrics import Metrics, Observed, Sample
 from autoeff.api.problems import ApiError, Problem, ProblemItem, described_problems, install
 from autoeff.api.roots import Roots
-from autoeff.api.routes import artifacts, datasets, events, hardware, health, jobs, kernel_latencies, keys, models, pareto, trials
+from autoeff.api.routes import artifacts, datasets, events, hardware, health, jobs, kernel_latencies, keys, models, pareto, space, trials
 from autoeff.api.schemas import Budgets, ExportRequest, KeyRequest, ResolveRequest
 from autoeff.api.standings import Standings
 from autoeff.errors import InputError
@@ -103,7 +103,7 @@ def _routed(lifespan: Any = None) -> FastAPI:
     guarded = APIRouter(
         dependencies=[Depends(caller), Depends(only_known_parameters)], responses=described_problems(401, 403, 422, 429, 500)
     )
-    for resource in (jobs, trials, pareto, events, artifacts, models, datasets, hardware, kernel_latencies, keys):
+    for resource in (jobs, space, trials, pareto, events, artifacts, models, datasets, hardware, kernel_latencies, keys):
         guarded.include_router(resource.router)
     guarded.include_router(health.guarded)
 

@@ -41,6 +41,7 @@ from autoeff.api.schemas import (
     KeyMade,
     KeyPage,
     KeyRow,
+    LatencyPage,
     ModelPage,
     Preflight,
     ResolutionRow,
@@ -77,6 +78,7 @@ _WAIT_S = 20.0
 _WORK_S = 3600.0
 _EXPORT_LOOK_S = 1.0
 _CHUNK = 1 << 20
+_PAGE = 500
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -130,13 +132,16 @@ class Client:
         server: Such as `http://127.0.0.1:8423`.
         key: A key, `ae_…`.
         timeout_s: For one answer.
+        attempts: How often it asks where nobody answers or the server is busy, for what may be asked twice.
         transport: Of httpx2, for tests.
 
     Raises:
         InputError: The server is no URL of http or https.
     """
 
-    def __init__(self, server: str, key: str, *, timeout_s: float = 60.0, transport: httpx2.BaseTransport | None = None) -> None:
+    def __init__(
+        self, server: str, key: str, *, timeout_s: float = 60.0, attempts: int = _ATTEMPTS, transport: httpx2.BaseTransport | None = None
+    ) -> None:
         try:
             url = httpx2.URL(server)
         except (httpx2.InvalidURL, TypeError):
@@ -145,7 +150,7 @@ class Client:
             raise InputError(f"{server!r} is no server; write for example http://127.0.0.1:8423")
         if not key.isascii() or not key.isprintable():
             raise InputError("the key is none: it begins with ae_ and has 55 characters")
-        self.server = str(url).rstrip("/")
+        self.server, self._attempts = str(url).rstrip("/"), attempts
         headers = {"Authorization": f"Bearer {key}", "User-Agent": "autoeff"}
         self._http = httpx2.Client(base_url=self.server, headers=headers, timeout=timeout_s, transport=transport)
 
@@ -179,6 +184,10 @@ class Client:
         for page in self._pages(JobPage, "/v1/jobs", {"state": list(states)}):
             yield from page.items
 
+    def job_page(self, states: Sequence[str] = (), *, limit: int = 100, cursor: str | None = None) -> JobPage:
+        """One page of `jobs`; its `next` is the cursor of the following one."""
+        return self._page(JobPage, "/v1/jobs", {"state": list(states)}, limit, cursor)
+
     def job(self, job_id: str) -> JobDetail:
         """A job.
 
@@ -186,6 +195,11 @@ class Client:
             NotFound: There is none of this id, or it is somebody else's.
         """
         return self._ask(JobDetail, "GET", f"/v1/jobs/{_part(job_id)}")
+
+    def space(self, job_id: str) -> dict[str, Any]:
+        """What a job searches, as `autoeff.spaces.space.SearchSpace.from_json` takes it."""
+        answer: dict[str, Any] = self._send("GET", f"/v1/jobs/{_part(job_id)}/space").json()
+        return answer
 
     def change_budget(self, job: JobDetail, *, trials: int | None = None, seconds: float | None = None) -> JobDetail:
         """Changes the budget of a job as it was seen.
@@ -226,7 +240,7 @@ class Client:
                         return
             except _Again as again:
                 broken += 1
-                if broken >= _ATTEMPTS:
+                if broken >= self._attempts:
                     raise again.error from None
                 time.sleep(max(again.after_s, min(2.0**broken / 4, _WAIT_S)))
 
@@ -237,6 +251,13 @@ class Client:
         query = {"state": list(states), "origin": [] if origin is None else [origin]}
         for page in self._pages(TrialPage, f"/v1/jobs/{_part(job_id)}/trials", query):
             yield from page.items
+
+    def trial_page(
+        self, job_id: str, states: Sequence[str] = (), origin: str | None = None, *, limit: int = 100, cursor: str | None = None
+    ) -> TrialPage:
+        """One page of `trials`; its `next` is the cursor of the following one."""
+        query = {"state": list(states), "origin": [] if origin is None else [origin]}
+        return self._page(TrialPage, f"/v1/jobs/{_part(job_id)}/trials", query, limit, cursor)
 
     def trial(self, job_id: str, number: int) -> TrialDetail:
         """One trial, with its attempts and their logs."""
@@ -292,6 +313,10 @@ class Client:
         finally:
             partial.unlink(missing_ok=True)
 
+    def begin_export(self, job_id: str, number: int, format_name: str = "hf-dense") -> Artifact:
+        """Has a trial written out and checked by the server; it is one of the job's `artifacts`, and `ready` or `failed` in the end."""
+        return self._ask(Artifact, "POST", f"/v1/jobs/{_part(job_id)}/trials/{number}/export", json={"format": format_name})
+
     def export(self, job_id: str, number: int, folder: Path, format_name: str = "hf-dense") -> Artifact:
         """Has a trial written out and checked by the server, and unpacks it into `folder`, which must not exist.
 
@@ -301,8 +326,7 @@ class Client:
         """
         if folder.exists():
             raise InputError(f"{folder} exists already; name a folder that does not")
-        path = f"/v1/jobs/{_part(job_id)}/trials/{number}/export"
-        artifact = self._ask(Artifact, "POST", path, json={"format": format_name})
+        artifact = self.begin_export(job_id, number, format_name)
         while artifact.state == "building":
             time.sleep(_EXPORT_LOOK_S)
             artifact = next(one for one in self.artifacts(job_id) if one.name == artifact.name)
@@ -334,6 +358,19 @@ class Client:
         """Workers."""
         return self._ask(HardwarePage, "GET", "/v1/hardware")
 
+    def kernel_latencies(self, operation: str = "", limit: int = 500) -> LatencyPage:
+        """Measured operations, all or those of one name, by device."""
+        return self._ask(LatencyPage, "GET", "/v1/kernel-latencies", params={"operation": operation, "limit": str(limit)})
+
+    def contract(self) -> dict[str, Any]:
+        """The server's OpenAPI document."""
+        answer: dict[str, Any] = self._send("GET", "/openapi.json").json()
+        return answer
+
+    def own_key(self) -> KeyRow:
+        """The key of this client: whose it is, and what it may do."""
+        return self._ask(KeyRow, "GET", "/v1/keys/self")
+
     def keys(self) -> list[KeyRow]:
         """Every key, for admins."""
         return self._ask(KeyPage, "GET", "/v1/keys").items
@@ -350,20 +387,23 @@ class Client:
     # Asking
 
     def _pages(self, model: type[Answer], path: str, query: Mapping[str, list[str]]) -> Iterator[Answer]:
-        cursor: dict[str, str] = {}
+        cursor: str | None = None
         while True:
-            page = self._ask(model, "GET", path, params={**query, "limit": "500", **cursor})
+            page = self._page(model, path, query, _PAGE, cursor)
             yield page
-            following: str | None = getattr(page, "next", None)
-            if following is None:
+            cursor = getattr(page, "next", None)
+            if cursor is None:
                 return
-            cursor = {"cursor": following}
+
+    def _page(self, model: type[Answer], path: str, query: Mapping[str, list[str]], limit: int, cursor: str | None) -> Answer:
+        following = {} if cursor is None else {"cursor": cursor}
+        return self._ask(model, "GET", path, params={**query, "limit": str(limit), **following})
 
     def _ask(self, model: type[Answer], method: str, path: str, *, again: bool = True, **options: Any) -> Answer:
         return model.model_validate_json(self._send(method, path, again=again, **options).content)
 
     def _send(self, method: str, path: str, *, again: bool = True, **options: Any) -> httpx2.Response:
-        retrying = Retrying(retry=retry_if_exception_type(_Again), stop=_Patience(_ATTEMPTS if again else 1), wait=_wait, reraise=True)
+        retrying = Retrying(retry=retry_if_exception_type(_Again), stop=_Patience(self._attempts if again else 1), wait=_wait, reraise=True)
         try:
             return retrying(self._send_once, method, path, **options)
         except _Again as busy:

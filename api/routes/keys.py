@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Response
 
-from autoeff.api.access import Admin
+from autoeff.api.access import Admin, Caller
 from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Server
 from autoeff.api.problems import ApiError, described_problems
@@ -21,6 +21,12 @@ router = APIRouter(prefix="/v1/keys", tags=["keys"])
 def list_keys(server: Server, key: Admin) -> dict[str, Any]:
     """Every key, the newest first, revoked ones too."""
     return {"items": [one.to_json() for one in server.ring.all()]}
+
+
+@router.get("/self", response_model=KeyRow)
+def own_key(key: Caller) -> dict[str, Any]:
+    """The key that asks: whose it is, and what it may do."""
+    return key.to_json()
 
 
 @router.post(

@@ -41,7 +41,7 @@ def command(served: Any, live: str, capsys: pytest.CaptureFixture[str], monkeypa
     return run
 
 
-def answering(*answers: httpx2.Response | Exception) -> tuple[Client, list[httpx2.Request]]:
+def answering(*answers: httpx2.Response | Exception, **options: Any) -> tuple[Client, list[httpx2.Request]]:
     """A client of a server that gives these answers in turn, and what it was asked."""
     asked: list[httpx2.Request] = []
 
@@ -52,7 +52,7 @@ def answering(*answers: httpx2.Response | Exception) -> tuple[Client, list[httpx
             raise found
         return found
 
-    return Client("http://server", "ae_key", transport=httpx2.MockTransport(answer)), asked
+    return Client("http://server", "ae_key", transport=httpx2.MockTransport(answer), **options), asked
 
 
 def busy(status: int, **headers: str) -> httpx2.Response:
@@ -116,6 +116,33 @@ def test_a_run_of_a_server_says_so(served: Any, live: str, command: Command, tmp
     code, _, told = command("status", str(tmp_path))
     assert code == 2
     assert f"--server {live}" in told
+
+
+def test_pages_are_those_of_the_whole(served: Any, client: Client) -> None:
+    whole = list(client.trials(served.job))
+    first = client.trial_page(served.job, limit=7)
+    second = client.trial_page(served.job, limit=7, cursor=first.next)
+    assert [*first.items, *second.items] == whole[:14]
+    assert [row.trial for row in client.trial_page(served.job, ["succeeded"], "table", limit=3).items] == [
+        row.trial for row in client.trials(served.job, ["succeeded"], "table")
+    ][:3]
+    page = client.job_page(["succeeded"], limit=1)
+    assert ([job.job for job in page.items], page.next is None) == ([served.job], False)
+    assert client.job_page(["succeeded"], limit=1, cursor=page.next).items == []
+
+
+def test_the_client_knows_its_key_its_contract_and_a_space(served: Any, client: Client) -> None:
+    assert client.own_key().key == served.keys["alice"][3:11]
+    assert "JobSpec" in client.contract()["components"]["schemas"]
+    assert client.space(served.job)["decisions"]
+    assert client.kernel_latencies("linear", limit=1).items is not None
+
+
+def test_patience_can_be_short() -> None:
+    client, asked = answering(busy(503), busy(503), busy(503), attempts=2)
+    with pytest.raises(Unavailable, match="busy"):
+        client.job("0" * 12)
+    assert len(asked) == 2
 
 
 def test_events_end_and_the_export_is_unpacked(served: Any, client: Client, tmp_path: Path) -> None:

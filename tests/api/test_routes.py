@@ -14,6 +14,7 @@ from autoeff.search.facts import job_facts
 from autoeff.search.results import rows_of
 from autoeff.search.standing import standing_of
 from autoeff.search.storage.records import JobState
+from autoeff.spaces.space import SearchSpace
 
 
 def submitted(served: Any, **changes: Any) -> str:
@@ -55,7 +56,7 @@ def test_filters_hold_over_pages_and_cursors_are_of_one_listing(served: Any) -> 
 
 def test_a_job_is_known_by_its_etag(served: Any) -> None:
     path = f"/v1/jobs/{served.job}"
-    for one in (path, f"{path}/pareto", f"{path}/trials/3", f"{path}/result"):
+    for one in (path, f"{path}/pareto", f"{path}/trials/3", f"{path}/result", f"{path}/space"):
         answer = served.ask("GET", one)
         again = served.ask("GET", one, headers={"If-None-Match": answer.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
@@ -71,6 +72,13 @@ def test_the_front_is_that_of_the_command(served: Any) -> None:
     front = served.ask("GET", f"/v1/jobs/{served.job}/pareto").json()
     assert [row["trial"] for row in front["items"]] == sorted(standing.front)
     assert (front["best"], front["best_quality"], front["feasible"]) == (standing.best, standing.best_quality, True)
+
+
+def test_the_space_is_as_stored(served: Any) -> None:
+    stored = served.store.job(served.job)
+    space = SearchSpace.from_json(served.ask("GET", f"/v1/jobs/{served.job}/space").json())
+    assert space == SearchSpace.from_json(stored.space)
+    assert {decision.knob for decision in space.decisions} == {"bits"}
 
 
 def test_a_trial_has_its_attempts(served: Any) -> None:
@@ -223,6 +231,14 @@ def test_keys_are_made_used_and_ended(served: Any) -> None:
     for wrong in ({"scopes": []}, {"scopes": ["root"]}, {"owner": "a b"}, {"name": ""}, {"expires_in_days": 0}):
         body = {"name": "n", "owner": "alice", "scopes": ["admin"]} | wrong
         assert served.refused(served.ask("POST", "/v1/keys", json=body), 422, "invalid-input")["status"] == 422
+
+
+def test_every_key_says_what_it_may(served: Any) -> None:
+    for who, owner, scopes in (("bob", "bob", ["jobs:read", "jobs:write", "admin"]), ("reader", "alice", ["jobs:read"])):
+        own = served.ask("GET", "/v1/keys/self", who=who).json()
+        assert (own["owner"], sorted(own["scopes"])) == (owner, sorted(scopes))
+        assert own["key"] == served.keys[who][3:11]
+        assert "text" not in own
 
 
 def test_events_are_replayed_from_where_the_client_was(served: Any) -> None:
