@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from autoeff.evaluators.latency_fit import runtime_dtype
 from autoeff.evaluators.latency_table import LatencySpec
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.metrics import imported_metrics, measured_by
+from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.preparation import hardware_name, prepare
 from autoeff.evaluators.quality import (
     Sample,
@@ -40,16 +42,20 @@ from autoeff.evaluators.quality import (
 )
 from autoeff.evaluators.serving import Stored, copied, removable, runs, serve
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
+from autoeff.evaluators.sublayer_changes import sublayer_changes
 from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
+from autoeff.evaluators.weights import magnitudes_of, outlier_share, tail_exponent
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import BESIDE_WEIGHTS
 from autoeff.spaces.kv_cache import KvCache, KvPlan, continuation_start, watched
 from autoeff.spaces.material import dense_weight
 from autoeff.spaces.measurements import Measurement, Split
-from autoeff.spaces.sites import Linear
+from autoeff.spaces.sites import Linear, Site
 
 __all__ = ["Evaluator"]
+
+_OUTLIER_TIMES = 5  # OWL's M for the LLaMA family
 
 
 @dataclass
@@ -179,16 +185,61 @@ class Evaluator:
             load_tokenizer(self.preparation.facts).save_pretrained(folder)
         return sorted(path.name for path in folder.iterdir())
 
-    def attention(self) -> dict[str, AttentionStatistics]:
-        """What the dense model attends to on the search text, by attention whose cache can be decided about."""
-        passages = self._texts["search"].passages
-        queries = KvPlan().sizes(passages.length).window
-        found: dict[str, list[OfWindows]] = {site.name: [] for site in self.structure.sites if site.kind == "attention" and site.kv}
+    def statistics(self, needs: Collection[str]) -> ModelStatistics:
+        """What rules ask about the dense model, on the search text.
+
+        Raises:
+            InputError: A statistic that there is not.
+        """
+        if unknown := sorted(set(needs) - ModelStatistics.names()):
+            raise InputError(f"unknown statistic {unknown[0]!r}; known: {', '.join(sorted(ModelStatistics.names()))}")
+        asked: dict[str, Callable[[], Mapping[str, Any]]] = {
+            "attention": self._attention,
+            "changes": self._changes,
+            "magnitudes": lambda: {site.name: magnitudes_of(map(self._weight, site.linears)) for site in self._linear_sites},
+            "outliers": self._outliers,
+            "spectra": lambda: {
+                site.name: fmean(tail_exponent(self.model.get_parameter(linear.weight)) for linear in site.linears)
+                for site in self._linear_sites
+            },
+        }
         self.candidate.set(self._zeros)
+        return ModelStatistics(**{name: asked[name]() for name in sorted(needs)})
+
+    def _attention(self) -> dict[str, AttentionStatistics]:
+        queries = KvPlan().sizes(self._texts["search"].passages.length).window
+        found: dict[str, list[OfWindows]] = {site.name: [] for site in self.structure.sites if site.kind == "attention" and site.kv}
         with watched(self.model, found, lambda name, seen_by: found[name].append(of_windows(seen_by, queries))):
-            for rows in self._forward.batches(len(passages.inputs), passages.tokens):
-                self._forward.run(passages.inputs, passages.mask, rows, kept=[], first_changed=[])
+            self._run_dense()
         return {name: mean_of(batches) for name, batches in found.items()}
+
+    def _changes(self) -> Mapping[str, float]:
+        with sublayer_changes(self.model, self.structure) as changes:
+            self._run_dense()
+            return changes()
+
+    def _outliers(self) -> dict[str, float]:
+        plain = {linear.name: site.block for site in self._linear_sites for linear in site.linears if not linear.experts}
+        with collected(self.model, plain, {"input_norm"}) as norms:
+            self._run_dense()
+            norm = norms()
+        linears = {linear.name: linear for linear in self.structure.linears}
+        shares = {}
+        for block in dict.fromkeys(plain.values()):
+            names = [name for name, place in plain.items() if place == block]
+            weights = [self._weight(linears[name]) for name in names]
+            shares[block] = outlier_share(weights, [norm[f"{name}.input_norm"] for name in names], _OUTLIER_TIMES)
+        return {site.name: shares[site.block] for site in self._linear_sites if site.block in shares}
+
+    def _run_dense(self) -> None:
+        """Runs what is in force over the whole search text, every block anew."""
+        passages = self._texts["search"].passages
+        for rows in self._forward.batches(len(passages.inputs), passages.tokens):
+            self._forward.run(passages.inputs, passages.mask, rows, kept=[], first_changed=[])
+
+    @property
+    def _linear_sites(self) -> list[Site]:
+        return [site for site in self.structure.sites if site.kind == "linears"]
 
     def remeasure(self, folder: Path, split: Split, windows: int, levels: Mapping[str, Level] | None = None) -> list[Measurement]:
         """Quality of the model in `folder` against this setup's dense model, as a trial's is measured.

@@ -5,7 +5,7 @@ One JSON object a line on standard input asks, one on standard output answers; w
     {"kind": "open", "setup": {…}}                      -> {"kind": "progress", "done": n, "total": n} …, {"kind": "ready", "digest": …}
     {"kind": "evaluate", "levels": {…}, "split": …, "windows": n}  -> {"kind": "measured", "measurements": […], "seconds": s}
     {"kind": "complete", "levels": {…}, "prompt": …, "tokens": n}  -> {"kind": "text", "text": …}
-    {"kind": "attention"}                               -> {"kind": "attention", "attention": {path: {…}}}, of the dense model
+    {"kind": "statistics", "needs": […]}                -> {"kind": "statistics", "statistics": {name: {site: …}}}, of the dense model
     {"kind": "latency", "configurations": {label: {…}}, "spec": {…}} -> {"kind": "times", "times": {label: [measurements]}}
     {"kind": "stored_bytes", "levels": {…}}             -> {"kind": "bytes", "bytes": {linear: n}}
     {"kind": "export", "levels": {…}, "folder": …}      -> {"kind": "exported", "files": […]}
@@ -80,8 +80,8 @@ def _serve(requests: Iterator[Mapping[str, Any]], answers: TextIO) -> None:
                 answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=time.perf_counter() - started)
             case "complete":
                 answer("text", text=evaluator.complete(request["levels"], request["prompt"], request["tokens"]))
-            case "attention":
-                answer("attention", attention={name: found.to_json() for name, found in evaluator.attention().items()})
+            case "statistics":
+                answer("statistics", statistics=evaluator.statistics(request["needs"]).to_json())
             case "latency":
                 times = evaluator.latency(request["configurations"], LatencySpec.from_json(request["spec"]))
                 answer("times", times={label: [measurement_to_json(m) for m in found] for label, found in times.items()})

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from autoeff.errors import CandidateError, InputError, RunnerLost
-from autoeff.evaluators.attention import AttentionStatistics
 from autoeff.evaluators.latency_table import PHASES, LatencySpec
 from autoeff.evaluators.loading import load_tokenizer
+from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.evaluators.setup import measurement_from_json
 from autoeff.search.guests import DamageTable, minimum_trials, preamble, table_candidates, table_form
@@ -105,18 +105,20 @@ class Plan:
         seeds = make_seeds(self.spec.seeds, list(self.spec.knobs))
         if self.spec.seeds is None and runner is None:  # none was asked for by name, and nobody here knows the model
             seeds = [seed for seed in seeds if not seed.needs]
-        attention: Mapping[str, AttentionStatistics] = {}
-        if any("attention" in seed.needs for seed in seeds):
+        needs = sorted(set().union(*(seed.needs for seed in seeds)))
+        statistics = ModelStatistics()
+        if needs:
             if not isinstance(runner, RunnerProcess):
-                raise InputError("a seed that asks the model for its attention needs it in the same process; search without a server")
-            answer = _answered(runner, {"kind": "attention"})["attention"]
-            attention = {name: AttentionStatistics.from_json(value) for name, value in answer.items()}
+                asking = next(seed.name for seed in seeds if seed.needs)
+                raise InputError(f"seed {asking} goes by {', '.join(needs)} of the model, which only a search without a server knows")
+            answer = _answered(runner, {"kind": "statistics", "needs": needs})["statistics"]
+            statistics = ModelStatistics.from_json(answer)
         context = next((site.kv.context for site in self.preparation.structure.sites if site.kv is not None), 0)
         budget = self.preparation.knobs.get("kv_budget")
         sizes = budget.sizes(context) if isinstance(budget, KvBudget) else None
         found: dict[tuple[int, ...], Candidate] = {}
         for point in self.problem.operating_points:
-            given = Given(self.problem, point.limits, table.damage, context, attention=attention)
+            given = Given(self.problem, point.limits, table.damage, context, statistics=statistics)
             given = given if sizes is None else replace(given, least=sizes.least, window=sizes.window)
             for seed in seeds:
                 indices = seed.configuration(given)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from autoeff.errors import InputError
-from autoeff.evaluators.attention import AttentionStatistics
+from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.search.limits import Limit
 from autoeff.search.samplers.problem import Problem
 from autoeff.spaces.plugins import plugin, plugins
@@ -27,7 +27,7 @@ class Given:
         context: Tokens that budgets of the cache are shares of.
         least: Tokens of which every layer must keep so many.
         window: Of which so many are the last ones.
-        attention: By site, where a rule `needs` it.
+        statistics: Of the dense model, as far as a rule `needs` them.
     """
 
     problem: Problem
@@ -36,7 +36,7 @@ class Given:
     context: int = 0
     least: int = 1
     window: int = 0
-    attention: Mapping[str, AttentionStatistics] = field(default_factory=dict)
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
 class Seed(ABC):
@@ -44,13 +44,15 @@ class Seed(ABC):
 
     Attributes:
         name: As in `--seeds`.
-        knob: What it decides about; it joins searches that have this knob.
-        needs: `attention` if it goes by that.
+        knob: What it decides about; None if about every knob.
+        needs: Names of the statistics that it goes by, see `ModelStatistics`.
+        joins: Whether it joins every search that has its knob; else it must be asked for by name.
     """
 
     name: ClassVar[str]
-    knob: ClassVar[str]
+    knob: ClassVar[str | None]
     needs: ClassVar[frozenset[str]] = frozenset()
+    joins: ClassVar[bool] = True
 
     @abstractmethod
     def configuration(self, given: Given) -> tuple[int, ...] | None:
@@ -66,15 +68,15 @@ def known_seeds() -> Mapping[str, type[Seed]]:
 
 
 def make_seeds(names: Sequence[str] | None, knobs: Sequence[str]) -> list[Seed]:
-    """The rules called so, or with None all that decide about one of the `knobs`, by name.
+    """The rules called so, or with None all that join searches of one of the `knobs`, by name.
 
     Raises:
         InputError: An unknown rule, or one whose knob is not searched.
     """
     if names is None:
-        return [known_seeds()[name]() for name in sorted(known_seeds()) if known_seeds()[name].knob in knobs]
+        return [seed() for _, seed in sorted(known_seeds().items()) if seed.joins and seed.knob in knobs]
     found: list[Seed] = [plugin(*_WHERE, name)() for name in names]
     for seed in found:
-        if seed.knob not in knobs:
+        if seed.knob is not None and seed.knob not in knobs:
             raise InputError(f"seed {seed.name} shares out {seed.knob}, which is not among the knobs {', '.join(knobs)}")
     return found

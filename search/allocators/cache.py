@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from autoeff.evaluators.attention import AttentionStatistics
 from autoeff.search.allocators.dp import Allocator
-from autoeff.search.samplers.ledger import Ledger
+from autoeff.search.allocators.nearest import nearest
 from autoeff.search.seed import Given, Seed
 
 __all__ = ["CacheSeed", "Tokens", "exact_shares"]
@@ -48,8 +48,7 @@ class CacheSeed(Seed):
     """A rule that says how many tokens each layer keeps.
 
     Everything else is as in the additive optimum, and so is the cache's share of the budget: the rule distributes it. Levels are
-    those nearest to what the rule wants (least squares) within the limits, found exactly; what is then left is given to the layers that
-    want it most.
+    those nearest to what the rule wants, see `nearest`.
     """
 
     knob: ClassVar[str] = "kv_budget"
@@ -63,9 +62,8 @@ class CacheSeed(Seed):
         return exact_shares(self.wanted(tokens), tokens.total, tokens.least, tokens.most)
 
     def configuration(self, given: Given) -> tuple[int, ...] | None:
-        space, cost_model = given.problem.space, given.problem.cost_model
-        allocator = Allocator(space, cost_model, given.limits)
-        base = allocator.solve(given.damage)
+        space = given.problem.space
+        base = Allocator(space, given.problem.cost_model, given.limits).solve(given.damage)
         if base is None:
             return None
         active = space.active(base)
@@ -73,14 +71,8 @@ class CacheSeed(Seed):
         tokens = self._tokens(given, base, layers)
         if tokens is None:
             return None
-        shares = dict(zip(layers, self.shares(tokens), strict=True))
-        kept = {i: [self._kept(level, given.context) for level in space.decisions[i].levels] for i in layers}
-        distance = [
-            [float((n - shares[i]) ** 2) for n in kept[i]] if i in shares else [0.0] * len(d.levels) for i, d in enumerate(space.decisions)
-        ]
-        allowed = [range(len(d.levels)) if i in shares else [base[i]] for i, d in enumerate(space.decisions)]
-        found = allocator.solve(distance, allowed)
-        return None if found is None else self._filled(given, found, distance, layers)
+        kept = {i: [float(self._kept(level, given.context)) for level in space.decisions[i].levels] for i in layers}
+        return nearest(given, base, dict(zip(layers, map(float, self.shares(tokens)), strict=True)), kept)
 
     def _tokens(self, given: Given, base: Sequence[int], layers: Sequence[int]) -> Tokens | None:
         """The tokens that the limits leave to the layers where everything else is as in `base`; None if they need not share."""
@@ -103,23 +95,8 @@ class CacheSeed(Seed):
         total = floor(len(layers) * (given.context - over / sum(bytes_of)))
         if total < given.least * len(layers):
             return None
-        attention = tuple(given.attention[space.decisions[i].site] for i in layers) if self.needs else ()
+        attention = tuple(given.statistics.attention[space.decisions[i].site] for i in layers) if self.needs else ()
         return Tokens(len(layers), total, given.least, given.context, given.window, attention)
-
-    def _filled(self, given: Given, found: tuple[int, ...], distance: Sequence[Sequence[float]], layers: Sequence[int]) -> tuple[int, ...]:
-        """Raises layers a level at a time, those first that lose least by it, while the limits allow it."""
-        space = given.problem.space
-        ledger = Ledger(space, given.problem.cost_model, given.limits)
-        while True:
-            raised = [
-                (distance[i][found[i] - 1] - distance[i][found[i]], i, space.normalised([*found[:i], found[i] - 1, *found[i + 1 :]]))
-                for i in layers
-                if found[i] > 0
-            ]
-            fitting = [move for move in raised if ledger.feasible(move[2])]
-            if not fitting:
-                return found
-            found = min(fitting)[2]
 
     @staticmethod
     def _kept(level: object, context: int) -> int:

@@ -116,7 +116,7 @@ def test_completions_are_what_generate_says_with_the_same_cache(generated: Calla
 @torch.no_grad()
 def test_statistics_of_attention_are_those_of_the_dense_model(generated: Callable[..., EvaluationSetup]) -> None:
     evaluator = Evaluator(generated("llama", {"kv_budget": {"shares": (0.5,)}}))
-    found = evaluator.attention()
+    found = evaluator.statistics({"attention"}).attention
     passages = evaluator.preparation.passages["search"]
     evaluator.model.set_attn_implementation("eager")
     layers = evaluator.model(passages.inputs, output_attentions=True).attentions

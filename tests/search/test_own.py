@@ -275,7 +275,10 @@ def test_a_stopped_search_goes_on_as_an_undisturbed_one(fields: dict[str, Any], 
     assert sequence(search(out="run", trials=18, resume=True, **fields)) == sequence(whole)  # finished: only reported again
 
 
-def test_stored_trials_answer_instead_of_being_evaluated(machine: Path) -> None:
+def test_stored_trials_answer_instead_of_being_evaluated(machine: Path, request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def counted(candidate: tuple[int, int]) -> float:
         with (machine / "calls").open("a") as file:
             file.write("x")

@@ -10,6 +10,7 @@ import pytest
 
 from autoeff.errors import InputError
 from autoeff.evaluators.attention import AttentionStatistics
+from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.search.allocators.cache import CacheSeed, Tokens, exact_shares
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.limits import parse_limit
@@ -52,7 +53,7 @@ def statistics(layers: int, seed: int = 0) -> tuple[AttentionStatistics, ...]:
 def given_of(problem: Problem) -> Given:
     attention = {d.site: s for d, s in zip(problem.space.decisions, statistics(len(problem.space.decisions)), strict=True)}
     damage = [[float(level) for level in range(len(d.levels))] for d in problem.space.decisions]
-    return Given(problem, problem.cost_limits, damage, CONTEXT, 16, 8, attention)
+    return Given(problem, problem.cost_limits, damage, CONTEXT, 16, 8, ModelStatistics(attention))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -137,7 +138,7 @@ def test_rules_are_found_by_their_knob_and_wrong_names_are_refused() -> None:
     assert set(RULES) <= set(known_seeds())
     assert [seed.name for seed in make_seeds(None, ["kv_budget"])] == sorted(RULES)
     assert make_seeds(None, ["bits"]) == []
-    with pytest.raises(InputError, match="unknown allocator 'lotto'; known: cake, prefixkv, pyramidkv"):
+    with pytest.raises(InputError, match="unknown allocator 'lotto'; known: alphapruning, cake, dp, "):
         make_seeds(["lotto"], ["kv_budget"])
     with pytest.raises(InputError, match="seed cake shares out kv_budget, which is not among the knobs bits"):
         make_seeds(["cake"], ["bits"])

@@ -1,0 +1,45 @@
+"""What rules may ask about the dense model, each statistic only where a rule needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from autoeff.evaluators.attention import AttentionStatistics
+from autoeff.evaluators.weights import Magnitudes
+
+__all__ = ["ModelStatistics"]
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """By site; empty where nobody asked.
+
+    Attributes:
+        attention: What each attention looks at; attention whose cache can be decided about.
+        changes: 1 - cosine of the residual stream before and after each sublayer, mean over tokens (LLM-Drop, arXiv:2406.15786).
+        magnitudes: Of the weights of each site of linears.
+        outliers: Share of outliers among the Wanda scores of its block, the same for all sites of linears of a block (OWL). Experts
+            are left out, whose inputs are not watched.
+        spectra: Mean over the linears of a site of the exponent of its spectrum's tail (AlphaPruning).
+    """
+
+    attention: Mapping[str, AttentionStatistics] = field(default_factory=dict)
+    changes: Mapping[str, float] = field(default_factory=dict)
+    magnitudes: Mapping[str, Magnitudes] = field(default_factory=dict)
+    outliers: Mapping[str, float] = field(default_factory=dict)
+    spectra: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """What can be asked for."""
+        return frozenset(f.name for f in fields(cls))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelStatistics:
+        made = {"attention": AttentionStatistics.from_json, "magnitudes": Magnitudes.from_json}
+        return cls(**{name: {site: made.get(name, float)(found) for site, found in sites.items()} for name, sites in value.items()})
