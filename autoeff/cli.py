@@ -322,6 +322,51 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run directories or job ids.")],
     out: Annotated[Path | None, _option("Run", "New folder for a picture of the fronts.", metavar="DIR")] = None,
     form: Format = Form.TABLE,
+@app.command()
+def allocate(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", show_default=False, help="Directory, hub id, or demo. May stand in --config.")
+    ] = None,
+    rule: Annotated[str, _option("Space", "Published rules such as owl, separated by commas.", metavar="NAME,NAME…")] = "",
+    limit: Annotated[
+        list[str] | None, _option("Goal", "A hard limit such as linear_bytes<=0.6x; may be repeated.", metavar="LIMIT")
+    ] = None,
+    knobs: Annotated[str | None, _option("Space", "Knobs to decide about; default those of the rules.", metavar="NAME,NAME…")] = None,
+    settings: Annotated[
+        list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
+    ] = None,
+    levels: Annotated[
+        list[str] | None, _option("Space", "Only these levels where decisions match; may be repeated.", metavar="GLOB=LEVEL,LEVEL…")
+    ] = None,
+    data: Annotated[str | None, _option("Text", "Text to measure on, as in search.")] = None,
+    windows: Annotated[int | None, _option("Text", "Windows of text (sentences for encoders); 0 takes all.")] = None,
+    length: Annotated[int | None, _option("Text", "Tokens per window.")] = None,
+    eval_data: Annotated[str | None, _option("Text", "Held-out text; default is the last fifth of the search text.")] = None,
+    eval_windows: Annotated[int | None, _option("Text", "As --windows, held-out text.")] = None,
+    batch: Annotated[int | None, _option("Goal", "Sequences decoded together, for cache and read costs.")] = None,
+    context: Annotated[int | None, _option("Goal", "Tokens in the cache, for cache and read costs.")] = None,
+    seed: Annotated[int | None, _option("Run", "Draws the windows; default 0.")] = None,
+    device: Annotated[str | None, _option("Run", "cpu, cuda or cuda:N; default cpu.")] = None,
+    config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
+    out: Annotated[Path | None, _option("Run", "New folder for the run; default runs/<model>-<time>.", metavar="DIR")] = None,
+    form: Format = Form.TABLE,
+) -> None:
+    """Shares out a budget by published rules, without a search, and measures what they give beside the baselines."""
+    from autoeff.search import run
+    from autoeff.search.allocate import rule_job
+    from autoeff.search.job import JobSpec
+    from autoeff.search.settings import Settings
+
+    machine = Settings.read()
+    spec = rule_job(job_fields(ctx.params, {} if config is None else JobSpec.read(config)), rule, machine)
+    folder = run.default_folder(spec.model) if out is None else out
+    with _resumable(folder), Watcher() as watcher:
+        result = run.start(spec, folder, machine, watcher.watch)
+    _print_run(result, form)
+    raise typer.Exit(result.exit_code)
+
+
 ) -> None:
     """Compares searches of one model on one text: what they found, the best of each at common budgets, settings that differ."""
     from autoeff.search.compare import compare as compare_runs
@@ -581,7 +626,7 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
         print_json({"job": job_id, "folder": str(folder), "exit_code": exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.tables import print_latency
+    from autoeff.tables import print_attribution, print_latency
 
     rows, quality, costs = summary["rows"], summary["quality"], columns["columns"]
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
@@ -612,6 +657,9 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
 
 def _print_run(result: Result, form: Form) -> None:
     from autoeff.search.facts import columns_of
+    if summary.get("attribution"):
+        sys.stdout.write("\n")
+        print_attribution(summary["attribution"], quality)
 
     with opened(str(result.folder)) as run:
         columns = columns_of(run.store.job(run.job_id))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autoeff.search.resolve import Resolution
     from autoeff.search.sensitivity import Sensitivity
 
-__all__ = ["print_comparison", "print_latency", "print_resolution", "print_sensitivity"]
+__all__ = ["print_attribution", "print_comparison", "print_latency", "print_resolution", "print_sensitivity"]
 
 Row = Mapping[str, Any]
 
@@ -39,6 +39,20 @@ def print_latency(latency: Row) -> None:
     print_table(columns, rows, title=f"latency: {latency['device']}, batch {latency['batch']}, context {latency['context']}", left=2)
     if latency["failure"]:
         sys.stdout.write(f"measuring failed: {latency['failure']}\n")
+
+
+def print_attribution(attribution: Row, quality: str) -> None:
+    """What each knob earned: the held-out quality of its best replacement by one level everywhere, beside what was found."""
+    text = described(f"{quality}_held_out").text
+    print_table(
+        ["knob", "at one level everywhere", "the other knobs", "trial", f"{quality}, held out", "earned"],
+        [
+            [row["knob"], row["level"], row["rest"], row["trial"], text(row["held_out"]), f"{row['earned']:+.4g}"]
+            for row in attribution["rows"]
+        ],
+        title=f"what each knob earned: trial {attribution['trial']} ({text(attribution['held_out'])}) against its best replacement",
+        left=3,
+    )
 
 
 def print_resolution(resolution: Resolution) -> None:

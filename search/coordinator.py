@@ -253,6 +253,8 @@ class Coordinator:
             [Candidate(self._indices(trial), windows, trial.origin, f"held-out of trial {trial.number}") for trial in wanted], "held_out"
         )
 
+        beside = self._subject.beside_found(self._results(), self._trials())
+        self._evaluate([c for c in beside if self._problem.space.at(c.indices).digest not in {*known, *chosen}], "held_out")
     @property
     def _spent(self) -> bool:
         late = self._seconds_wanted is not None and self._elapsed >= self._seconds_wanted

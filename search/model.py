@@ -13,6 +13,7 @@ from autoeff.evaluators.loading import load_tokenizer
 from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.evaluators.setup import measurement_from_json
+from autoeff.search.attribution import alternatives, attribution
 from autoeff.search.guests import DamageTable, minimum_trials, preamble, table_candidates, table_form
 from autoeff.search.job import JobSpec
 from autoeff.search.limits import Limit, check_reachable, least_reachable, parse_limit
@@ -129,17 +130,24 @@ class Plan:
     def runner(self, settings: Settings, log: Path, progress: Callable[[int, int], None]) -> RunnerProcess:
         return RunnerProcess(self.spec.setup(settings.bank), settings, log, progress)
 
-    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner | None) -> dict[str, Any]:
+    def beside_found(self, results: Results, trials: Sequence[Trial]) -> list[Candidate]:
+        found = {a.indices: a for a in reversed(alternatives(results, self._table(trials)))}
+        return [Candidate(a.indices, self.held_out_windows, "alternative", f"{a.knob}={a.level}") for a in reversed(found.values())]
+
+    def _table(self, trials: Sequence[Trial]) -> DamageTable:
         problem = self.problem
         indices = problem.space.indices
         known = {(indices(t.configuration.levels), t.windows): t.value(problem.quality) for t in trials if t.split == "search"}
-        table = DamageTable.measured(problem, known)
+        return DamageTable.measured(problem, known)
+
+    def closing(self, results: Results, trials: Sequence[Trial], runner: Runner | None) -> dict[str, Any]:
+        table = self._table(trials)
         said: dict[str, Any] = {"table": {"form": self.table, "damage": results.damage(table)}, "additivity": results.additivity(table)}
         if self.spec.table_only:  # nothing was searched, so nothing was found, and nothing missed
             return said | {"state": "feasible", "front": [], "found": None, "closest": None, "completions": None}
         asked = runner if isinstance(runner, RunnerProcess) else None
         completions = None if asked is None else self._completions(results, asked)
-        return said | {"completions": completions, "latency": self._times(results, asked)}
+        return said | {"completions": completions, "latency": self._times(results, asked), "attribution": attribution(results, table)}
 
     def _times(self, results: Results, runner: RunnerProcess | None) -> dict[str, Any] | None:
         """Times of dense, the best uniform level and what was found, predicted and measured end to end."""

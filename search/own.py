@@ -95,6 +95,9 @@ class OwnPlan:
         reference = self.problem.space.dense_configuration.levels
         return ForkedRunner(self.build, self.metrics, self.job.needed, reference, self.job.seed, settings, log)
 
+    def beside_found(self, results: Results, trials: Sequence[Trial]) -> list[Candidate]:
+        return []  # nothing is confirmed
+
     def closing(self, results: Results, trials: Sequence[Trial], runner: Runner | None) -> dict[str, Any]:
         return {"table": None, "additivity": None, "completions": None}
 

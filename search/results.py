@@ -72,11 +72,13 @@ class Results:
         self.problem = problem
         self.full: dict[str, Trial] = {}
         self.held_out: dict[str, Trial] = {}
+        self._beside: set[str] = set()  # confirmed after the found one was chosen, so they must not choose another
         for trial in trials:
             if trial.state is not State.SUCCEEDED:
                 continue
             if trial.split == "held_out":
-                self.held_out.setdefault(trial.configuration.digest, trial)
+                if self.held_out.setdefault(trial.configuration.digest, trial) is trial and trial.origin == "alternative":
+                    self._beside.add(trial.configuration.digest)
             elif trial.windows == problem.windows:
                 self.full.setdefault(trial.configuration.digest, trial)
 
@@ -113,8 +115,12 @@ class Results:
 
     def found(self, point: OperatingPoint) -> Trial | None:
         """The best configuration at a point, guests included: by the held-out text where confirmed, else by the search text."""
-        trials = [trial for trial in self.within(point.limits) if self._keeps_accuracy(trial)]
-        return min(trials, key=lambda t: (self.held_out_quality(t), self.quality(t), t.number), default=None)
+
+        def key(trial: Trial) -> tuple[float, float, int]:
+            confirmed = trial.configuration.digest not in self._beside
+            return self.held_out_quality(trial) if confirmed else inf, self.quality(trial), trial.number
+
+        return min((trial for trial in self.within(point.limits) if self._keeps_accuracy(trial)), key=key, default=None)
 
     def accuracies(self, trial: Trial) -> dict[str, float]:
         """By measurement name; empty where the trial's configuration was asked no task."""

@@ -55,5 +55,8 @@ class Subject(Protocol):
     def runner(self, settings: Settings, log: Path, progress: Callable[[int, int], None]) -> Runner:
         """Who measures. `log` collects what it prints; `progress` hears (done, total) of what must be built first."""
 
+    def beside_found(self, results: Results, trials: Sequence[Trial]) -> Sequence[Candidate]:
+        """What is confirmed beside the found configuration, once it is known."""
+
     def closing(self, results: Results, trials: Sequence[Trial], runner: Runner | None) -> Mapping[str, Any]:
         """What the summary says besides the table and the front, which it may replace."""

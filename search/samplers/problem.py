@@ -17,7 +17,7 @@ from autoeff.spaces.space import SearchSpace
 
 __all__ = ["Candidate", "OperatingPoint", "Origin", "Problem", "stream"]
 
-Origin = Literal["dense", "uniform", "random", "table", "additive", "seed", "searched", "given"]
+Origin = Literal["dense", "uniform", "random", "table", "additive", "seed", "searched", "given", "alternative"]
 
 
 @dataclass(frozen=True)

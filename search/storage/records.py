@@ -32,7 +32,7 @@ __all__ = [
     "WorkerInfo",
 ]
 
-Origin = Literal["dense", "uniform", "random", "table", "additive", "seed", "searched", "given"]
+Origin = Literal["dense", "uniform", "random", "table", "additive", "seed", "searched", "given", "alternative"]
 Outcome = Literal["succeeded", "failed", "lost", "released", "cancelled"]
 
 
