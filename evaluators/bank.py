@@ -110,7 +110,10 @@ class Bank:
         if (entry := _read(path)) is not None:
             return entry
         *before, step = chain
-        tensors = step.knob.build(step.site, step.level, self.material(tuple(before), step.linears, step.knob.needs))
+        needs = step.knob.needs
+        if needs:  # what is known of factors follows from what made them
+            needs = needs.union(*(earlier.knob.needs for earlier in before))
+        tensors = step.knob.build(step.site, step.level, self.material(tuple(before), step.linears, needs))
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"entry": canonical_json(self._facts(chain))})
         try:
             _write(path, data)
@@ -140,7 +143,7 @@ class Bank:
         prefix, total, values = f"{linear}.", 0, None
         for i in range(len(chain)):
             parts = {n.removeprefix(prefix): t.nbytes for n, t in self.packed(chain[: i + 1]).items() if n.startswith(prefix)}
-            beside = sum(size for part, size in parts.items() if part in chain[i].knob.beside)
+            beside = sum(size for part, size in parts.items() if part.rpartition(".")[2] in chain[i].knob.beside)
             total += beside
             values = sum(parts.values()) - beside if parts else values
         return total + (self.material(chain, [linear]).weights[linear].nbytes if values is None else values)
@@ -173,8 +176,8 @@ class Bank:
 
 def entry_bytes(step: Step) -> int:
     """Bytes of the tensors that the bank stores for a step where everything else is dense."""
-    if step.knob.kind == "structure":
-        return 8 * (0 if step.site.coupling is None else step.site.coupling.units)  # the places that are kept, at most all of them
+    if step.knob.coupled and step.site.coupling is not None:
+        return 8 * step.site.coupling.units  # the places that are kept, at most all of them
     stored = _stored(step)
     return BYTES_DENSE * stored.site.parameters + stored.knob.cost(stored.site, stored.level).get("linear_bytes", 0)
 

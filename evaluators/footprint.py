@@ -35,6 +35,7 @@ _KEEP_DECODED_BYTES = 2 << 30
 _MARGIN = 0.1  # of what may be held is not given to what can do with less
 _HEAP_SHARE = 0.3  # what malloc keeps of freed memory between decoded levels, per byte of them; measured
 _BUILD_BYTES_PER_WEIGHT = 20  # float32 values, codes, groups and what packing takes, of one linear; measured
+_SECOND_ORDER_BYTES = 40  # float64 copies of a hessian, per element of it, where a level is built from one
 _FILE_BYTES = 1 << 10  # of an entry besides its tensors
 
 
@@ -175,7 +176,9 @@ def _working_bytes(structure: Structure, model: nn.Module, narrow: frozenset[str
     head = 3 * 4 * CHUNK_LOGITS + (4 * CHUNK_ROWS * hidden if narrow else 0) + 4 * BATCH_TOKENS * hidden
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)  # type: ignore[operator]
     largest = max((linear.parameters for step in steps for linear in step.site.linears), default=0)
-    return max(forward, head if vocabulary > CHUNK_ROWS else head // 4, _BUILD_BYTES_PER_WEIGHT * largest)
+    widest = max((linear.in_features for step in steps if "hessian" in step.knob.needs for linear in step.site.linears), default=0)
+    building = _BUILD_BYTES_PER_WEIGHT * largest + _SECOND_ORDER_BYTES * widest**2
+    return max(forward, head if vocabulary > CHUNK_ROWS else head // 4, building)
 
 
 def _too_much(parts: Mapping[str, int], capacity: int, facts: ModelFacts, device: torch.device) -> str:

@@ -146,7 +146,7 @@ class Operations:
             return None
         of_output = site.coupling.columns[site.output].shape[1]  # of a unit: a KV head and its query heads
         size = min(of_output, *(places.shape[1] for places in site.coupling.rows.values()))
-        left = next(linear for linear in site.linears if linear.name == site.output).in_features
+        left = next(linear for linear in site.linears if linear.of_model == site.output).in_features
         sizes = {"batch": self._spec.batch, "context": self._spec.tokens, "heads": left // size, "kv": left // of_output, "size": size}
         return self._made(f"attention_{self._phase}", sizes | {"causal": int(self._causal)})
 

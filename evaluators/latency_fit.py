@@ -303,13 +303,14 @@ def _features(model: TimedModel, composer: Composer, indices: Sequence[int], blo
     for site in model.structure.sites:
         if site.block >= blocks or site.kind not in SUBLAYERS:
             continue
-        left = replace(site, linears=tuple(taken[linear.name].linear for linear in site.linears))
-        absent = site.kind in whole and all(taken[linear.name].silenced for linear in site.linears)
+        forms_here = [form for linear in site.linears for form in taken[linear.name]]
+        left = replace(site, linears=tuple(form.linear for form in forms_here))
+        absent = site.kind in whole and all(form.silenced for form in forms_here)
         found[kind_of(site)] = found.get(kind_of(site), 0.0) + (not absent)
         found["attend"] += 0 if absent else composer.rest(left)
-        for linear in site.linears:
-            served_as = "packed" if served(taken[linear.name].kernel, taken[linear.name].settings, linear, model.device) else "linear"
-            found[served_as] += composer.linear(taken[linear.name])
+        for form in forms_here:
+            served_as = "packed" if served(form.kernel, form.settings, form.linear, model.device) else "linear"
+            found[served_as] += composer.linear(form)
     return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from itertools import chain as chained
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from transformers import DynamicCache
 
 from autoeff.errors import InputError
 from autoeff.evaluators.bank import Bank, Chain, Step
-from autoeff.kernels import linear_wq
+from autoeff.kernels import linear_lowrank, linear_wq
 from autoeff.kernels.dequantize_wq import PLANES
 from autoeff.spaces.knob import Knob, swap
 from autoeff.spaces.sites import Linear, Site, Structure
@@ -31,6 +32,7 @@ __all__ = [
     "FEW_ROWS",
     "Arbitrary",
     "Form",
+    "LowRankLinear",
     "PackedLinear",
     "Stored",
     "copied",
@@ -54,7 +56,7 @@ _Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Form:
-    """What the levels in force make of a linear.
+    """What the levels in force make of a linear, or of one of its two factors.
 
     Attributes:
         linear: In the shape that is left.
@@ -71,25 +73,25 @@ class Form:
     silenced: bool = False
 
 
-def forms(structure: Structure, space: SearchSpace, knobs: Mapping[str, Knob], indices: Sequence[int]) -> dict[str, Form]:
-    """The form of every searchable linear by name."""
+def forms(structure: Structure, space: SearchSpace, knobs: Mapping[str, Knob], indices: Sequence[int]) -> dict[str, tuple[Form, ...]]:
+    """The form of every searchable linear by name; two where factors stand for it, in the order in which they act."""
     sites = {site.name: site for site in structure.sites}
-    found = {linear.name: Form(linear) for linear in structure.linears}
+    found: dict[str, tuple[Form, ...]] = {linear.name: (Form(linear),) for linear in structure.linears}
     for decision, i, on in zip(space.decisions, indices, space.active(indices), strict=True):
         if not (on and i):
             continue
         knob, site, level = knobs[decision.knob], sites[decision.site], decision.levels[i]
         if knob.silences(site, level):
-            found.update({linear.name: replace(found[linear.name], silenced=True) for linear in site.linears})
+            for linear in site.linears:
+                found[linear.name] = tuple(replace(form, silenced=True) for form in found[linear.name])
         elif knob.of_values:
-            as_left = replace(site, linears=tuple(found[linear.name].linear for linear in site.linears))
-            for linear in knob.left(as_left, level).linears:
-                before = found[linear.name]
-                steps = (*before.chain, Step(knob, site, level))
-                if knob.kind == "structure":
-                    found[linear.name] = replace(before, linear=linear, chain=steps)
-                else:
-                    found[linear.name] = Form(linear, steps, knob.kernel(as_left, level), knob.kernel_settings(as_left, level))
+            as_left = replace(site, linears=tuple(form.linear for linear in site.linears for form in found[linear.name]))
+            for name, linears in groupby(knob.left(as_left, level).linears, key=lambda linear: linear.of_model):
+                before = found[name][0]
+                form = replace(before, chain=(*before.chain, Step(knob, site, level)))
+                if knob.kind != "structure":
+                    form = replace(form, kernel=knob.kernel(as_left, level), settings=knob.kernel_settings(as_left, level))
+                found[name] = tuple(replace(form, linear=linear) for linear in linears)
     return found
 
 
@@ -123,6 +125,25 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class LowRankLinear(nn.Module):
+    """y = U (V x) + b, in the dtype of x.
+
+    Args:
+        v: [R, K].
+        u: [N, R].
+        bias: [N], or None.
+    """
+
+    def __init__(self, v: Tensor, u: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = v.shape[1], len(u)
+        self.v, self.u = (nn.Parameter(factor.contiguous(), requires_grad=False) for factor in (v, u))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_lowrank.linear(x, self.v, self.u, self.bias)
+
+
 class Weights(Protocol):
     """Where the values of changed linears come from."""
 
@@ -150,13 +171,14 @@ class Stored:
         return {n.removeprefix(prefix): t for n, t in self._bank.packed(form.chain).items() if n.rpartition(".")[0] == form.linear.name}
 
     def dense(self, form: Form) -> Tensor:
-        return self._bank.material(form.chain, [form.linear.name]).weights[form.linear.name]
+        return self._bank.material(form.chain, [form.linear.of_model]).weights[form.linear.name]
 
     def rows(self, form: Form) -> Tensor | None:
-        return self._bank.material(form.chain, [form.linear.name]).rows.get(form.linear.name)
+        return self._bank.material(form.chain, [form.linear.of_model]).rows.get(form.linear.of_model)
 
     def whole(self, form: Form) -> Tensor:
-        return self._bank.decoded(form.chain, [form.linear.name])[form.linear.weight]
+        (whole,) = self._bank.decoded(form.chain, [form.linear.of_model]).values()
+        return whole
 
 
 class Arbitrary:
@@ -202,14 +224,15 @@ def serve(
     """
     blocks = structure.blocks
     blocks_of = {linear.name: site.block for site in structure.sites for linear in site.linears}
-    for name, form in forms(structure, space, knobs, indices).items():
+    for name, parts in forms(structure, space, knobs, indices).items():
+        form = parts[0]
         if not form.chain or form.silenced or not _there(model, blocks[blocks_of[name]]):
             continue
         if form.linear.experts or any(step.knob.name in unserved for step in form.chain):
             if (values := weights.whole(form)) is not None:
                 _set(model, form.linear.weight, values)
         else:
-            _put(model, name, _module(model.get_submodule(name), form, weights))
+            _put(model, name, _module(model.get_submodule(name), parts, weights))
     sites = {site.name: site for site in structure.sites}
     for decision, i in zip(space.decisions, space.normalised(indices), strict=True):
         site = sites[decision.site]
@@ -303,18 +326,27 @@ def prefilling(model: nn.Module, vocabulary: int, batch: int, context: int) -> _
     return call
 
 
-def _module(original: nn.Module, form: Form, weights: Weights) -> nn.Module:
-    """What stands for a linear."""
+def _module(original: nn.Module, parts: Sequence[Form], weights: Weights) -> nn.Module:
+    """What stands for a linear, in one form or as two factors."""
     own = original.weight
     assert isinstance(own, Tensor)
     bias: Tensor | None = original.bias.data if isinstance(original.bias, Tensor) else None
-    if bias is not None and (rows := weights.rows(form)) is not None:
+    if bias is not None and (rows := weights.rows(parts[-1])) is not None:
         bias = bias[rows.to(bias.device)]
+    *before, last = parts
+    if before and not served(last.kernel, last.settings, last.linear, own.device):
+        v, u = (weights.dense(form).to(own.device, own.dtype) for form in parts)
+        return LowRankLinear(v, u, bias)
+    modules = [_one(own, form, None, weights) for form in before]
+    return nn.Sequential(*modules, _one(own, last, bias, weights)) if modules else _one(own, last, bias, weights)
+
+
+def _one(own: Tensor, form: Form, bias: Tensor | None, weights: Weights) -> nn.Module:
     if served(form.kernel, form.settings, form.linear, own.device):
-        parts = {name: part.to(own.device) for name, part in weights.packed(form).items()}
-        planes = {name: part for name, part in parts.items() if name.startswith("plane")}
+        packed = {name: part.to(own.device) for name, part in weights.packed(form).items()}
+        planes = {name: part for name, part in packed.items() if name.startswith("plane")}
         bits, group = form.settings["bits"], form.settings["group"]
-        return PackedLinear(linear_wq.Weight(planes, parts["scale"], parts.get("minimum"), bits, form.linear.in_features, group), bias)
+        return PackedLinear(linear_wq.Weight(planes, packed["scale"], packed.get("minimum"), bits, form.linear.in_features, group), bias)
     dense = nn.Linear(form.linear.in_features, form.linear.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(weights.dense(form).to(own.device, own.dtype), requires_grad=False)
     if bias is not None:

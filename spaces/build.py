@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
 from autoeff.errors import InputError
@@ -19,7 +20,7 @@ FurtherCost = Callable[[Knob, Site, Level, Cost], Cost]
 """What a level changes beyond the cost that its knob states, at a site as earlier levels leave it."""
 
 
-_Left = Mapping[str, "Linear | Site"]
+_Left = Mapping[str, "tuple[Linear, ...] | Site"]
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,24 @@ def _first_linear(structure: Structure, attention: str) -> str:
 
 
 def _left(site: Site) -> _Left:
-    """What later decisions must know of a site, by the names of its linears and of its attention."""
-    left: dict[str, Linear | Site] = {linear.name: linear for linear in site.linears}
+    """What later decisions must know of a site, by the names that its linears have in the model and of its attention."""
+    left: dict[str, tuple[Linear, ...] | Site] = {}
+    for name, linears in groupby(site.linears, key=lambda linear: linear.of_model):
+        left[name] = tuple(linears)
     return left if site.kv is None else left | {site.attention: site}
 
 
 def _reshaped(site: Site, left: _Left) -> Site:
     """The site with what is `left` of its linears, keys and values."""
-    linears = tuple(item if isinstance(item := left.get(linear.name, linear), Linear) else linear for linear in site.linears)
+    linears: list[Linear] = []
+    for linear in site.linears:
+        found = left.get(linear.name, (linear,))
+        assert isinstance(found, tuple)
+        linears += found
     cached = left.get(site.attention) if site.kv is not None else None
     if isinstance(cached, Site):
         site = replace(site, kv_bytes=cached.kv_bytes, kv=cached.kv)
-    return replace(site, linears=linears)
+    return replace(site, linears=tuple(linears))
 
 
 def _branches(knob: Knob, site: Site, levels: Sequence[Level]) -> tuple[int | None, ...]:

@@ -20,6 +20,8 @@ STATISTICS: Mapping[str, tuple[str, ...]] = {"input_norm": ("K",), "hessian": ("
 class Material:
     """Linears by name. Rows are outputs N, columns are inputs K; both may be fewer than in the model.
 
+    A linear that stands as two factors has them in its place, as `<linear>.v` and `<linear>.u`.
+
     Attributes:
         weights: 16-bit values [N, K]; zero where pruned.
         masks: bool [N, K], True where kept; linears without one keep every weight.
@@ -81,9 +83,37 @@ class Material:
             statistics,
         )
 
+    def factored(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Material:
+        """With V [R, K] and U [N, R] in the place of linears that have no mask; statistics become those of the factors.
+
+        U is fed V x: its hessian is V H V^T, whose diagonal gives the norms. Gradients follow by the chain rule.
+        """
+        weights = {name: weight for name, weight in self.weights.items() if name not in pairs}
+        statistics = {name: tensor for name, tensor in self.statistics.items() if name.rpartition(".")[0] not in pairs}
+        for name, (v, u) in pairs.items():
+            weights |= {f"{name}.v": v, f"{name}.u": u}
+            known = self.needed(name)
+            if not known:
+                continue
+            v, u = v.to("cpu", torch.float32), u.to("cpu", torch.float32)  # where statistics are
+            hessian = v @ known["hessian"] @ v.T
+            of_v, of_u = dict(known), {"hessian": hessian}
+            if (norm := known.get("input_norm")) is not None:
+                tokens = norm.square().sum() / known["hessian"].trace().clamp(min=torch.finfo(torch.float32).tiny)
+                of_u["input_norm"] = (hessian.diagonal() * tokens).clamp(min=0).sqrt()
+            if (gradient := known.get("gradient")) is not None:
+                of_v["gradient"], of_u["gradient"] = u.T @ gradient, gradient @ v.T
+            statistics |= {f"{name}.{part}.{n}": tensor for part, of in (("v", of_v), ("u", of_u)) for n, tensor in of.items()}
+        return replace(self, weights=weights, statistics=statistics)
+
     def parameter(self, linear: Linear) -> Tensor:
-        """The weight as the model's parameter has it: dense shape and layout; what was cut is zero."""
-        weight, shape = self.weights[linear.name], (linear.rows, linear.in_features)
+        """The weight as the model's parameter has it: dense shape and layout; what was cut is zero, factors are multiplied."""
+        if linear.name in self.weights:
+            weight = self.weights[linear.name]
+        else:
+            v, u = self.weights[f"{linear.name}.v"], self.weights[f"{linear.name}.u"]
+            weight = (u.float() @ v.float()).to(v.dtype)
+        shape = (linear.rows, linear.in_features)
         if weight.shape != shape:
             rows = self.rows.get(linear.name, torch.arange(shape[0]))
             whole = weight.new_zeros(shape)

@@ -42,6 +42,7 @@ class Linear:
         experts: E where the weight is a parameter [E, N, K] that holds a map for each expert; else 0.
         experts_per_token: Experts that a token is sent to.
         kept: Weights that every row keeps; None for all. Only knobs set it, for those that come after them.
+        factor_of: The linear of which it is one of two factors; None for a linear of the model itself.
     """
 
     name: str
@@ -52,11 +53,23 @@ class Linear:
     experts: int = 0
     experts_per_token: int = 0
     kept: int | None = None
+    factor_of: str | None = None
 
     @property
     def weight(self) -> str:
         """Parameter name of the weight."""
         return self.name if self.experts else f"{self.name}.weight"
+
+    @property
+    def of_model(self) -> str:
+        """Name of the linear of the model that it is, or is a factor of."""
+        return self.factor_of or self.name
+
+    def factors(self, rank: int) -> tuple[Linear, Linear]:
+        """V [rank, K], which is fed what this linear is, and U [N, rank], which is fed what comes out of V."""
+        v = replace(self, name=f"{self.name}.v", out_features=rank, bias=False, transposed=False, factor_of=self.name)
+        u = replace(self, name=f"{self.name}.u", in_features=rank, transposed=False, factor_of=self.name)
+        return v, u
 
     @property
     def rows(self) -> int:

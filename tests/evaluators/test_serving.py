@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 
 from autoeff.evaluators import serving
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.serving import PackedLinear, copied, decoding, forms, prefilling
-from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.serving import LowRankLinear, PackedLinear, copied, decoding, forms, prefilling
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.spaces.configuration import Level
 
 IDS = torch.arange(12)[None] % 61
@@ -64,10 +65,35 @@ def test_cut_and_skipped_model_gives_what_zeros_give(setup_of: Callable[..., Eva
         model = evaluator.served({"it": levels})["it"]
         assert error(logits(model, 12), decoded(evaluator, levels, 12)) < EXACT
         taken = forms(evaluator.structure, evaluator.space, evaluator.preparation.knobs, indices)
-        for name, form in taken.items():
+        for name, (form,) in taken.items():
             module = model.get_submodule(name) if not form.silenced else None
             if module is not None:
                 assert (module.in_features, module.out_features) == (form.linear.in_features, form.linear.out_features)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "bert"])
+def test_factors_are_served_as_two_linears_whatever_else_is_decided(
+    setup_of: Callable[..., EvaluationSetup], family: str, tmp_path: Path
+) -> None:
+    """Ahead of codes and masks and behind cut units; what is stored packed is what the levels cost, and an export holds their product."""
+    knobs = {"rank": {"multiple": 4}, "bits": {"group_size": 32}, "skip": {}, "width": {"multiple": 1}, "sparsity": {"ratios": (0.5,)}}
+    evaluator = Evaluator(setup_of(family, knobs))
+    rng, kinds = random.Random(2), set()
+    for _ in range(6):
+        indices = evaluator.space.sample(rng)
+        levels = dict(evaluator.space.at(indices).levels)
+        assert sum(evaluator.stored_bytes(levels).values()) == evaluator.space.primary(indices)["linear_bytes"]
+        model = evaluator.served({"it": levels})["it"]
+        linears = len(evaluator.structure.linears)
+        assert error(logits(model, 8), decoded(evaluator, levels, 8)) < BFLOAT16 * linears**0.5
+        for name, parts in forms(evaluator.structure, evaluator.space, evaluator.preparation.knobs, indices).items():
+            if len(parts) == 2 and not parts[0].silenced:
+                kinds.add(type(model.get_submodule(name)))
+                assert parts[0].linear.of_model == parts[1].linear.of_model == name
+    assert kinds == {LowRankLinear, nn.Sequential}
+    measured = evaluator.evaluate(EvaluationRequest(levels, "search", 8))[0]
+    evaluator.export(levels, tmp_path / "out")
+    assert evaluator.remeasure(tmp_path / "out", "search", 8, levels)[0].value == pytest.approx(measured.value, rel=1e-6, abs=1e-9)
 
 
 def test_encoder_sublayers_are_left_out_by_their_linears(setup_of: Callable[..., EvaluationSetup]) -> None:

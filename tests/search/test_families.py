@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def test_so_does_a_search_of_a_model_of_images(tiny_vit: Path, tiny_images: Path
     result = search_and_export(tiny_vit, tiny_images, tmp_path, tasks={"max_degradation": 0.5})
     rows = {row["role"]: row for row in result.summary["rows"] if row["held_out"] is not None}
     assert rows["found"]["accuracy:labels"] >= 0.5 * rows["dense"]["accuracy:labels"] > 0
+
+
+def test_factors_are_searched_with_their_bits(tiny_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+    knobs = {"rank": {"multiple": 2, "shares": [0.75, 0.4]}, "bits": {"group_size": 16}, "skip": {}}
+    space = {"exclude": ["*layers.[12]*"], "levels": {"*:bits": [16, 8, 4]}}
+    job = tiny_job(knobs=knobs, space=space, limits=["linear_bytes<=0.85x"], budget={"trials": 22})
+    settings = Settings(home=tmp_path / "home")
+    result = start(job, tmp_path / "run", settings)
+    assert result.exit_code == 0
+    searched = [row for row in result.rows if row["origin"] == "searched" and "kl" in row["measurements"]]
+    assert any(key.endswith(":rank") and level != 1 for row in searched for key, level in row["configuration"].items())
 
 
 @pytest.mark.slow

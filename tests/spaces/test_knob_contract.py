@@ -38,6 +38,7 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "kv_budget": ("kv_budget", {"shares": (0.75, 0.5, 0.25)}),
     "kv_budget, h2o": ("kv_budget", {"policy": "h2o", "shares": (0.5,)}),
     "kv_bits": ("kv_bits", {}),
+    "rank": ("rank", {"multiple": 1}),
     "third party": ("noise", {"seed": 3}),
 }
 CONTEXT = 48
