@@ -10,22 +10,18 @@ either space and the same number of evaluations. Each joint run then answers the
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
-import optuna
-import torch
-import transformers
 import typer
+from result_files import add_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -113,7 +109,7 @@ def compared(folder: Path, model: str, seed: int, trials: int, work: Path) -> di
     return row
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Mapping[str, Any]]) -> None:
     table = Table(title="means over the seeds; quality of a decoder is KL in nats/token, of an encoder 1 - cosine")
     for column in ("model", "bytes", f"{ALONE}, held out", f"{JOINT}, held out", "change", "resolve / fresh", "seconds of resolve"):
         table.add_column(column, justify="right")
@@ -138,21 +134,13 @@ def main(
     seeds: Annotated[str, typer.Option()] = "0,1,2",
     trials: Annotated[int, typer.Option(help="Of every search, in full-token equivalents.")] = 300,
 ) -> None:
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    kept: list[Mapping[str, Any]] = []
     for seed in map(int, seeds.split(",")):
         for model in models.split(","):
             with tempfile.TemporaryDirectory() as work:
                 row = compared(folder, model, seed, trials, Path(work))
-            others = [r for r in known["rows"] if (r["model"], r["seed"]) != (model, seed)]
-            known = {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers, optuna)},
-                "rows": sorted([*others, row], key=lambda r: (MODELS.index(r["model"]), r["seed"])),
-            }
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-    show(known["rows"])
+            kept = add_rows(RESULTS, [row], lambda r: (MODELS.index(r["model"]), r["seed"]), {})
+    show(kept)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ models and seeds stay.
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
 import tempfile
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
 
-import optuna
-import torch
-import transformers
 import typer
+from result_files import add_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -78,7 +74,7 @@ def values(result: Result, share: float) -> dict[str, dict[str, float]]:
     }
 
 
-def means_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def means_of(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """By model and budget the held-out KL of each method: mean and deviation over the seeds, and how often what was searched is better."""
     found = []
     for model, share in dict.fromkeys((row["model"], row["share"]) for row in rows):
@@ -110,29 +106,6 @@ def table(means: list[dict[str, Any]], policy: str, trials: int) -> Table:
     return shown
 
 
-def write(rows: list[dict[str, Any]], policy: str, trials: int) -> None:
-    settings = {"policy": policy, "trials": trials, "context": CONTEXT, "windows": MODELS}
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    old = stored["rows"] if stored and all(stored[name] == value for name, value in settings.items()) else []
-    every = {(row["model"], row["share"], row["seed"]): row for row in [*old, *rows]}
-    kept = [every[key] for key in sorted(every)]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers, optuna)},
-                **settings,
-                "means": means_of(kept),
-                "rows": kept,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-
-
 def main(
     folder: Annotated[Path, typer.Argument(help="Holds models/ and data/.")],
     seeds: Annotated[str, typer.Option()] = "0,1,2",
@@ -140,17 +113,18 @@ def main(
     policy: Annotated[str, typer.Option()] = "snapkv",
     only: Annotated[str | None, typer.Option(help="One model.")] = None,
 ) -> None:
-    rows: list[dict[str, Any]] = []
+    rows: list[Mapping[str, Any]] = []
     chosen = [model for model in MODELS if only in (None, model)]
     with tempfile.TemporaryDirectory() as work:
         for seed, model, share in product(map(int, seeds.split(",")), chosen, SHARES):
             job = spec(folder, model, share, seed, trials, policy)
             result = start(job, Path(work) / f"{model}-{seed}-{share}", Settings.read())
             by_method = values(result, share)
-            rows.append({"model": model, "share": share, "seed": seed, "seconds": result.summary["seconds"], "kl": by_method})
+            row = {"model": model, "share": share, "seed": seed, "seconds": result.summary["seconds"], "kl": by_method}
             told = ", ".join(f"{method} {by_method[method]['held_out']:.4f}" for method in METHODS if method in by_method)
-            console.print(f"{model} at {share:.1%}, seed {seed}: {told}; {rows[-1]['seconds']:.0f} s")
-            write(rows, policy, trials)
+            console.print(f"{model} at {share:.1%}, seed {seed}: {told}; {row['seconds']:.0f} s")
+            settings = {"policy": policy, "trials": trials, "context": CONTEXT, "windows": MODELS}
+            rows = add_rows(RESULTS, [row], lambda r: (r["model"], r["share"], r["seed"]), settings, means_of)
     console.print(table(means_of(rows), policy, trials))
 
 
