@@ -15,6 +15,7 @@ __all__ = [
     "Accepted",
     "Artifact",
     "ArtifactPage",
+    "AttemptPage",
     "AttemptRow",
     "Budgets",
     "DataFile",
@@ -38,6 +39,8 @@ __all__ = [
     "Measured",
     "ModelPage",
     "ModelRow",
+    "PointRow",
+    "Points",
     "Preflight",
     "ResolutionRow",
     "ResolveRequest",
@@ -101,6 +104,7 @@ class TrialRow(_Answer):
 class AttemptRow(_Answer):
     """One try at the evaluation behind a trial."""
 
+    kind: str = Field(description="What came of it: running, succeeded, released, cancelled, or the class of the failure.")
     worker: str
     started: str
     ended: str | None
@@ -109,6 +113,12 @@ class AttemptRow(_Answer):
     seconds: float | None
     failure: Failure | None
     log: str | None
+
+
+class AttemptPage(_Answer):
+    """Every try at a trial, the first one first."""
+
+    items: list[AttemptRow]
 
 
 class TrialDetail(TrialRow):
@@ -180,6 +190,27 @@ class Front(_Answer):
     feasible: bool
     columns: dict[str, str]
     items: list[TrialRow]
+
+
+class PointRow(_Answer):
+    """A trial in a picture."""
+
+    trial: int
+    origin: Origin
+    state: State
+    windows: int = Field(description="Of the search text; fewer than all of them is a cheap fidelity.")
+    x: float | None
+    y: float | None
+    front: bool = Field(description="Whether it is on the job's front.")
+
+
+class Points(_Answer):
+    """What a picture of a job shows: front and baselines whole, of the other trials evenly many over time."""
+
+    x: str = Field(description="Name of what the points have as `x`.")
+    y: str
+    total: int = Field(description="Trials of the job.")
+    items: list[PointRow]
 
 
 class Budgets(_Request):

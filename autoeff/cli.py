@@ -104,6 +104,9 @@ def search(
     eval_length: Annotated[int | None, _option("Text", "As --length, held-out text.")] = None,
     eval_draw: Annotated[str | None, _option("Text", "As --draw, held-out text.")] = None,
     eval_bos: Annotated[str | None, _option("Text", "As --bos, held-out text.")] = None,
+    tune_data: Annotated[str | None, _option("Text", "Text that adapters are trained on (knob lora_rank).")] = None,
+    tune_windows: Annotated[int | None, _option("Text", "As --windows, text that adapters are trained on; default all.")] = None,
+    tune_length: Annotated[int | None, _option("Text", "As --length, text that adapters are trained on.")] = None,
     knobs: Annotated[str | None, _option("Space", "Knobs to search; default bits.", metavar="NAME,NAME…")] = None,
     settings: Annotated[
         list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
@@ -169,17 +172,22 @@ def search(
 
 
 @app.command()
-def resume(ctx: typer.Context, run: RunRef, form: Format = Form.TABLE) -> None:
+def resume(
+    ctx: typer.Context,
+    run: RunRef,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the trials that failed again.")] = False,
+    form: Format = Form.TABLE,
+) -> None:
     """Goes on with a search that was stopped or killed."""
     if ctx.obj is not None:
         with _server(ctx) as server:
-            _follow_there(server, server.resume(run), server.folder(run), form)
+            _follow_there(server, server.resume(run, retry_failed=retry_failed), server.folder(run), form)
         return
     from autoeff.search.run import resume as resume_run
     from autoeff.search.settings import Settings
 
     with _resumable(Path(run)), Watcher() as watcher:
-        result = resume_run(run, Settings.read(), watcher.watch)
+        result = resume_run(run, Settings.read(), watcher.watch, retry_failed=retry_failed)
     _print_run(result, form)
     raise typer.Exit(result.exit_code)
 
@@ -318,11 +326,6 @@ def sensitivity(
 
 
 @app.command()
-def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run directories or job ids.")],
-    out: Annotated[Path | None, _option("Run", "New folder for a picture of the fronts.", metavar="DIR")] = None,
-    form: Format = Form.TABLE,
-@app.command()
 def allocate(
     ctx: typer.Context,
     model: Annotated[
@@ -367,6 +370,11 @@ def allocate(
     raise typer.Exit(result.exit_code)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run directories or job ids.")],
+    out: Annotated[Path | None, _option("Run", "New folder for a picture of the fronts.", metavar="DIR")] = None,
+    form: Format = Form.TABLE,
 ) -> None:
     """Compares searches of one model on one text: what they found, the best of each at common budgets, settings that differ."""
     from autoeff.search.compare import compare as compare_runs
@@ -652,14 +660,14 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
     if summary.get("latency"):
         sys.stdout.write("\n")
         print_latency(summary["latency"])
+    if summary.get("attribution"):
+        sys.stdout.write("\n")
+        print_attribution(summary["attribution"], quality)
     print_pairs(paths)
 
 
 def _print_run(result: Result, form: Form) -> None:
     from autoeff.search.facts import columns_of
-    if summary.get("attribution"):
-        sys.stdout.write("\n")
-        print_attribution(summary["attribution"], quality)
 
     with opened(str(result.folder)) as run:
         columns = columns_of(run.store.job(run.job_id))

@@ -32,6 +32,8 @@ from autoeff.api.schemas import (
     Accepted,
     Artifact,
     ArtifactPage,
+    AttemptPage,
+    AttemptRow,
     DataPage,
     Front,
     HardwarePage,
@@ -43,6 +45,7 @@ from autoeff.api.schemas import (
     KeyRow,
     LatencyPage,
     ModelPage,
+    Points,
     Preflight,
     ResolutionRow,
     TrialDetail,
@@ -224,6 +227,14 @@ class Client:
         """Has a paused or failed job go on. Conflict where it has ended otherwise."""
         return self._ask(JobDetail, "POST", f"/v1/jobs/{_part(job_id)}/resume")
 
+    def retry_failed(self, job_id: str, classes: Sequence[str] = ()) -> JobDetail:
+        """Has the failed trials of a job tried again, of these classes of failure where any are named, and the job go on.
+
+        Raises:
+            Conflict: It has ended; submitted again, what was measured counts there too.
+        """
+        return self._ask(JobDetail, "POST", f"/v1/jobs/{_part(job_id)}/retry-failed", params={"class": list(classes)})
+
     def events(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
         """What happens to a job, from the event after `after` on, until it has ended; the last one is `end`.
 
@@ -263,9 +274,25 @@ class Client:
         """One trial, with its attempts and their logs."""
         return self._ask(TrialDetail, "GET", f"/v1/jobs/{_part(job_id)}/trials/{number}")
 
+    def attempts(self, job_id: str, number: int) -> list[AttemptRow]:
+        """Every try at a trial, the first one first, with the end of what it printed."""
+        return self._ask(AttemptPage, "GET", f"/v1/jobs/{_part(job_id)}/trials/{number}/attempts").items
+
     def pareto(self, job_id: str) -> Front:
         """The front of a job and its best trial."""
         return self._ask(Front, "GET", f"/v1/jobs/{_part(job_id)}/pareto")
+
+    def points(self, job_id: str, x: str | None = None, y: str | None = None, most: int = 2000) -> Points:
+        """At most `most` trials as points of a picture; front and baselines are whole.
+
+        Args:
+            job_id: The job.
+            x: Name of a measurement, or `trial` for the number; None for the cost that the job is judged at.
+            y: As `x`; None for its quality.
+            most: How many points.
+        """
+        query = {name: value for name, value in (("x", x), ("y", y)) if value is not None}
+        return self._ask(Points, "GET", f"/v1/jobs/{_part(job_id)}/points", params={**query, "max": str(most)})
 
     def result(self, job_id: str) -> dict[str, Any]:
         """The end table of a finished search and what else its report shows.

@@ -139,7 +139,7 @@ class Local:
         with opened(run) as found:
             record = found.store.trial(found.job_id, self._number(found, trial))
             row = next(row for row in rows_of(found.store, found.job_id) if row["trial"] == record.number)
-            return Shown(row, [attempt.log for attempt in found.store.attempts(record.evaluation_id)])
+            return Shown(row, [attempt.log for attempt in found.store.attempts(*record.evaluations)])
 
     def feasible(self, run: str) -> bool:
         from autoeff.search.standing import standing_of
@@ -203,9 +203,11 @@ class Remote:
             ) from None
         return job_id
 
-    def resume(self, run: str) -> str:
-        """Has a paused or failed job go on; returns its id."""
+    def resume(self, run: str, *, retry_failed: bool = False) -> str:
+        """Has a paused or failed job go on, and its failed trials tried again where that is asked for; returns its id."""
         job_id = self.job(run)
+        if retry_failed:
+            self.client.retry_failed(job_id)
         if self.client.job(job_id).state in ("paused", "failed"):
             self.client.resume(job_id)
         return job_id

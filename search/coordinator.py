@@ -182,7 +182,8 @@ class Coordinator:
         batch = next(guests)
         with suppress(StopIteration):
             while True:
-                batch = guests.send([trial.value(self._quality) for trial in self._evaluate(batch)])
+                # What was tried again later has failed when the next guests were chosen, and they must be the same.
+                batch = guests.send([None if trial.earlier else trial.value(self._quality) for trial in self._evaluate(batch)])
         if self._subject.sampler is not None:
             self._enter("search")
             baselines = len(self._done)
@@ -252,9 +253,9 @@ class Coordinator:
         self._evaluate(
             [Candidate(self._indices(trial), windows, trial.origin, f"held-out of trial {trial.number}") for trial in wanted], "held_out"
         )
-
         beside = self._subject.beside_found(self._results(), self._trials())
         self._evaluate([c for c in beside if self._problem.space.at(c.indices).digest not in {*known, *chosen}], "held_out")
+
     @property
     def _spent(self) -> bool:
         late = self._seconds_wanted is not None and self._elapsed >= self._seconds_wanted

@@ -56,6 +56,7 @@ def attempt_facts(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
     """Tries at an evaluation."""
     return [
         {
+            "kind": str(attempt.failure.kind) if attempt.failure is not None else attempt.outcome or "running",
             "worker": attempt.worker,
             "started": attempt.started_at.isoformat(timespec="seconds"),
             "ended": None if attempt.ended_at is None else attempt.ended_at.isoformat(timespec="seconds"),

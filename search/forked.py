@@ -27,7 +27,7 @@ import psutil
 from autoeff.errors import CandidateError, FailureClass, InputError
 from autoeff.evaluators.metrics import Metric, values_of
 from autoeff.evaluators.setup import EvaluationRequest
-from autoeff.search.runner_process import Measured, answers, death_of
+from autoeff.search.runner_process import Measured, answers, death_of, log_since
 from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement
@@ -36,7 +36,6 @@ __all__ = ["Build", "ForkedRunner"]
 
 Build = Callable[[dict[str, Any]], Any]
 """From a configuration, a level for every name, to a candidate."""
-_LOG_BYTES = 64 * 1024
 _MESSAGE_CHARACTERS = 500
 _FAREWELL_S = 5.0  # for a process that closed its output to end
 _PR_SET_PDEATHSIG = 1
@@ -95,12 +94,7 @@ class ForkedRunner:
 
     def log_tail(self) -> str:
         """The end of what the last candidate printed, its traceback included."""
-        try:
-            with self._log.open("rb") as file:
-                file.seek(max(self._logged, self._log.stat().st_size - _LOG_BYTES))
-                return file.read().decode(errors="replace")
-        except FileNotFoundError:
-            return ""
+        return log_since(self._log, self._logged, self._settings.log_bytes)
 
     def close(self) -> None:
         """Nothing is left running between candidates."""

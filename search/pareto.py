@@ -15,8 +15,8 @@ Point = tuple[float, ...]
 class Archive:
     """The non-dominated points of those added so far, by rising first objective.
 
-    A point dominates another if it is nowhere worse and somewhere better. Of equal points the first stays. In one or two
-    objectives adding takes a binary search; in more, one pass over the front.
+    A point dominates another if it is nowhere worse and somewhere better. Of equal points that with the least key stays, so that it
+    does not matter in which order points come. In one or two objectives adding takes a binary search; in more, one pass over the front.
     """
 
     def __init__(self) -> None:
@@ -41,6 +41,10 @@ class Archive:
         if not all(map(isfinite, new)):
             return False
         at = bisect_left(self._front, new, key=lambda item: item[0])
+        if at < len(self._front) and self._front[at][0] == new:
+            if stays := key < self._front[at][1]:
+                self._front[at] = (new, key)
+            return stays
         # in two objectives the left neighbour has the least second one of all that are no worse in the first
         rivals = self._front[max(0, at - 1) : at + 1] if len(new) <= 2 else self._front
         if any(_covers(point, new) for point, _ in rivals):

@@ -75,15 +75,24 @@ def start(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lambda pr
         return drive(store, job_id, folder, planned, settings, watch)
 
 
-def resume(run: str | Path, settings: Settings, watch: Watch = lambda progress: None) -> Result:
+def resume(run: str | Path, settings: Settings, watch: Watch = lambda progress: None, *, retry_failed: bool = False) -> Result:
     """Goes on with a search that was stopped or killed; a finished one only writes its report again.
+
+    Args:
+        run: Its directory, or the id of its job.
+        settings: Of this machine.
+        watch: Hears of progress.
+        retry_failed: Whether trials that failed are tried again; a finished search refuses that.
 
     Raises:
         InputError: No such run, another process drives it, or model, text or machine are no longer the same.
     """
     store, job_id, folder = open_run(run, settings)
     with store:
-        planned, folder = _planned_again(store.job(job_id), run, folder, settings)
+        job = store.job(job_id)
+        planned, folder = _planned_again(job, run, folder, settings)
+        if retry_failed and job.coordinator is None:
+            store.retry_failed(job_id)
         return drive(store, job_id, folder, planned, settings, watch)
 
 

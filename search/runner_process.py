@@ -28,11 +28,10 @@ from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement
 
-__all__ = ["Measured", "RunnerProcess", "answers", "death_of"]
+__all__ = ["Measured", "RunnerProcess", "answers", "death_of", "log_since"]
 
 _CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
-_LOG_TAIL_BYTES = 16 * 1024
 
 
 class _Tick(Protocol):
@@ -68,6 +67,7 @@ class RunnerProcess:
         self._setup, self._settings, self._log, self._progress = setup, settings, log, progress
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = bytearray()
+        self._logged = 0  # bytes before the present request
         self.digest: str | None = None
         self.starts = 0
 
@@ -122,8 +122,17 @@ class RunnerProcess:
         message = {"kind": "remeasure", "folder": str(folder), "split": split, "windows": windows, "levels": dict(levels)}
         return self._measured(self.ask(message))
 
+    def remeasure_adapter(self, folder: Path, split: str, windows: int) -> Measured:
+        """Measures the dense model with the adapter found in `folder`."""
+        return self._measured(self.ask({"kind": "remeasure_adapter", "folder": str(folder), "split": split, "windows": windows}))
+
+    def trained(self, levels: Mapping[str, Level]) -> Measured:
+        """Trains the adapters of a configuration from scratch, and measures it on the whole held-out text."""
+        return self._measured(self.ask({"kind": "trained", "levels": dict(levels)}))
+
     def ask(self, message: Mapping[str, Any], tick: _Tick = lambda: None) -> Mapping[str, Any]:
         """Sends one request to the warm runner and returns its answer. Raises as `evaluate`."""
+        self._logged = self._log.stat().st_size if self._log.exists() else 0
         self.open(tick)
         return self._ask(message, self._settings.evaluation_timeout_s, tick)
 
@@ -143,13 +152,8 @@ class RunnerProcess:
             process.wait()
 
     def log_tail(self) -> str:
-        """The end of what the runner printed."""
-        try:
-            with self._log.open("rb") as file:
-                file.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
-                return file.read().decode(errors="replace")
-        except FileNotFoundError:
-            return ""
+        """The end of what the runner printed since the last request."""
+        return log_since(self._log, self._logged, self._settings.log_bytes)
 
     @staticmethod
     def _measured(answer: Mapping[str, Any]) -> Measured:
@@ -238,6 +242,16 @@ def answers(
                 raise CandidateError(FailureClass.TIMEOUT, f"no answer within {timeout_s:g} s")
             if (held := _resident(watched)) > cap:
                 raise CandidateError(FailureClass.OOM_HOST, f"held {held / 2**30:.2f} GiB; the cap is {cap / 2**30:.2f} GiB")
+
+
+def log_since(log: Path, start: int, most: int) -> str:
+    """What stands in a log after its first `start` bytes, of which the last `most`; nothing where there is no log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - most))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def death_of(code: int) -> Exception:

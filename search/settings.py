@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     open_timeout_s: float = Field(default=3600.0, gt=0, description="Loading a model and building its bank may take this long.")
     memory_share: float = Field(default=0.9, gt=0, le=1, description="A runner that holds more than this share of memory is killed.")
     memory_cap_bytes: ByteSize | None = Field(default=None, gt=0, description="An absolute cap instead of the share, such as 16GiB.")
+    log_bytes: ByteSize = Field(
+        default=ByteSize(64 << 10), ge=1024, le=1 << 20, description="Of what an evaluation printed, so much of the end is kept."
+    )
     lease_s: float = Field(default=45.0, gt=0, description="A worker or coordinator silent for this long has lost its work.")
     broker_url: str | None = Field(default=None, description="redis://… of Celery; without one, workers look into the database.")
     resend_s: float = Field(default=10.0, gt=0, description="A message that nobody acted on is sent again after this long.")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 
 from autoeff.search.limits import parse_limit
 from autoeff.search.own_job import OwnJob, is_own
-from autoeff.search.results import Results, all_trials
+from autoeff.search.pareto import Archive
 from autoeff.search.samplers.problem import Problem
-from autoeff.search.storage.records import Job
+from autoeff.search.storage.records import Job, State
+from autoeff.search.storage.scan import Brief, Scan
 from autoeff.search.storage.store import Store
 from autoeff.spaces.costs import LATENCIES, CostModel
 from autoeff.spaces.measurements import MEASURES
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["TABLE_WORDS", "Standing", "cost_columns", "cost_titles", "judged_cost", "problem_of", "standing_of"]
+__all__ = ["TABLE_WORDS", "Standing", "Tally", "cost_columns", "cost_titles", "judged_cost", "problem_of", "standing_of"]
 
 
 TABLE_WORDS: Mapping[str, str] = {
@@ -46,21 +48,66 @@ class Standing:
     feasible: bool
 
 
+class Tally:
+    """The standing of a job that is going on, kept up as its trials end.
+
+    It holds the front alone, takes trials in any order and any of them again, and says what `Results` says of all of them.
+
+    Args:
+        store: Holds the job.
+        job: The job.
+    """
+
+    def __init__(self, store: Store, job: Job) -> None:
+        self._problem = problem_of(job)
+        self._on_values = [limit for limit in self._problem.limits if limit.name not in self._problem.cost_model.measures]
+        names = {name.removeprefix("-") for name in self._problem.objectives} | {limit.name for limit in self._on_values}
+        self._scan = Scan(store.database, job.id, names)
+        self._front = Archive()
+        self._best: tuple[float, int, float | None] | None = None
+
+    def read_all(self, trials: int) -> None:
+        """Takes the first `trials` trials."""
+        self._add(self._scan.all(trials))
+
+    def read(self, numbers: Iterable[int]) -> None:
+        """Takes these trials."""
+        self._add(self._scan.of(list(numbers)))
+
+    @property
+    def standing(self) -> Standing:
+        """Of the trials so far."""
+        quality, front = self._problem.quality, tuple(self._front.keys)
+        if self._best is None:
+            return Standing(quality, front, None, None, feasible=False)
+        return Standing(quality, front, self._best[1], self._best[2], feasible=True)
+
+    def _add(self, trials: Iterable[Brief]) -> None:
+        problem = self._problem
+        for trial in trials:
+            if (trial.state, trial.split, trial.windows) != (State.SUCCEEDED, "search", problem.windows) or not trial.feasible:
+                continue
+            values = trial.values
+            if not all(limit.name in values and limit.met(values[limit.name]) for limit in self._on_values):
+                continue
+            point = [-values.get(name[1:], inf) if name.startswith("-") else values.get(name, inf) for name in problem.objectives]
+            self._front.add(point, trial.number)  # but for a point that is not whole
+            candidate = (point[0] if problem.quality in values else inf, trial.number, values.get(problem.quality))
+            if self._best is None or candidate[:2] < self._best[:2]:
+                self._best = candidate
+
+
 def standing_of(store: Store, job: Job) -> Standing:
     """The standing of a job: what its summary says, or for one without, what its trials say now."""
+    if job.result is None:
+        tally = Tally(store, job)
+        tally.read_all(job.counts.trials)
+        return tally.standing
     quality = str(job.preflight["quality"])
-    if job.result is not None:
-        feasible = job.result["state"] == "feasible"
-        best = job.result["found"] if feasible else job.result["closest"]
-        value = None if best is None else store.trial(job.id, best).value(quality)
-        return Standing(quality, tuple(job.result["front"]), best, value, feasible)
-    problem = problem_of(job)
-    results = Results(problem, all_trials(store, job.id))
-    front = tuple(trial.number for trial in results.front())
-    within = results.within(problem.limits)
-    if not within:
-        return Standing(quality, front, None, None, feasible=False)
-    return Standing(quality, front, within[0].number, within[0].value(quality), feasible=True)
+    feasible = job.result["state"] == "feasible"
+    best = job.result["found"] if feasible else job.result["closest"]
+    value = None if best is None else store.trial(job.id, best).value(quality)
+    return Standing(quality, tuple(job.result["front"]), best, value, feasible)
 
 
 def problem_of(job: Job) -> Problem:

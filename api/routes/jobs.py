@@ -15,7 +15,7 @@ from autoeff.api.context import Context, Server
 from autoeff.api.dependencies import Cursor, Limit, OwnedJob, OwnJob, etag, link_next, same_version, unchanged
 from autoeff.api.problems import ApiError, ProblemItem, described_problems
 from autoeff.api.schemas import Accepted, Budgets, JobDetail, JobPage, Preflight
-from autoeff.errors import Conflict
+from autoeff.errors import Conflict, FailureClass
 from autoeff.search.facts import columns_of, job_facts
 from autoeff.search.job import JobSpec
 from autoeff.search.storage.idempotency import KEPT_S, Given
@@ -155,11 +155,29 @@ def pause(server: Server, job: OwnJob, response: Response) -> Any:
 @router.post("/v1/jobs/{job_id}/resume", response_model=JobDetail, responses=described_problems(404, 409, 422))
 def resume(server: Server, job: OwnJob, response: Response) -> Any:
     """Has a paused or failed job go on."""
+    _check_driven_here(job)
+    return _changed(server, server.store.resume(job.id), response)
+
+
+@router.post("/v1/jobs/{job_id}/retry-failed", response_model=JobDetail, responses=described_problems(404, 409, 422))
+def retry_failed(
+    server: Server,
+    job: OwnJob,
+    response: Response,
+    classes: Annotated[
+        list[FailureClass] | None, Query(alias="class", description="Only failures of these classes; may be repeated.", max_length=7)
+    ] = None,
+) -> Any:
+    """Has the failed trials of a job that has not ended tried again, and the job go on. What failed stays with its attempts."""
+    _check_driven_here(job)
+    return _changed(server, server.store.retry_failed(job.id, classes or ()), response)
+
+
+def _check_driven_here(job: Job) -> None:
     if job.queue is None:
         raise ApiError(
             409, "conflict", f"job {job.id} was begun without a server; `autoeff resume` goes on with it where its run directory is"
         )
-    return _changed(server, server.store.resume(job.id), response)
 
 
 def _checked(server: Context, spec: JobSpec) -> JobSpec:
@@ -213,4 +231,4 @@ def _detail(job: Job) -> dict[str, Any]:
 
 def _links(job_id: str) -> dict[str, str]:
     here = f"/v1/jobs/{job_id}"
-    return {"self": here} | {name: f"{here}/{name}" for name in ("trials", "pareto", "events", "result", "artifacts")}
+    return {"self": here} | {name: f"{here}/{name}" for name in ("trials", "pareto", "points", "events", "result", "artifacts")}

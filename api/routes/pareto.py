@@ -1,23 +1,27 @@
-"""What a job has found: its front, and the answer for another budget."""
+"""What a job has found: its front, the points of a picture, and the answer for another budget."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from autoeff.api import work
 from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Server
 from autoeff.api.dependencies import OwnedJob, unchanged
 from autoeff.api.problems import described_problems
-from autoeff.api.schemas import Front, ResolutionRow, ResolveRequest
+from autoeff.api.schemas import Front, Points, ResolutionRow, ResolveRequest
 from autoeff.search.facts import columns_of
+from autoeff.search.points import points_of
 from autoeff.search.results import page_of
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
+
+Axis = Annotated[str | None, Query(pattern=r"^[A-Za-z_][\w./:@-]{0,79}$", description="Name of a measurement, or `trial`.")]
 
 
 @router.get(
@@ -31,7 +35,7 @@ def get_front(server: Server, job: OwnedJob, request: Request, response: Respons
     if (same := unchanged(request, response, job)) is not None:
         return same
     standing = server.standings.of(job)
-    trials = [server.store.trial(job.id, number) for number in sorted(standing.front)]
+    trials = server.store.numbered(job.id, standing.front)
     return server.roots.hide(
         {
             "quality": standing.quality,
@@ -42,6 +46,31 @@ def get_front(server: Server, job: OwnedJob, request: Request, response: Respons
             "items": page_of(server.store, job, trials),
         }
     )
+
+
+@router.get(
+    "/points", response_model=Points, responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)}
+)
+def get_points(
+    server: Server,
+    job: OwnedJob,
+    request: Request,
+    response: Response,
+    x: Axis = None,
+    y: Axis = None,
+    most: Annotated[int, Query(alias="max", ge=1, le=5000, description="Points of the picture.")] = 2000,
+) -> Any:
+    """Trials as points of a picture, by number: the front and the baselines whole, of the others evenly many over time.
+
+    Without names, `x` is the cost that the job is judged at and `y` its quality. What is measured on held-out text is a value of the
+    search trial.
+    """
+    if (same := unchanged(request, response, job)) is not None:
+        return same
+    columns = columns_of(job)
+    x, y = x or columns["judged_cost"], y or columns["quality"]
+    points = points_of(server.store, job, server.standings.of(job), x, y, most)
+    return {"x": x, "y": y, "total": job.counts.trials, "items": [asdict(point) for point in points]}
 
 
 @router.post(

@@ -10,7 +10,7 @@ from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Server
 from autoeff.api.dependencies import Cursor, Limit, OwnedJob, OwnJob, TrialNumber, link_next, unchanged
 from autoeff.api.problems import ApiError, described_problems
-from autoeff.api.schemas import Artifact, ExportRequest, TrialDetail, TrialPage
+from autoeff.api.schemas import Artifact, AttemptPage, ExportRequest, TrialDetail, TrialPage
 from autoeff.search.exporter import known_exporters
 from autoeff.search.facts import attempt_facts
 from autoeff.search.results import page_of
@@ -52,7 +52,20 @@ def get_trial(server: Server, job: OwnedJob, number: TrialNumber, request: Reque
         return same
     trial = server.store.trial(job.id, number)
     (row,) = page_of(server.store, job, [trial])
-    return server.roots.hide(row | {"attempts": attempt_facts(server.store.attempts(trial.evaluation_id))})
+    return server.roots.hide(row | {"attempts": attempt_facts(server.store.attempts(*trial.evaluations))})
+
+
+@router.get(
+    "/{number}/attempts",
+    response_model=AttemptPage,
+    responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)},
+)
+def list_attempts(server: Server, job: OwnedJob, number: TrialNumber, request: Request, response: Response) -> Any:
+    """Every try at a trial, the first one first: who tried, when, what came of it, and the end of what it printed."""
+    if (same := unchanged(request, response, job)) is not None:
+        return same
+    trial = server.store.trial(job.id, number)
+    return server.roots.hide({"items": attempt_facts(server.store.attempts(*trial.evaluations))})
 
 
 @router.post(

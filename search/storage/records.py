@@ -222,6 +222,7 @@ class Trial:
         measurements: Exact costs first; nothing else before it succeeded.
         seconds: Wall time of the evaluation.
         attempts: Tries so far.
+        earlier: Evaluations that it asked for before; they failed, and it was tried again.
         told: Whether the sampler has heard of the outcome.
         ended_at: End of the evaluation, which may lie before `created_at` when the work was done for another job.
     """
@@ -244,6 +245,12 @@ class Trial:
     told: bool
     created_at: datetime
     ended_at: datetime | None
+    earlier: tuple[int, ...] = ()
+
+    @property
+    def evaluations(self) -> tuple[int, ...]:
+        """Every evaluation that it asked for, the last one last."""
+        return (*self.earlier, self.evaluation_id)
 
     def value(self, name: str) -> float | None:
         """The value of a measurement; None where it was not taken."""

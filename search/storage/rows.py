@@ -99,6 +99,7 @@ def trial_of(row: Row[Any], measured: Sequence[Measurement]) -> Trial:
         failure=_failure(row),
         seconds=row.seconds,
         attempts=row.attempts,
+        earlier=tuple(row.earlier or ()),
         sampler_state=row.sampler_state,
         told=row.told_at is not None,
         created_at=row.created_at,
@@ -137,7 +138,7 @@ def attempt_of(row: Row[Any]) -> Attempt:
         outcome=row.outcome,
         seconds=row.seconds,
         failure=_failure(row),
-        log=row.log,
+        log=None if row.log is None else _visible(row.log),
         facts=row.facts or {},
         late=row.late,
     )
@@ -175,4 +176,13 @@ def values_of(evaluation_id: int, item: Measurement) -> dict[str, Any]:
 
 
 def _failure(row: Row[Any]) -> Failure | None:
-    return None if row.failure is None else Failure(FailureClass(row.failure), row.message)
+    return None if row.failure is None else Failure(FailureClass(row.failure), _visible(row.message))
+
+
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+_CONTROLS |= dict.fromkeys([0x200E, 0x200F, 0x061C, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+
+
+def _visible(text: str) -> str:
+    """What a candidate printed, so that it moves no cursor, colours nothing and turns no line around where it is shown."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)

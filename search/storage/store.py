@@ -8,7 +8,8 @@ is one transaction.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
@@ -57,8 +58,8 @@ from autoeff.spaces.measurements import Measurement
 __all__ = ["Store"]
 
 _FORGOTTEN_S = 86_400.0  # a worker that has not been seen for this long
-LOG_CHARACTERS = 65_536
-"""Of an attempt's log the end is kept; that is where the reason stands."""
+LOG_CHARACTERS = 1 << 20
+"""Of an attempt's log the end is kept, where the reason stands; workers send less (`Settings.log_bytes`)."""
 _NEXT: Mapping[JobState, frozenset[JobState]] = {
     JobState.PENDING: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED}),
     JobState.RUNNING: frozenset({JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED}),
@@ -68,6 +69,7 @@ _NEXT: Mapping[JobState, frozenset[JobState]] = {
     JobState.SUCCEEDED: frozenset(),
     JobState.CANCELLED: frozenset(),
 }
+_RETRIED_AT_ONCE = 200
 _STANDING = (JobState.PAUSED, JobState.CANCELLING, JobState.CANCELLED)
 """States in which nothing more is proposed."""
 
@@ -251,6 +253,64 @@ class Store:
         self._sweep(job_id)
         return self.job(job_id)
 
+    def retry_failed(self, job_id: str, classes: Collection[FailureClass] = ()) -> Job:
+        """Has the failed and quarantined trials of a job tried again, and the job go on; without such trials nothing happens.
+
+        What failed stays as it is: the trials ask for new work, or share equal work that was done since. Whoever drives the job
+        loses its lease, and the next one begins with the trials as they are then.
+
+        Args:
+            job_id: The job.
+            classes: Of failures; none for all.
+
+        Raises:
+            NotFound: No such job.
+            Conflict: It has ended, or is being cancelled.
+        """
+        failed = select(EvaluationRow.id).join(TrialRow, TrialRow.evaluation_id == EvaluationRow.id)
+        failed = failed.where(TrialRow.job_id == job_id, EvaluationRow.state.in_((State.FAILED, State.QUARANTINED)))
+        if classes:
+            accepted = and_(AttemptRow.evaluation_id == EvaluationRow.id, AttemptRow.fence == EvaluationRow.accepted_fence)
+            failed = failed.join(AttemptRow, accepted).where(AttemptRow.failure.in_([str(one) for one in classes]))
+        with self._database.read() as connection:
+            ids = connection.execute(failed.distinct().order_by(EvaluationRow.id)).scalars().all()
+        for at in range(0, len(ids), _RETRIED_AT_ONCE):
+            self._retry(job_id, ids[at : at + _RETRIED_AT_ONCE])
+        job = self.job(job_id)
+        if not ids:
+            _check_going_on(job_id, job.state)
+        return job
+
+    @again
+    def _retry(self, job_id: str, evaluation_ids: Sequence[int]) -> None:
+        queue = self.job(job_id).queue
+        with self._database.write() as connection:
+            rows = connection.execute(
+                select(EvaluationRow.__table__).where(EvaluationRow.id.in_(evaluation_ids)).order_by(EvaluationRow.id)
+            )
+            renewed = {old.id: (old.state, *_renewed(connection, old, queue)) for old in rows.all()}
+            job = _versioned(connection, job_id, None)
+            _check_going_on(job_id, job.state)
+            query = select(TrialRow.number, TrialRow.evaluation_id, TrialRow.earlier).where(TrialRow.job_id == job_id)
+            asked = connection.execute(query.where(TrialRow.evaluation_id.in_(renewed)).order_by(TrialRow.number)).all()
+            events: list[tuple[str, Mapping[str, Any]]] = []
+            added: Counter[str] = Counter()
+            for number, old, earlier in asked:
+                before, new, state = renewed[old]
+                again_ = {"evaluation_id": new, "earlier": [*(earlier or ()), old], "told_at": None}
+                connection.execute(update(TrialRow).where(TrialRow.job_id == job_id, TrialRow.number == number).values(again_))
+                events.append(("trial.retried", {"trial": number}))
+                added[before] -= 1
+                if state.terminal:
+                    events.append((f"trial.{state}", {"trial": number}))
+                    added[state] += 1
+            if not asked:
+                return
+            leases.note(connection, job_id, events, added)
+            going_on = JobState.RUNNING if job.state is JobState.RUNNING else JobState.PENDING
+            driven = {"coordinator": None, "coordinator_until": None, "coordinator_fence": JobRow.coordinator_fence + 1}
+            _move_job(connection, job_id, job.state, going_on, {"error": None, **driven})
+
     def change_budget(self, job_id: str, budget: Mapping[str, Any], version: int) -> Job:
         """Replaces trials or seconds of a job that has not ended.
 
@@ -405,7 +465,7 @@ class Store:
                 raise Conflict(f"job {job_id!r} is {job.state}; nothing is proposed for it")
             if proposal.number != job.trials:
                 raise ValueError(f"trial numbers are dense: {proposal.number} cannot follow {job.trials} trials")
-            evaluation_id, state, repeated = found or _new_work(connection, job_id, proposal, job.queue)
+            evaluation_id, state, repeated = found or _proposed_work(connection, job_id, proposal, job.queue)
             cost = 0.0 if repeated else proposal.cost
             connection.execute(
                 insert(TrialRow).values(
@@ -684,16 +744,21 @@ class Store:
             query = query.where(TrialRow.origin == origin)
         return self._trials(query)
 
+    def numbered(self, job_id: str, numbers: Iterable[int]) -> list[Trial]:
+        """These trials of a job, by number."""
+        these = TrialRow.number.in_(sorted(set(numbers)))
+        return self._trials(TRIAL.where(TrialRow.job_id == job_id, these).order_by(TrialRow.number))
+
     def of_keys(self, job_id: str, eval_keys: Iterable[str]) -> list[Trial]:
         """The trials of a job behind which stands the work of one of these keys, by number."""
         these = EvaluationRow.eval_key.in_(tuple(eval_keys))
         return self._trials(TRIAL.where(TrialRow.job_id == job_id, these).order_by(TrialRow.number))
 
-    def attempts(self, evaluation_id: int) -> list[Attempt]:
-        """Every try at an evaluation with its log, the first one first."""
+    def attempts(self, *evaluation_ids: int) -> list[Attempt]:
+        """Every try at these evaluations with its log, the first one first."""
+        query = ATTEMPT.where(EvaluationRow.id.in_(evaluation_ids)).order_by(EvaluationRow.id, AttemptRow.fence)
         with self._database.read() as connection:
-            rows = connection.execute(ATTEMPT.where(EvaluationRow.id == evaluation_id).order_by(AttemptRow.fence))
-            return [attempt_of(row) for row in rows]
+            return [attempt_of(row) for row in connection.execute(query)]
 
     def events(self, job_id: str, after: int = 0, limit: int = 500) -> list[Event]:
         """The next `limit` events of the job with a `seq` above `after`; the first event has 1."""
@@ -762,6 +827,23 @@ def _move_job(connection: Connection, job_id: str, before: JobState, state: JobS
         leases.note(connection, job_id, [(f"job.{state}", said)])
 
 
+def _check_going_on(job_id: str, state: JobState) -> None:
+    if state is JobState.CANCELLING or (state.terminal and state is not JobState.FAILED):
+        raise Conflict(f"job {job_id!r} is {state}; submit it again: what was measured counts there too, and what failed is tried again")
+
+
+def _renewed(connection: Connection, old: Row[Any], queue: str | None) -> tuple[int, State]:
+    """Work in place of some that failed: equal work that was begun since, or new work; its id and state."""
+    flying = and_(EvaluationRow.eval_key == old.eval_key, EvaluationRow.state.in_((*leases.OPEN, State.SUCCEEDED)))
+    work = {name: getattr(old, name) for name in ("configuration", "eval_key", "split", "windows")}
+    while True:
+        row = connection.execute(select(EvaluationRow.id, EvaluationRow.state).where(flying).with_for_update()).one_or_none()
+        if row is not None:
+            return row.id, row.state
+        if (new := _queued(connection, work, queue)) is not None:
+            return new, State.QUEUED
+
+
 def _equal_work(connection: Connection, job_id: str, eval_key: str) -> tuple[int, State, bool] | None:
     """The work of this key that a trial of the job can share: its id, its state, and whether this job had asked for it before."""
     own = select(TrialRow.number).where(TrialRow.evaluation_id == EvaluationRow.id, TrialRow.job_id == job_id).exists()
@@ -772,20 +854,27 @@ def _equal_work(connection: Connection, job_id: str, eval_key: str) -> tuple[int
     return None if row is None else (row.id, row.state, row.own)
 
 
-def _new_work(connection: Connection, job_id: str, proposal: Proposal, queue: str | None) -> tuple[int, State, bool]:
+def _proposed_work(connection: Connection, job_id: str, proposal: Proposal, queue: str | None) -> tuple[int, State, bool]:
     """As `_equal_work`, for a proposal that had none."""
     digest = proposal.configuration.digest
     insert_absent(connection, ConfigurationRow, {"digest": digest, "canonical": proposal.configuration.canonical})
-    work = {"configuration": digest, "eval_key": proposal.eval_key, "split": proposal.split, "windows": proposal.windows, "queue": queue}
-    begun = {"state": State.QUEUED, "attempts": 0, "losses": 0, "fence": 0, "created_at": now()}
-    inserted = insert_absent(connection, EvaluationRow, work | begun)
-    if inserted is None:  # another job's coordinator was faster
-        found = _equal_work(connection, job_id, proposal.eval_key)
-        assert found is not None
-        return found
+    work = {"configuration": digest, "eval_key": proposal.eval_key, "split": proposal.split, "windows": proposal.windows}
+    if (new := _queued(connection, work, queue)) is not None:
+        return new, State.QUEUED, False
+    found = _equal_work(connection, job_id, proposal.eval_key)
+    assert found is not None
+    return found
+
+
+def _queued(connection: Connection, work: Mapping[str, Any], queue: str | None) -> int | None:
+    """The id of new work; None where another job's coordinator was faster."""
+    begun = {"state": State.QUEUED, "queue": queue, "attempts": 0, "losses": 0, "fence": 0, "created_at": now()}
+    inserted = insert_absent(connection, EvaluationRow, {**work, **begun})
+    if inserted is None:
+        return None
     if queue is not None:
         leases.ring(connection, inserted[0], queue)
-    return inserted[0], State.QUEUED, False
+    return int(inserted[0])
 
 
 def _mark_told(connection: Connection, job_id: str, numbers: Iterable[int]) -> None:

@@ -51,7 +51,7 @@ __all__ = [
     "now",
 ]
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest migration. Known here so that opening a current database does not import Alembic (0.3 s)."""
 
 
@@ -206,9 +206,12 @@ class TrialRow(Base):
     sampler_state: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime]
     told_at: Mapped[datetime | None]
+    # Evaluations that it asked for before, which failed and were tried again; NULL where there are none.
+    earlier: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
 
     __table_args__ = (
         Index(None, "evaluation_id", "job_id"),
+        Index(None, "job_id", "origin", "number"),
         Index("ix_trial_untold", "job_id", "number", sqlite_where=text("told_at IS NULL"), postgresql_where=text("told_at IS NULL")),
     )
 

@@ -82,6 +82,7 @@ def test_a_key_does_what_its_scopes_say(served: Any) -> None:
     for method, path, body in [
         ("POST", "/v1/jobs", served.tiny),
         ("POST", f"/v1/jobs/{served.job}/cancel", None),
+        ("POST", f"/v1/jobs/{served.job}/retry-failed", None),
         ("GET", "/v1/keys", None),
         ("GET", "/metrics", None),
     ]:

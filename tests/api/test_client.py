@@ -131,6 +131,12 @@ def test_pages_are_those_of_the_whole(served: Any, client: Client) -> None:
     assert client.job_page(["succeeded"], limit=1, cursor=page.next).items == []
 
 
+def test_points_have_the_axes_that_are_asked_for(served: Any, client: Client) -> None:
+    points = client.points(served.job, "trial", "weight_bytes", most=7)
+    assert (points.x, points.y, len(points.items) <= 7) == ("trial", "weight_bytes", True)
+    assert client.points(served.job).x == "linear_bytes"
+
+
 def test_the_client_knows_its_key_its_contract_and_a_space(served: Any, client: Client) -> None:
     assert client.own_key().key == served.keys["alice"][3:11]
     assert "JobSpec" in client.contract()["components"]["schemas"]
@@ -181,6 +187,8 @@ def test_problems_are_errors(served: Any, live: str, client: Client) -> None:
     assert client.change_budget(job, trials=45).budget == 45
     with pytest.raises(Stale):
         client.change_budget(job, trials=50)
+    assert client.retry_failed(job.job, ["crash"]).state == "pending"
+    assert client.attempts(served.job, 0)[0].kind == "succeeded"
     client.cancel(job.job)
     with pytest.raises(Conflict):
         client.resume(job.job)

@@ -81,9 +81,30 @@ def test_the_space_is_as_stored(served: Any) -> None:
     assert {decision.knob for decision in space.decisions} == {"bits"}
 
 
+def test_points_are_those_of_the_trials(served: Any) -> None:
+    rows = served.ask("GET", f"/v1/jobs/{served.job}/trials?limit=500").json()["items"]
+    front = [row["trial"] for row in served.ask("GET", f"/v1/jobs/{served.job}/pareto").json()["items"]]
+    path = f"/v1/jobs/{served.job}/points"
+    found = served.ask("GET", path).json()
+    assert (found["x"], found["y"], found["total"]) == ("linear_bytes", "kl", len(rows))
+    assert [point["trial"] for point in found["items"] if point["front"]] == front
+    values = {row["trial"]: {name: m["value"] for name, m in row["measurements"].items()} for row in rows}
+    assert all((p["x"], p["y"]) == (values[p["trial"]]["linear_bytes"], values[p["trial"]].get("kl")) for p in found["items"])
+    few = served.ask("GET", path, params={"x": "trial", "y": "kl_held_out", "max": 5}).json()
+    assert len(few["items"]) <= 5
+    assert all(point["x"] == point["trial"] for point in few["items"])
+    for wrong in ({"x": "nothing"}, {"y": "a b"}, {"max": 0}, {"max": 5001}, {"maximum": 5}):
+        assert served.refused(served.ask("GET", path, params=wrong), 422, "invalid-input")["status"] == 422
+
+
 def test_a_trial_has_its_attempts(served: Any) -> None:
     trial = served.ask("GET", f"/v1/jobs/{served.job}/trials/0").json()
-    assert [attempt["outcome"] for attempt in trial["attempts"]] == ["succeeded"]
+    assert [(attempt["kind"], attempt["outcome"]) for attempt in trial["attempts"]] == [("succeeded", "succeeded")]
+    path = f"/v1/jobs/{served.job}/trials/0/attempts"
+    found = served.ask("GET", path)
+    assert found.json() == {"items": trial["attempts"]}
+    assert served.ask("GET", path, headers={"If-None-Match": found.headers["etag"]}).status_code == 304
+    assert served.refused(served.ask("GET", path.replace("/0/", "/9999/")), 404, "not-found")["status"] == 404
     assert served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials/9999"), 404, "not-found")["status"] == 404
 
 
@@ -123,9 +144,13 @@ def test_a_job_is_steered(served: Any) -> None:
     )
     for wrong in ({}, {"trials": 0}, {"trials": None}, {"trials": 50, "x": 1}, {"seconds": -1}):
         assert served.refused(served.ask("PATCH", path, json=wrong, headers={"If-Match": "*"}), 422, "invalid-input")["status"] == 422
+    assert served.ask("POST", f"{path}/retry-failed").json()["state"] == "pending"  # nothing has failed
+    wrong = served.ask("POST", f"{path}/retry-failed?class=bad_luck")
+    assert served.refused(wrong, 422, "invalid-input")["errors"][0]["parameter"] == "class.0"
     ended = [served.ask("POST", f"{path}/cancel").json()["state"] for _ in range(2)]
     assert ended == ["cancelled", "cancelled"]
     assert served.refused(served.ask("POST", f"{path}/resume"), 409, "conflict")["status"] == 409
+    assert served.refused(served.ask("POST", f"{path}/retry-failed"), 409, "conflict")["status"] == 409
     assert served.refused(served.ask("GET", f"{path}/result"), 404, "not-found")["status"] == 404
     listed = served.ask("GET", "/v1/jobs?state=cancelled").json()["items"]
     assert job in [one["job"] for one in listed]

@@ -36,6 +36,10 @@ def test_the_hypervolume_is_the_number_of_dominated_cells(points: list[tuple[int
 
 @given(st.integers(1, 3).flatmap(lambda n: st.lists(st.tuples(*[st.integers(0, 4)] * n), max_size=14)))
 def test_the_archive_says_what_joins_the_front_and_keeps_what_a_fresh_one_would(points: list[tuple[int, ...]]) -> None:
+    backwards = Archive()
+    for n, point in reversed(list(enumerate(points))):
+        backwards.add(point, n)
+    assert backwards.keys == non_dominated(points)
     archive = Archive()
     for n, point in enumerate(points):
         joined = archive.add(point, n)

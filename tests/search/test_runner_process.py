@@ -96,6 +96,9 @@ def test_what_failed_is_in_the_log(runner_of: Callable[..., RunnerProcess]) -> N
     with pytest.raises(CandidateError):
         ask(runner, "segfault")
     assert "Segmentation fault" in runner.log_tail()
+    with pytest.raises(CandidateError):
+        ask(runner, "raise")
+    assert "Segmentation fault" not in runner.log_tail(), "what an earlier candidate printed is not this one's"
 
 
 def test_the_lease_is_looked_after_while_a_candidate_runs(runner_of: Callable[..., RunnerProcess]) -> None:

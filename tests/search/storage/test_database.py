@@ -263,7 +263,7 @@ class TestFailing:
 
     def test_fault_of_ours_keeps_its_trace(self, url: str) -> None:
         with closing(Database(url)) as opened, pytest.raises(IntegrityError), opened.write() as connection:
-            connection.exec_driver_sql("INSERT INTO trial VALUES ('nobody', 0, 1, 'given', NULL, 1, 1.0, '{}', NULL, 0, NULL)")
+            connection.exec_driver_sql("INSERT INTO trial VALUES ('nobody', 0, 1, 'given', NULL, 1, 1.0, '{}', NULL, 0, NULL, NULL)")
 
 
 class TestServer:

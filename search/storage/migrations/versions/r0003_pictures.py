@@ -1,0 +1,16 @@
+"""Trials that are found by their origin, and tried again."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("trial", sa.Column("earlier", sa.JSON()))
+    op.create_index("ix_trial_job_id_origin_number", "trial", ["job_id", "origin", "number"])
