@@ -178,6 +178,8 @@ def entry_bytes(step: Step) -> int:
     """Bytes of the tensors that the bank stores for a step where everything else is dense."""
     if step.knob.coupled and step.site.coupling is not None:
         return 8 * step.site.coupling.units  # the places that are kept, at most all of them
+    if step.knob.applies_built:
+        return 8 * sum(max(linear.in_features, linear.experts) for linear in step.site.linears)  # a choice, or a number for each input
     stored = _stored(step)
     return BYTES_DENSE * stored.site.parameters + stored.knob.cost(stored.site, stored.level).get("linear_bytes", 0)
 

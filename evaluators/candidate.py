@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from autoeff.evaluators.bank import Bank, Chain, Step
 from autoeff.spaces.knob import KINDS, Knob, Undo, swap
@@ -49,7 +49,7 @@ class Candidate:
             for i in sorted(self._trees[root], key=lambda i: KINDS.index(self._knobs[self.space.decisions[i].knob].kind)):
                 if wanted[i]:
                     step = self.step(i, wanted[i])
-                    undos.append(step.knob.apply(self.model, step.site, step.level))
+                    undos.append(step.knob.apply_built(self.model, step.site, step.level, self.built(i, wanted)))
         self.indices = wanted
 
     def first_difference(self, other: Sequence[int]) -> int:
@@ -65,6 +65,15 @@ class Candidate:
     def chain(self, decisions: Sequence[int], indices: Sequence[int]) -> Chain:
         """The levels other than dense that some decisions take."""
         return tuple(self.step(i, indices[i]) for i in decisions if indices[i])
+
+    def built(self, decision: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What the bank keeps for a level that acts on the model by it, found in the shapes that earlier levels leave."""
+        step = self.step(decision, indices[decision])
+        if not step.knob.applies_built:
+            return {}
+        about = self.decisions_about(step.site.linears[-1].name) if step.site.linears else []
+        shaping = [i for i in about if i < decision and self._knobs[self.space.decisions[i].knob].kind == "structure"]
+        return self.bank.packed((*self.chain(shaping, indices), step))
 
     def decisions_about(self, linear: str) -> list[int]:
         """The decisions about a linear that act through its values, in the order in which they do."""

@@ -24,6 +24,7 @@ from autoeff.evaluators.images import PROCESSOR
 from autoeff.evaluators.latency import measure_served
 from autoeff.evaluators.latency_fit import runtime_dtype
 from autoeff.evaluators.latency_table import LatencySpec
+from autoeff.evaluators.levels_file import built_for, put, write_built
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.metrics import imported_metrics, measured_by
 from autoeff.evaluators.model_statistics import ModelStatistics
@@ -40,6 +41,7 @@ from autoeff.evaluators.quality import (
     teacher_of,
     token_kl,
 )
+from autoeff.evaluators.samples import sampled
 from autoeff.evaluators.serving import Stored, copied, removable, runs, serve
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.sublayer_changes import sublayer_changes
@@ -47,9 +49,8 @@ from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
 from autoeff.evaluators.weights import magnitudes_of, outlier_share, tail_exponent
 from autoeff.spaces.configuration import Level
-from autoeff.spaces.knob import BESIDE_WEIGHTS
 from autoeff.spaces.kv_cache import KvCache, KvPlan, continuation_start, watched
-from autoeff.spaces.material import dense_weight
+from autoeff.spaces.material import SAMPLES, dense_weight
 from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.sites import Linear, Site
 
@@ -107,9 +108,10 @@ class Evaluator:
         )
         self.candidate = Candidate(self.model, self.structure, self.space, self.preparation.knobs, self.bank)
         needs = {name for knob in self.preparation.knobs.values() for name in knob.needs}
-        with collected(self.model, dense, needs) as statistics:
+        plain = [linear.name for linear in self.structure.linears if not linear.experts]
+        with collected(self.model, plain, needs) as statistics, sampled(self.model, self._sampled_sites()) as samples:
             self._learn_targets(self._texts["search"], "search")
-        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, {**statistics(), **self._gradients()})
+        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, {**statistics(), **samples(), **self._gradients()})
         self._build_bank(progress)
 
     def evaluate(self, request: EvaluationRequest) -> list[Measurement]:
@@ -183,6 +185,8 @@ class Evaluator:
             shutil.copy(self.preparation.facts.path / PROCESSOR, folder)
         else:
             load_tokenizer(self.preparation.facts).save_pretrained(folder)
+        chosen = self.candidate.indices
+        write_built(folder, {d.key: self.candidate.built(i, chosen) for i, d in enumerate(self.space.decisions) if chosen[i]})
         return sorted(path.name for path in folder.iterdir())
 
     def statistics(self, needs: Collection[str]) -> ModelStatistics:
@@ -244,7 +248,7 @@ class Evaluator:
     def remeasure(self, folder: Path, split: Split, windows: int, levels: Mapping[str, Level] | None = None) -> list[Measurement]:
         """Quality of the model in `folder` against this setup's dense model, as a trial's is measured.
 
-        Of `levels` those about the cache and about experts are put in force: no weights hold them.
+        Of `levels` those are put in force that no weights hold.
 
         The weights replace the dense ones for good, so this is the last thing that an evaluator does.
         """
@@ -252,12 +256,12 @@ class Evaluator:
         if text.targets is None:
             self._learn_targets(text, split)
         self.candidate.set(self._zeros)
-        beside = {d.key for d in self.space.decisions if self.preparation.knobs[d.knob].kind in BESIDE_WEIGHTS}
         exported = load_model(inspect_model(folder), self.preparation.device, self.preparation.footprint.narrow).state_dict()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tensor.data = exported[name].to(tensor.dtype)  # points there: the dense weights are let go
         self._dense_states, self._last_states = {}, {}
-        self.candidate.set(self.space.indices({key: level for key, level in (levels or {}).items() if key in beside}))
+        wanted = self.space.normalised(self.space.indices(levels or {}))
+        put(self.model, [self.candidate.step(i, level) for i, level in enumerate(wanted) if level], lambda key: built_for(folder, key))
         return self._quality(text, EvaluationRequest({}, split, windows))
 
     def stored_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
@@ -395,6 +399,15 @@ class Evaluator:
     def _start(self, text: _Text) -> int:
         """The first token of each window that counts: what stands before is a prompt, where candidates differ in their caches."""
         return continuation_start(text.passages.length) if self.preparation.generates else 0
+
+    def _sampled_sites(self) -> dict[Site, frozenset[str]]:
+        """What is kept of some tokens, by sublayer."""
+        knobs, sites = self.preparation.knobs, {site.name: site for site in self.structure.sites}
+        found: dict[Site, frozenset[str]] = {}
+        for decision in self.space.decisions:
+            if needs := knobs[decision.knob].needs & SAMPLES:
+                found[sites[decision.site]] = found.get(sites[decision.site], frozenset()) | needs
+        return found
 
     def _gradients(self) -> dict[str, Tensor]:
         """Of the linears that a knob needs it for."""

@@ -19,10 +19,12 @@ from autoeff.evaluators.bank import Bank, Statistics, Step, entry_bytes
 from autoeff.evaluators.forward import BATCH_TOKENS, state_bytes, state_stride
 from autoeff.evaluators.loading import ModelFacts, compute_dtype, keeps_narrow, memory_of
 from autoeff.evaluators.quality import CHUNK_LOGITS, CHUNK_ROWS
+from autoeff.evaluators.samples import MOST_TOKENS
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import Passages
 from autoeff.evaluators.widening import narrow_names, scratch_elements
 from autoeff.spaces.knob import Knob
+from autoeff.spaces.material import SAMPLES
 from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import Structure
 from autoeff.spaces.space import SearchSpace
@@ -98,10 +100,11 @@ def footprint_of(
     hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     steps = list(steps_of(structure, space, knobs))
     search = len(passages["search"].inputs) * passages["search"].length
-    shaped = {linear.name: linear for step in steps for linear in step.site.linears}
+    valued = [step for step in steps if step.knob.of_values]
+    shaped = {linear.name: linear for step in valued for linear in step.site.linears}
     in_force = width * sum(linear.parameters for linear in shaped.values())
-    of_values = {step.knob.name for step in steps}
-    every_level = width * sum(step.site.parameters for step in steps)
+    of_values = {step.knob.name for step in valued}
+    every_level = width * sum(step.site.parameters for step in valued)
     fixed = {
         "process": _PROCESS_BYTES if device.type == "cpu" else 0,
         "weights": _weight_bytes(facts, model, narrow, device),
@@ -136,10 +139,10 @@ def footprint_of(
 
 
 def steps_of(structure: Structure, space: SearchSpace, knobs: Mapping[str, Knob]) -> Iterator[Step]:
-    """Every level other than the dense one that acts through values, alone: what the bank builds ahead."""
+    """Every level other than the dense one that something is built for, alone: what the bank builds ahead."""
     sites = {site.name: site for site in structure.sites}
     for decision in space.decisions:
-        if knobs[decision.knob].of_values:
+        if knobs[decision.knob].of_values or knobs[decision.knob].applies_built:
             yield from (Step(knobs[decision.knob], sites[decision.site], level) for level in decision.levels[1:])
 
 
@@ -156,12 +159,14 @@ def _targets(passages: Passages, hidden: int, *, decoder: bool) -> int:
 def _statistics_bytes(structure: Structure, steps: Collection[Step], needs: Collection[str]) -> int:
     """A float32 matrix, or vector, for every tensor that linears are fed, and a gradient as large as each weight whose knob asks.
 
-    Experts are not watched.
+    Experts are not watched, but for what is kept of some tokens.
     """
     widths = [site.linears[0].in_features for site in structure.sites if site.kind == "linears" and not site.linears[0].experts]
     asking = {linear.name: linear for step in steps if "gradient" in step.knob.needs for linear in step.site.linears}
     of_inputs = sum(4 * k * (k * ("hessian" in needs) + ("input_norm" in needs)) for k in widths)
-    return of_inputs + 4 * sum(linear.parameters for linear in asking.values() if not linear.experts)
+    sampled = {(step.site.name, need): step.site for step in steps for need in step.knob.needs & SAMPLES}
+    of_tokens = sum(4 * MOST_TOKENS * max(max(i.in_features, i.out_features) for i in site.linears) for site in sampled.values())
+    return of_inputs + of_tokens + 4 * sum(linear.parameters for linear in asking.values() if not linear.experts)
 
 
 def _activation_bytes(structure: Structure, hidden: int, length: int) -> int:

@@ -98,7 +98,8 @@ class Composer:
         kernel, settings = knob.kernel(site, level), knob.kernel_settings(site, level)
         if knob.kind == "cache":
             return self._rounded(self._times(operation)) if (operation := self._operations.cache(kernel, cost)) else 0
-        return sum(self.linear(Form(linear, kernel=kernel, settings=settings)) for linear in site.linears) - dense(site.linears)
+        linears = knob.left(site, level).linears
+        return sum(self.linear(Form(linear, kernel=kernel, settings=settings)) for linear in linears) - dense(site.linears)
 
     def _rounded(self, ns: float) -> int:
         """To a hundred thousandth of the whole or less, so that a grid of the exact costs stays small."""

@@ -126,11 +126,11 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     facts = inspect_model(resolve_model(setup.model))
     check_memory(facts, device)
     model = skeleton(facts)
-    structure = find_structure(model, untie=setup.space.untie)
+    structure = find_structure(model, untie=setup.space.untie).at_batch(setup.batch)
     left_out: Mapping[str, str] = {}
     if any(knob.coupled for name, knob in known_knobs().items() if name in setup.space.knobs):
         structure, left_out = coupled(model, structure)
-    if any(knob.kind == "cache" for name, knob in known_knobs().items() if name in setup.space.knobs):
+    if any(knob.kind == "cache" or knob.of_context for name, knob in known_knobs().items() if name in setup.space.knobs):
         structure = _with_cache(structure, setup, facts)
     space, knobs = build_space(structure, setup.space)
     latency = None

@@ -32,6 +32,7 @@ class EvaluationSetup:
         tasks: What is asked besides the whole held-out text.
         metrics: What is called besides, as `package.module:function`.
         context: Tokens that budgets of the cache are shares of; None takes the model's context.
+        batch: Sequences decoded together: more of them read more experts.
         latency: Which times are costs; None for none. No quality depends on it.
         hardware: Machines whose values count as equal, by the queue that they work for; None stands for this machine alone.
     """
@@ -46,6 +47,7 @@ class EvaluationSetup:
     tasks: TaskSpec | None = None
     memory_bytes: int | None = None
     context: int | None = None
+    batch: int = 1
     latency: LatencySpec | None = None
     hardware: str | None = None
     metrics: tuple[str, ...] = ()

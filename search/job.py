@@ -199,6 +199,7 @@ class JobSpec(_Strict):
             tasks=self.tasks.asked(),
             metrics=self.metrics,
             context=self.context,
+            batch=self.batch,
         )
 
 

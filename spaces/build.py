@@ -11,6 +11,7 @@ from typing import Any
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import KINDS, Cost, Knob, make_knob
+from autoeff.spaces.material import SAMPLES
 from autoeff.spaces.sites import BYTES_DENSE, Linear, Site, Structure
 from autoeff.spaces.space import Context, Decision, SearchSpace
 
@@ -64,6 +65,7 @@ def build_space(
             raise InputError(f"knob {name} finds nothing to decide about in this {structure.model_type} model")
     pairs = _pairs(structure, knobs)
     _check_globs(spec, pairs, knobs)
+    stored = frozenset(linear.name for site, name in pairs if knobs[name].kind == "weight" for linear in site.linears)
     decisions: list[Decision] = []
     shapes: list[dict[Context, _Left]] = []  # of each decision: by its context and branch, what is left of linears and caches
     branching: dict[str, int] = {}  # linear name -> index of the last decision with branches that is about it
@@ -73,7 +75,7 @@ def build_space(
         knob, levels = knobs[name], _levels(knobs[name], site, spec)
         if len(levels) < 2:
             continue
-        if knob.needs and any(linear.experts for linear in site.linears):
+        if knob.needs - SAMPLES and any(linear.experts for linear in site.linears):
             raise InputError(
                 f"knob {name} needs {', '.join(sorted(knob.needs))}, which is not collected for experts ({site.name}); "
                 "exclude such sites, or choose a method that needs no text"
@@ -86,7 +88,7 @@ def build_space(
         contexts: Mapping[Context, _Left] = {(): {}} if parent is None else shapes[parent]
         seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}
         branches = _branches(knob, site, levels)
-        costs = {context: tuple(_cost(knob, as_left, level, further) for level in levels) for context, as_left in seen.items()}
+        costs = {context: tuple(_cost(knob, as_left, level, further, stored) for level in levels) for context, as_left in seen.items()}
         decisions.append(Decision(site.name, name, site.block, levels, costs, parent, branches, knob.uniform))
         followed = {branch: level for branch, level in zip(reversed(branches), reversed(levels), strict=True) if branch is not None}
         shapes.append(
@@ -111,13 +113,28 @@ def build_space(
     return SearchSpace(tuple(decisions), _dense(structure) | constants | dict(dense or {})), knobs
 
 
-def _cost(knob: Knob, site: Site, level: Level, further: FurtherCost) -> dict[str, int]:
-    """The knob's own cost, what of its bytes is not read for a token, and what `further` adds."""
-    cost = knob.cost(site, level)
-    read = {}
-    if "linear_bytes" in cost and (knob.kind == "structure" or knob.kernel(site, level) is not None):
-        read["read_bytes"] = cost["linear_bytes"]
-    return {**cost, **read, **further(knob, site, level, cost)}
+def _cost(knob: Knob, site: Site, level: Level, further: FurtherCost, stored: frozenset[str]) -> dict[str, int]:
+    """The knob's own cost, what of its bytes is not read for a token, and what `further` adds.
+
+    Linears that other levels may have `stored` otherwise are not read by kernels that skip channels of 16-bit weights.
+    """
+    cost = dict(knob.cost(site, level))
+    if not stored.isdisjoint(linear.name for linear in site.linears):
+        cost.pop("expected_read_bytes", None)
+    read = _read(knob, site, level, cost)
+    return {**cost, **({"read_bytes": read} if read else {}), **further(knob, site, level, cost)}
+
+
+def _read(knob: Knob, site: Site, level: Level, cost: Cost) -> int:
+    """Bytes of linears that are read less; of experts those count that the tokens decoded at once are sent to."""
+    mixed = [linear for linear in site.linears if linear.experts]
+    if mixed and knob.kind in ("structure", "runtime"):
+        left = () if knob.silences(site, level) else knob.left(site, level).linears
+        return BYTES_DENSE * (sum(linear.read_parameters for linear in left) - sum(linear.read_parameters for linear in site.linears))
+    if knob.kind != "structure" and knob.kernel(site, level) is None:
+        return 0
+    changed = cost.get("linear_bytes", 0)
+    return changed * mixed[0].experts_read // mixed[0].experts if mixed else changed
 
 
 def _first_linear(structure: Structure, attention: str) -> str:
@@ -191,7 +208,7 @@ def _dense(structure: Structure) -> dict[str, int]:
     linear = sum(item.parameters for item in structure.linears)
     return {
         "linear_bytes": linear * BYTES_DENSE,
-        "read_bytes": linear * BYTES_DENSE,
+        "read_bytes": sum(item.read_parameters for item in structure.linears) * BYTES_DENSE,
         "linear_parameters": linear,
         "other_bytes": (structure.parameters - linear) * BYTES_DENSE,
         "lookup_bytes": structure.lookup_parameters * BYTES_DENSE,

@@ -57,6 +57,8 @@ class CostModel:
         saves = {"cache_bytes": one} if "cache_bytes" in dense else {}
         kept = Affine(-Fraction(dense.get("cache_bytes", 0)), {"kv_bytes_per_token": Fraction(context), **saves})
         read = "read_bytes" if "read_bytes" in dense else "linear_bytes"
+        # of all that could be spared, which is taken away from what the dense model takes, levels say what is left on average
+        flops, spared_bytes = (dense.get(name, 0) for name in ("expected_flops", "expected_read_bytes"))
         self.space = space
         self.measures: dict[str, Affine] = {
             "linear_bytes": Affine(Fraction(0), {"linear_bytes": one}),
@@ -64,11 +66,18 @@ class CostModel:
             "avg_bits": Affine(Fraction(0), {"linear_bytes": Fraction(8, dense["linear_parameters"])}),
             "kv_bytes": kept.times(batch),
             "bytes_per_token": Affine(
-                Fraction(dense["other_bytes"] - dense["lookup_bytes"], batch) + kept.offset,
-                {read: Fraction(1, batch), **kept.coefficients},
+                Fraction(dense["other_bytes"] - dense["lookup_bytes"] - spared_bytes, batch) + kept.offset,
+                dict.fromkeys((read, "expected_read_bytes") if spared_bytes else (read,), Fraction(1, batch)) | dict(kept.coefficients),
+                "estimated" if spared_bytes else "exact",
             ),
-            "flops_per_token": Affine(Fraction(0), {"flops_per_token": one}),
+            "flops_per_token": Affine(
+                Fraction(-flops),
+                dict.fromkeys(("flops_per_token", "expected_flops") if flops else ("flops_per_token",), one),
+                "estimated" if flops else "exact",
+            ),
         }
+        if "attention_flops" in dense:
+            self.measures["attention_flops"] = Affine(Fraction(0), {"attention_flops": one})
         if "block_bytes" in dense:
             self.measures["kv_peak_bytes"] = Affine(kept.offset, {**kept.coefficients, "block_bytes": one}).times(batch)
         for quantity, (name, method) in LATENCIES.items():

@@ -44,6 +44,7 @@ class Knob(ABC):
         conflicts: Names of knobs that may not be in the same space.
         uniform: Whether "the same level everywhere" is a configuration that people use, hence a baseline.
         coupled: Whether its sites are those whose units `couplings.py` has found.
+        of_context: Whether costs follow from the job's context; those of knobs of kind `cache` always do.
         beside: Parts of what `build` returns that stay stored when a later knob stores the values, such as a mask.
     """
 
@@ -52,6 +53,7 @@ class Knob(ABC):
     conflicts: ClassVar[frozenset[str]] = frozenset()
     uniform: ClassVar[bool] = True
     coupled: ClassVar[bool] = False
+    of_context: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -134,10 +136,31 @@ class Knob(ABC):
         """What that kernel must be told besides the shapes, such as `bits` and `group`; latency tables are keyed by it."""
         return {}
 
+    def apply_built(self, model: nn.Module, site: Site, level: Level, built: Mapping[str, Tensor]) -> Undo:
+        """Like `apply`, for levels that act on the model by what `build` found; an export keeps that in a file of its own.
+
+        Args:
+            model: As for `apply`; linears have their values already.
+            site: Where.
+            level: Not the dense one.
+            built: What `derived` returned; empty unless this method is overridden.
+        """
+        return self.apply(model, site, level)
+
     @property
     def of_values(self) -> bool:
         """Whether levels act through the values of linears, which the bank keeps."""
         return type(self).transform is not Knob.transform
+
+    @property
+    def applies_built(self) -> bool:
+        """Whether levels act on the model by what the bank keeps."""
+        return type(self).apply_built is not Knob.apply_built
+
+    @property
+    def beside_weights(self) -> bool:
+        """Whether a checkpoint alone does not hold its levels: what stands in the recipe has to be put in force."""
+        return self.kind in BESIDE_WEIGHTS or self.applies_built
 
     def settings(self) -> dict[str, Any]:
         """Every setting by name, as `make_knob` takes them."""

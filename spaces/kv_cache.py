@@ -43,6 +43,8 @@ __all__ = [
     "plan_part",
     "plans_of",
     "rounded",
+    "seen_by",
+    "sees_all",
     "watched",
 ]
 
@@ -219,20 +221,20 @@ class KvState:
         self.keys = key if self.keys is None else torch.cat([self.keys, key], 2)
         self.values = value if self.values is None else torch.cat([self.values, value], 2)
         self.seen += arriving
-        seen_by = _seen_by(query, self.keys, scale, softcap, before)
-        batch, heads, groups, _, tokens = seen_by.shape
-        output = seen_by.view(batch, heads, groups * arriving, tokens) @ self.values
+        attention = seen_by(query, self.keys, scale, softcap, before)
+        batch, heads, groups, _, tokens = attention.shape
+        output = attention.view(batch, heads, groups * arriving, tokens) @ self.values
         if self.plan.policy == "h2o" and self.sizes.budget is not None:
-            self._count(seen_by, before)
+            self._count(attention, before)
         elif self.plan.policy in ("snapkv", "tova") and self.sizes.budget is not None:
             queries = query if self._queries is None else torch.cat([self._queries, query], 2)
             self._queries = queries[:, :, -self.sizes.window :]
         self._scaling = scale, softcap
         return output.view(batch, heads * groups, arriving, -1)
 
-    def _count(self, seen_by: Tensor, before: int) -> None:
+    def _count(self, attention: Tensor, before: int) -> None:
         """Adds what each kept token received, and the queries that could see it."""
-        mass, arriving = seen_by.sum((2, 3)), seen_by.shape[3]
+        mass, arriving = attention.sum((2, 3)), attention.shape[3]
         queried = torch.arange(arriving, 0, -1, device=mass.device, dtype=mass.dtype).expand(*mass.shape[:2], arriving)
         if self._mass is not None and self._queried is not None:
             mass[:, :, :before] += self._mass
@@ -275,10 +277,10 @@ class KvState:
         assert self._queries is not None
         scale, softcap = self._scaling
         if self.plan.policy == "tova":
-            seen_by = _seen_by(self._queries[:, :, -1:], self.keys, scale, softcap, self.tokens - 1)
-            return seen_by.mean((1, 2))[:, None, 0, between]
-        seen_by = _seen_by(self._queries, self.keys, scale, softcap, self.tokens - self._queries.shape[2])
-        scores = seen_by.sum(3).mean(2)[:, :, : between.stop]
+            attention = seen_by(self._queries[:, :, -1:], self.keys, scale, softcap, self.tokens - 1)
+            return attention.mean((1, 2))[:, None, 0, between]
+        attention = seen_by(self._queries, self.keys, scale, softcap, self.tokens - self._queries.shape[2])
+        scores = attention.sum(3).mean(2)[:, :, : between.stop]
         pool = self.plan.pool
         return max_pool1d(scores, pool, 1, pool // 2)[:, :, between.start :] if pool > 1 else scores[:, :, between.start :]
 
@@ -300,7 +302,7 @@ class KvState:
         self.packed = packed
 
 
-def _seen_by(query: Tensor, keys: Tensor, scale: float, softcap: float | None, before: int) -> Tensor:
+def seen_by(query: Tensor, keys: Tensor, scale: float, softcap: float | None, before: int) -> Tensor:
     """The attention of the last queries, [B, KV heads, query heads of each, T, n]; query i sees the keys up to `before` + i."""
     batch, heads, arriving, size = query.shape
     kv_heads, tokens = keys.shape[1:3]
@@ -436,12 +438,12 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention under the module's plan, as transformers calls it: [B, T, heads, D]."""
-    if attention_mask is not None and query.shape[2] > 1 and not _sees_all(attention_mask):
+    if attention_mask is not None and query.shape[2] > 1 and not sees_all(attention_mask):
         raise InputError("a cache under a budget takes prompts of one length; run prompts of different lengths one by one")
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     softcap = kwargs.get("softcap")
     if (watch := vars(module).get("kv_watch")) is not None:
-        watch(_seen_by(query, key, scale, softcap, 0))
+        watch(seen_by(query, key, scale, softcap, 0))
     layer: _Layer | None = getattr(key, "autoeff_layer", None)
     plan = KvPlan(**_merged(module)) if layer is None else layer.state.plan
     state = KvState(plan, key.shape[2]) if layer is None else layer.state
@@ -462,7 +464,7 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _sees_all(mask: Tensor) -> bool:
+def sees_all(mask: Tensor) -> bool:
     """Whether the last query of every sequence sees every token."""
     last = mask[..., -1, :]
     return bool(last.all()) if last.dtype == torch.bool else bool((last == 0).all())

@@ -10,10 +10,20 @@ from torch import Tensor
 
 from autoeff.spaces.sites import Linear
 
-__all__ = ["STATISTICS", "Material", "dense_weight"]
+__all__ = ["SAMPLES", "STATISTICS", "Material", "dense_weight"]
 
-STATISTICS: Mapping[str, tuple[str, ...]] = {"input_norm": ("K",), "hessian": ("K", "K"), "gradient": ("N", "K")}
-"""Calibration statistics of a linear that there are, and what their axes run along: its outputs N or its inputs K."""
+STATISTICS: Mapping[str, tuple[str, ...]] = {
+    "input_norm": ("K",),
+    "hessian": ("K", "K"),
+    "gradient": ("N", "K"),
+    "inputs": ("tokens", "K"),
+    "activation": ("tokens", "K"),
+    "routing": ("tokens", "experts"),
+    "outputs": ("tokens", "stream"),
+}
+"""Calibration statistics of a linear that there are, and what their axes run along: its outputs N, its inputs K, or something else."""
+SAMPLES = frozenset({"inputs", "activation", "routing", "outputs"})
+"""Those that are kept of some tokens, where a sublayer's last linear is fed or experts are; see `evaluators/samples.py`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Material:
         for name, tensor in self.statistics.items():
             linear, _, statistic = name.rpartition(".")
             for axis, along in enumerate(STATISTICS[statistic]):
-                if (place := (rows if along == "N" else columns).get(linear)) is not None:
+                if (place := {"N": rows, "K": columns}.get(along, {}).get(linear)) is not None:
                     tensor = tensor.index_select(axis, place)
             statistics[name] = tensor
         return Material(

@@ -109,8 +109,14 @@ _ROWS = (
     Measure("weight_bytes", "bytes", "cost", "stored bytes of every tensor of the model"),
     Measure("kv_bytes", "bytes", "cost", "key/value cache at the job's batch and context, scales included"),
     Measure("kv_peak_bytes", "bytes", "cost", "most that the cache takes: kv_bytes, and a block of one layer that is not thinned yet"),
-    Measure("bytes_per_token", "bytes/token", "cost", "weight and cache bytes read per decoded token at the job's batch and context"),
+    Measure(
+        "bytes_per_token",
+        "bytes/token",
+        "cost",
+        "weight and cache bytes read per decoded token at the job's batch and context; of experts those that the batch is sent to",
+    ),
     Measure("flops_per_token", "FLOP/token", "cost", "floating-point operations of the linears per token"),
+    Measure("attention_flops", "FLOP", "cost", "operations of attention over a prompt of the job's context, at the most"),
     Measure("decode_ms", "ms", "cost", "time of one decoding step at the job's batch and context, composed of measured kernels"),
     Measure("prefill_ms", "ms", "cost", "time to process a batch of prompts of the job's context, composed of measured kernels"),
 )

@@ -41,6 +41,7 @@ class Linear:
         transposed: True where the weight is stored [K, N] (GPT-2's Conv1D) instead of [N, K].
         experts: E where the weight is a parameter [E, N, K] that holds a map for each expert; else 0.
         experts_per_token: Experts that a token is sent to.
+        together: Tokens of a batch that are decoded at once; they are sent to experts, and skip channels, each on its own.
         kept: Weights that every row keeps; None for all. Only knobs set it, for those that come after them.
         factor_of: The linear of which it is one of two factors; None for a linear of the model itself.
     """
@@ -52,6 +53,7 @@ class Linear:
     transposed: bool = False
     experts: int = 0
     experts_per_token: int = 0
+    together: int = 1
     kept: int | None = None
     factor_of: str | None = None
 
@@ -90,6 +92,16 @@ class Linear:
     def parameters_per_token(self) -> int:
         """Weight elements that one token is multiplied by."""
         return self.in_features * self.out_features * (self.experts_per_token if self.experts else 1)
+
+    @property
+    def experts_read(self) -> int:
+        """Experts that the tokens decoded at once are sent to, at the most."""
+        return min(self.experts, self.together * self.experts_per_token)
+
+    @property
+    def read_parameters(self) -> int:
+        """Weight elements that are read to decode them."""
+        return self.in_features * self.out_features * (self.experts_read if self.experts else 1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ class Site:
         outputs: Names of the parameters (weights and biases) of every projection that writes to the residual stream: with zeros
             in all of them the sublayer adds nothing; sublayers only.
         kv: What attention keeps of a token; attention, keys and values only.
+        activation: Name that the model's configuration has for the activation function; FFNs only.
         coupling: Its units, where `couplings.py` was asked and found some; sublayers only.
     """
 
@@ -151,6 +164,7 @@ class Site:
     kv_bytes: int = 0
     outputs: tuple[str, ...] = ()
     kv: KeyValues | None = None
+    activation: str = ""
     coupling: Coupling | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -197,6 +211,11 @@ class Structure:
         """Every searchable linear once."""
         return tuple(linear for site in self.sites if site.kind == "linears" for linear in site.linears)
 
+    def at_batch(self, tokens: int) -> Structure:
+        """The same structure where so many tokens are decoded at once, which matters where each reads weights of its own choice."""
+        sites = (replace(site, linears=tuple(replace(linear, together=tokens) for linear in site.linears)) for site in self.sites)
+        return replace(self, sites=tuple(sites))
+
     def at_context(self, tokens: int) -> Structure:
         """The same structure with what a cache of so many tokens keeps: behind each attention a site for its keys and one for its values.
 
@@ -239,7 +258,8 @@ def find_structure(model: nn.Module, *, untie: bool = False) -> Structure:
             if members:
                 cached = kept[index] if kind == "attention" else None
                 sublayer, *inside = _sublayer(kind, index, path, members, mixtures, _bytes_per_token(cached), untie)
-                sites += [replace(sublayer, kv=_key_values(model, sublayer, cached)), *inside]
+                named = _activation(model) if kind == "ffn" else ""
+                sites += [replace(sublayer, kv=_key_values(model, sublayer, cached), activation=named), *inside]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Structure(
         model_type=str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
@@ -431,6 +451,12 @@ def _key_values(model: nn.Module, site: Site, layer: Any) -> KeyValues | None:
     if getattr(module, "config", None) is None or getattr(module, "layer_idx", None) is None:
         return None
     return KeyValues(layer.keys.shape[-1], layer.values.shape[-1], getattr(layer, "sliding_window", None))
+
+
+def _activation(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    return next((str(found) for name in names if isinstance(found := getattr(config, name, None), str)), "")
 
 
 def _is_attention(linear: str, path: str, block: nn.Module) -> bool:

@@ -73,9 +73,10 @@ class SearchSpace:
         decisions: The order is that of the blocks.
         dense: Primary quantities of the dense model: `linear_bytes`, `linear_parameters`, `other_bytes`, `lookup_bytes`,
             `kv_bytes_per_token`, `flops_per_token`, `read_bytes` (of the linears, as kernels read them: stored bytes where a kernel serves
-            the level, dense ones elsewhere; spaces stored before there was latency lack it), and where latency is asked for
-            `decode_ns`, `prefill_ns` (predicted) or `decode_floor_ns`, `prefill_floor_ns` (estimated). Where knobs of kind `cache`
-            decide, of one sequence: `cache_bytes`, what the context takes at 16 bit, from which their levels save; `block_bytes`.
+            the level, dense ones elsewhere, of experts those that a batch is sent to; spaces stored before there was latency lack it), and
+            where latency is asked for `decode_ns`, `prefill_ns` (predicted) or `decode_floor_ns`, `prefill_floor_ns` (estimated). Where
+            knobs of kind `cache` decide, of one sequence: `cache_bytes`, what the context takes at 16 bit, from which their levels save;
+            `block_bytes`.
     """
 
     decisions: tuple[Decision, ...]

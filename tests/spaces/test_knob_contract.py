@@ -39,6 +39,9 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "kv_budget, h2o": ("kv_budget", {"policy": "h2o", "shares": (0.5,)}),
     "kv_bits": ("kv_bits", {}),
     "rank": ("rank", {"multiple": 1}),
+    "activation_sparsity": ("activation_sparsity", {}),
+    "activation_sparsity, magnitude": ("activation_sparsity", {"method": "magnitude"}),
+    "activation_sparsity, top_k": ("activation_sparsity", {"method": "top_k"}),
     "third party": ("noise", {"seed": 3}),
 }
 CONTEXT = 48
@@ -74,6 +77,8 @@ def _material(model: nn.Module, site: Site) -> Material:
     for name, weight in weights.items():
         k = weight.shape[1]
         known |= {f"{name}.input_norm": torch.ones(k), f"{name}.hessian": torch.eye(k), f"{name}.gradient": weight.float().cos()}
+        inputs = torch.randn(64, k, generator=torch.Generator().manual_seed(k))
+        known |= {f"{name}.inputs": inputs, f"{name}.activation": inputs.sigmoid()}
     return Material(weights, statistics=known)
 
 
@@ -89,7 +94,8 @@ def _values(knob: Knob, site: Site, level: Level, material: Material) -> dict[st
 
 def _put(model: nn.Module, knob: Knob, site: Site, level: Level, material: Material) -> Undo:
     undo_values = swap(model, _values(knob, site, level, material))
-    undo_rest = knob.apply(model, site, level)
+    built = knob.build(site, level, material) if knob.applies_built else {}
+    undo_rest = knob.apply_built(model, site, level, {name: tensor.clone() for name, tensor in load(save(built)).items()})
 
     def undo() -> None:
         undo_rest()

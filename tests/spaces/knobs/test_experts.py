@@ -71,13 +71,14 @@ def test_costs_are_the_operations_of_the_experts_left_out(tiny_model: Callable[.
     each = 3 * 32 * 40  # gate, up and down of an expert
     one = space.indices({"model.layers.1.mlp:experts": 1})
     assert costs.dense("flops_per_token") - costs.exact("flops_per_token", one) == 2 * each
-    assert costs.exact("bytes_per_token", one) == costs.dense("bytes_per_token")
+    assert costs.dense("bytes_per_token") - costs.exact("bytes_per_token", one) == 2 * each  # one expert less is read
+    assert costs.dense("linear_bytes") == costs.exact("linear_bytes", one)
     both = space.indices({"model.layers.1.mlp:experts": 1, "model.layers.1.mlp:skip": "skip"})
     alone = space.indices({"model.layers.1.mlp:skip": "skip"})
     assert costs.exact("flops_per_token", both) == costs.exact("flops_per_token", alone)
     assert "experts=1" in space.uniform()
     bits = {d.key: d for d in space.decisions}["model.layers.1.mlp.experts.gate_up_proj+down_proj:bits"]
-    assert all(len(context) == 1 for context in bits.costs)  # they hang on skip alone
+    assert all(len(context) == 2 for context in bits.costs)  # fewer experts are fewer bytes to read
 
 
 def test_models_without_experts_are_refused(tiny_model: Callable[..., Any]) -> None:
