@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoeff.search.job import JobSpec
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import Reply
 from autoeff.search.storage.store import Store
+
+if TYPE_CHECKING:  # the engine, which a server loads after it has begun to listen
+    from autoeff.search.preparations import Preparations
 
 __all__ = ["preflight", "resolved", "submitted", "warmed"]
 
@@ -23,7 +26,7 @@ def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     from autoeff.search.facts import plan_facts
     from autoeff.search.model import plan
 
-    return plan_facts(plan(JobSpec.parse(job), settings), settings)
+    return plan_facts(plan(JobSpec.parse(job), settings, prepared=_prepared()), settings)
 
 
 def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Reply | None) -> str:
@@ -40,7 +43,8 @@ def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Rep
         return Reply(reply.key_prefix, reply.idempotency_key, reply.request_hash, reply.status, {"job": job_id}, reply.ttl_s)
 
     store = _store(settings.database)
-    return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=None if reply is None else reply_for).id
+    answer = None if reply is None else reply_for
+    return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=answer, prepared=_prepared()).id
 
 
 def resolved(job_id: str, limits: Sequence[str], settings: Settings) -> dict[str, Any]:
@@ -58,6 +62,14 @@ def warmed() -> None:
     """Loads the engine, so that the first request need not wait for it."""
     import autoeff.search.model
     import autoeff.search.service  # noqa: F401
+
+
+@lru_cache(1)
+def _prepared() -> Preparations:
+    """What this process remembers of the models and texts of earlier requests."""
+    from autoeff.search.preparations import Preparations
+
+    return Preparations()
 
 
 @lru_cache(1)

@@ -46,8 +46,6 @@ class Plan:
     Attributes:
         preflight: Model, text, memory, hardware, notices.
         minimum_trials: The least budget that holds dense, uniform levels, the cheap table and five more.
-        least: Least reachable value of each cost measure.
-        dense: The dense model's value of each.
         table: Form that the damage table takes under this budget.
         problem: What the samplers are told: space, costs, reachable limits, objectives, budget, seed.
     """
@@ -55,10 +53,18 @@ class Plan:
     spec: JobSpec
     preparation: Preparation
     minimum_trials: int
-    least: Mapping[str, float]
-    dense: Mapping[str, float]
     table: str
     problem: Problem
+
+    @property
+    def least(self) -> Mapping[str, float]:
+        """Least reachable value of each cost measure."""
+        return {name: float(least_reachable(self.problem.cost_model, name)) for name in self.problem.cost_model.measures}
+
+    @property
+    def dense(self) -> Mapping[str, float]:
+        """The dense model's value of each cost measure."""
+        return {name: float(self.problem.cost_model.dense(name)) for name in self.problem.cost_model.measures}
 
     @property
     def preflight(self) -> dict[str, Any]:
@@ -194,13 +200,14 @@ class Plan:
         return texts
 
 
-def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
+def plan(spec: JobSpec, settings: Settings, queue: str | None = None, prepared: Callable[..., Preparation] = prepare) -> Plan:
     """Checks a job and works out what arithmetic can.
 
     Args:
         spec: The job.
         settings: Of this machine.
         queue: Of the workers that will evaluate; None for this process.
+        prepared: Stands for `prepare`: `Preparations` remembers what it gave.
 
     Raises:
         InputError: Bad model, text, knobs, objectives or limits, or too small a budget.
@@ -212,7 +219,7 @@ def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
         raise InputError(f"the metric {spec.metrics[0]!r} is code, which workers of a queue do not have; search without it")
     latency = _latency(spec, settings, queue)
     setup = replace(spec.setup(settings.bank), memory_bytes=settings.memory_cap, latency=latency, hardware=queue)
-    preparation = prepare(setup, elsewhere=queue is not None)
+    preparation = prepared(setup, elsewhere=queue is not None)
     if spec.tasks.max_degradation is not None and not spec.tasks.names and preparation.passages["held_out"].labels is None:
         raise InputError("max_degradation is about accuracies; name tasks, or give images in folders that are labels of the model")
     context = spec.context or preparation.facts.context
@@ -232,8 +239,6 @@ def plan(spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
         spec=spec,
         preparation=preparation,
         minimum_trials=least,
-        least={name: float(least_reachable(cost_model, name)) for name in cost_model.measures},
-        dense={name: float(cost_model.dense(name)) for name in cost_model.measures},
         table=table_form(preparation.space, spec.budget.trials, windows),
         problem=Problem(
             preparation.space, cost_model, limits, objectives, spec.budget.trials, windows, spec.seed, spec.tasks.max_degradation

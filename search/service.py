@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from autoeff.errors import AutoeffError, Conflict, InputError, LeaseLost, StorageError
+from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.search.coordinator import Coordinator
 from autoeff.search.crew import Away, Stopped
 from autoeff.search.job import JobSpec
 from autoeff.search.model import plan
+from autoeff.search.preparations import Preparations
 from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
 from autoeff.search.storage.records import Job, JobState, Message, Reply
@@ -52,6 +54,7 @@ def submit(
     *,
     owner: str | None = None,
     reply_for: Callable[[str], Reply] | None = None,
+    prepared: Callable[..., Preparation] = prepare,
 ) -> Job:
     """Checks a job and stores it for the coordinators.
 
@@ -61,13 +64,14 @@ def submit(
         settings: Of this machine.
         owner: Whose it is.
         reply_for: From the job's id, the answer that the same request gets again.
+        prepared: As of `plan`.
 
     Raises:
         InputError: As `plan`.
         Conflict: The request has an answer already.
     """
     queue = queue_of(spec)
-    planned = plan(spec, settings, queue)
+    planned = plan(spec, settings, queue, prepared)
     job_id = uuid.uuid4().hex[:12]
     return store.create_job(
         job_id,
@@ -102,6 +106,7 @@ class _Office:
         self._me = process_identity()
         self._rung = threading.Event()
         self._driven: dict[str, threading.Thread] = {}
+        self._prepared = Preparations()
 
     def run(self) -> None:
         helpers = [threading.Thread(target=self._reap, name="reaper")]
@@ -123,7 +128,7 @@ class _Office:
     def _drive(self, job_id: str) -> None:
         """Drives one job as far as it goes; what stays undone is found again by `waiting_jobs`."""
         try:
-            drive(self._store, job_id, self._settings, self._rung, self._stop)
+            drive(self._store, job_id, self._settings, self._rung, self._stop, self._prepared)
         except (Conflict, LeaseLost, Stopped) as error:
             _log.info("job %s: %s", job_id, error)
         except StorageError as error:
@@ -156,7 +161,14 @@ class _Office:
                 judged_from = time.monotonic() + lease_s
 
 
-def drive(store: Store, job_id: str, settings: Settings, rung: threading.Event, stop: threading.Event) -> dict[str, Any]:
+def drive(
+    store: Store,
+    job_id: str,
+    settings: Settings,
+    rung: threading.Event,
+    stop: threading.Event,
+    prepared: Callable[..., Preparation] = prepare,
+) -> dict[str, Any]:
     """Searches for one submitted job, evaluated by workers elsewhere, to its end.
 
     Args:
@@ -165,6 +177,7 @@ def drive(store: Store, job_id: str, settings: Settings, rung: threading.Event, 
         settings: Of this machine.
         rung: Set whenever work was queued.
         stop: Set when this process is to end.
+        prepared: As of `plan`.
 
     Raises:
         Stopped: The job was paused or cancelled, or `stop` set.
@@ -174,7 +187,7 @@ def drive(store: Store, job_id: str, settings: Settings, rung: threading.Event, 
     job = store.job(job_id)
     assert job.queue is not None
     try:
-        planned = plan(JobSpec.parse(job.spec), settings, job.queue)
+        planned = plan(JobSpec.parse(job.spec), settings, job.queue, prepared)
         if planned.digest != job.setup_digest:
             raise InputError("its model, its text or this version is no longer what it was when it was submitted; submit it again")
     except InputError as error:

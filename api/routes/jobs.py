@@ -189,8 +189,7 @@ def _checked(server: Context, spec: JobSpec) -> JobSpec:
 
 def _check_quota(server: Context, owner: str) -> None:
     most = server.settings.open_jobs
-    open_states = [state for state in JobState if not state.terminal]
-    if len(server.store.jobs(most, owner=owner, states=open_states)) >= most:
+    if server.store.has_open_jobs(owner, most):
         raise ApiError(429, "quota", f"{owner} has {most} jobs that have not ended; wait, or cancel one", {"Retry-After": "60"})
 
 

@@ -192,6 +192,13 @@ class Store:
         with self._database.read() as connection:
             return [job_of(row) for row in connection.execute(query)]
 
+    def has_open_jobs(self, owner: str, number: int) -> bool:
+        """Whether so many jobs of an owner have not ended."""
+        open_states = JobRow.state.in_([state for state in JobState if not state.terminal])
+        query = select(JobRow.id).where(JobRow.owner == owner, open_states).limit(number)
+        with self._database.read() as connection:
+            return len(connection.execute(query).all()) >= number
+
     def counts(self, job_id: str) -> Counts:
         """The job's counters alone.
 
