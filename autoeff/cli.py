@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import autoeff
-from autoeff import commands_kernels, commands_server, commands_service
+from autoeff import commands_dashboard, commands_kernels, commands_server, commands_service
 from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
 from autoeff.errors import AutoeffError, ExitCode, InputError
 from autoeff.flags import job_fields
@@ -47,6 +47,7 @@ app.command()(commands_service.worker)
 app.command()(commands_service.coordinator)
 app.add_typer(commands_service.database)
 app.command()(commands_server.serve)
+app.command()(commands_dashboard.dashboard)
 app.add_typer(commands_server.keys)
 app.add_typer(commands_kernels.kernels)
 
@@ -634,7 +635,7 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
         print_json({"job": job_id, "folder": str(folder), "exit_code": exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.tables import print_attribution, print_latency
+    from autoeff.tables import print_attribution, print_from_scratch, print_latency
 
     rows, quality, costs = summary["rows"], summary["quality"], columns["columns"]
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
@@ -660,6 +661,9 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
     if summary.get("latency"):
         sys.stdout.write("\n")
         print_latency(summary["latency"])
+    if summary.get("from_scratch"):
+        sys.stdout.write("\n")
+        print_from_scratch(summary["from_scratch"])
     if summary.get("attribution"):
         sys.stdout.write("\n")
         print_attribution(summary["attribution"], quality)

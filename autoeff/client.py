@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx2
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
 
 from autoeff.api.schemas import (
@@ -427,7 +427,13 @@ class Client:
         return self._ask(model, "GET", path, params={**query, "limit": str(limit), **following})
 
     def _ask(self, model: type[Answer], method: str, path: str, *, again: bool = True, **options: Any) -> Answer:
-        return model.model_validate_json(self._send(method, path, again=again, **options).content)
+        content = self._send(method, path, again=again, **options).content
+        try:
+            return model.model_validate_json(content)
+        except ValidationError:
+            raise AutoeffError(
+                f"what the server at {self.server} answers is of another version; run the same version of autoeff on both sides"
+            ) from None
 
     def _send(self, method: str, path: str, *, again: bool = True, **options: Any) -> httpx2.Response:
         retrying = Retrying(retry=retry_if_exception_type(_Again), stop=_Patience(self._attempts if again else 1), wait=_wait, reraise=True)

@@ -29,6 +29,8 @@ def serve(
     port: Annotated[int, typer.Option(help="0 chooses a free one.", min=0, max=65535)] = 8423,
     with_worker: Annotated[bool, typer.Option("--with-worker", help="Evaluate on this machine too.")] = False,
     queues: Annotated[str, typer.Option(help="Of that worker: cpu, gpu.any and gpu.KIND.", metavar="NAME,NAME…")] = "cpu",
+    with_dashboard: Annotated[bool, typer.Option("--with-dashboard", help="Serve the dashboard of this server too.")] = False,
+    dashboard_port: Annotated[int, typer.Option(help="Of that dashboard.", min=1, max=65535)] = 8501,
     with_coordinator: Annotated[bool, typer.Option("--coordinator/--no-coordinator", help="Drive the submitted jobs from here.")] = True,
     models: Annotated[list[Path] | None, typer.Option(help="Folder whose models jobs may name; may be repeated.", metavar="DIR")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Folder whose texts jobs may name; may be repeated.", metavar="DIR")] = None,
@@ -47,7 +49,13 @@ def serve(
     helpers = [["coordinator"]] if with_coordinator else []
     if with_worker:
         helpers.append(["worker", "--queues", queues])
-    run(Settings.read(), host, port, helpers, _say_where)
+
+    def told(url: str, key: str | None) -> None:
+        _say_where(url, key)
+        if with_dashboard:  # it asks for a key, or takes AUTOEFF_KEY
+            helpers.append(["dashboard", "--server", url, "--host", host, "--port", str(dashboard_port)])
+
+    run(Settings.read(), host, port, helpers, told)
 
 
 @keys.command()

@@ -19,7 +19,7 @@ BELOW = {
     "evaluators": {"__version__", "errors", "kernels", "spaces", "evaluators"},
     "search": {"__version__", "errors", "kernels", "spaces", "evaluators", "search"},
     "api": {"__version__", "errors", "kernels", "spaces", "evaluators", "search", "api"},
-    "dashboard": {"Client", "__version__", "client", "errors", "kernels", "spaces", "evaluators", "search", "dashboard"},
+    "dashboard": {"Client", "__version__", "client", "errors", "flags", "kernels", "spaces", "evaluators", "search", "dashboard"},
 }
 ROOMS = tuple(BELOW)
 

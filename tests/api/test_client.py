@@ -15,7 +15,7 @@ import pytest
 from autoeff import client as client_module
 from autoeff.cli import main
 from autoeff.client import Client
-from autoeff.errors import Conflict, Forbidden, InputError, NotFound, Stale, Unavailable, UnreachableLimit
+from autoeff.errors import AutoeffError, Conflict, Forbidden, InputError, NotFound, Stale, Unavailable, UnreachableLimit
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -142,6 +142,12 @@ def test_the_client_knows_its_key_its_contract_and_a_space(served: Any, client: 
     assert "JobSpec" in client.contract()["components"]["schemas"]
     assert client.space(served.job)["decisions"]
     assert client.kernel_latencies("linear", limit=1).items is not None
+
+
+def test_an_answer_of_another_version_is_said_to_be_one() -> None:
+    client, _ = answering(httpx2.Response(200, json={"job": 1}))
+    with pytest.raises(AutoeffError, match="another version"):
+        client.job("0" * 12)
 
 
 def test_patience_can_be_short() -> None:

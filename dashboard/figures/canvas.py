@@ -1,0 +1,62 @@
+"""What all charts have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from autoeff.dashboard.theme import Palette
+from autoeff.spaces.measurements import described
+
+__all__ = ["LOGARITHMIC", "canvas", "scale"]
+
+_FONT = '"Source Sans", "Source Sans Pro", system-ui, -apple-system, "Segoe UI", sans-serif'
+
+
+def canvas(palette: Palette, height: int, revision: str) -> go.Figure:
+    """An empty chart.
+
+    Args:
+        palette: Of the page that it stands on.
+        height: In pixels.
+        revision: Zoom and hidden traces stay as the reader set them while this is the same.
+    """
+    axis: dict[str, Any] = {
+        "gridcolor": palette.line, "linecolor": palette.line, "zeroline": False, "automargin": True, "title": {"standoff": 8},
+        "tickfont": {"color": palette.muted, "size": 12}, "title_font": {"color": palette.ink, "size": 13},
+    }  # fmt: skip
+    return go.Figure(
+        layout={
+            "height": height,
+            "uirevision": revision,
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": _FONT, "size": 13, "color": palette.ink},
+            "margin": {"l": 8, "r": 12, "t": 28, "b": 8},
+            "xaxis": axis,
+            "yaxis": axis,
+            "legend": {
+                "orientation": "h", "x": 0, "y": -0.16, "xanchor": "left", "yanchor": "top", "font": {"size": 12, "color": palette.muted},
+                "itemsizing": "constant", "bgcolor": "rgba(0,0,0,0)",
+            },
+            "hoverlabel": {"bgcolor": palette.page, "bordercolor": palette.line, "font": {"color": palette.ink, "size": 12}},
+            "hovermode": "closest",
+            "dragmode": "zoom",
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": palette.muted, "activecolor": palette.ink},
+        }
+    )  # fmt: skip
+
+
+LOGARITHMIC: dict[str, Any] = {"type": "log", "tickformat": "~g", "dtick": 1, "minor": {"showgrid": False}}
+"""An axis with a line for each power of ten."""
+
+
+def scale(name: str) -> dict[str, Any]:
+    """How an axis writes the values of a measurement: bytes with their prefixes, counts whole."""
+    unit = described(name).unit if name != "trial" else ""
+    if unit.startswith("bytes"):
+        return {"tickformat": "~s", "ticksuffix": "B"}
+    if unit.startswith("FLOP"):
+        return {"tickformat": "~s", "ticksuffix": "FLOP"}
+    return {}

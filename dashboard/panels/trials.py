@@ -1,0 +1,108 @@
+"""Every trial of a job in pages, and one of them with its attempts and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+
+from autoeff.dashboard.fetch import Snapshot
+from autoeff.dashboard.tables import column
+from autoeff.dashboard.visit import Visitor
+from autoeff.dashboard.watching import trial_of
+from autoeff.dashboard.words import duration, markdown, plain
+
+__all__ = ["draw", "plain_log", "rows_of"]
+
+_PAGE = 50
+_STATES = ("succeeded", "failed", "quarantined", "running", "queued")
+_ORIGINS = ("dense", "uniform", "table", "seed", "additive", "random", "searched", "given")
+
+
+def draw(found: Visitor, now: Snapshot) -> None:
+    """Filters, a page of rows, and the row that was chosen."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        states = st.multiselect("State", _STATES, key="trial_states", placeholder="all", width=260)
+        origin = st.selectbox("Proposed by", _ORIGINS, index=None, key="trial_origin", placeholder="all", width=200)
+        behind = _place((now.job.job, tuple(states), origin))
+        if st.button("First", icon=":material/first_page:", key="trials_first", disabled=not behind):
+            behind.clear()
+        if st.button("Back", icon=":material/chevron_left:", key="trials_back", disabled=not behind):
+            behind.pop()
+        page = found.client.trial_page(now.job.job, states, origin, limit=_PAGE, cursor=behind[-1] if behind else None)
+        if st.button("Next", icon=":material/chevron_right:", key="trials_next", disabled=page.next is None or len(page.items) < _PAGE):
+            behind.append(str(page.next))
+            st.rerun(scope="fragment")
+    if not page.items:
+        st.write("No trial is like that." if states or origin or behind else "No trial was proposed yet.")
+        return
+    state = st.dataframe(
+        rows_of(page.items, now),
+        key=f"trials_{len(behind)}",
+        hide_index=True,
+        height=420,
+        on_select="rerun",
+        selection_mode="single-row",
+        column_config={name: column(name, title) for name, title in columns_of(now).items()},
+    )
+    st.caption(f"Trials {page.items[0].trial} to {page.items[-1].trial} of {now.job.trials:,}. Choose a row to see its attempts and logs.")
+    chosen = [page.items[i] for i in state["selection"]["rows"] if i < len(page.items)]
+    if chosen:
+        _one(found, now, chosen[0].trial)
+
+
+def rows_of(items: Sequence[Any], now: Snapshot) -> list[dict[str, Any]]:
+    """The table: one row a trial, texts as plain text."""
+    return [
+        {"trial": row.trial, "proposed by": row.origin, "label": plain(row.label or "", 60), "state": row.state}
+        | {name: _value(row, name) for name in columns_of(now)}
+        | {"failure": "" if row.failure is None else plain(f"{row.failure.kind}: {row.failure.message}", 200)}
+        for row in items
+    ]
+
+
+def _place(filters: object) -> list[str]:
+    """Cursors of the pages that were turned, forgotten when the filters change."""
+    kept = st.session_state.get("trials_place")
+    if kept is None or kept[0] != filters:
+        kept = st.session_state["trials_place"] = (filters, [])
+    behind: list[str] = kept[1]
+    return behind
+
+
+def _one(found: Visitor, now: Snapshot, number: int) -> None:
+    trial = trial_of(found, now.job, number)
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"**Trial {number}**, {markdown(trial.origin)}, {markdown(trial.state)}", width="content")
+            if st.button("Open its configuration", icon=":material/grid_on:", key="trials_open"):
+                st.switch_page(st.session_state["pages"]["configuration"], query_params={"job": now.job.job, "trial": str(number)})
+        st.caption(f"Digest {trial.digest}")
+        if trial.failure is not None:
+            st.error(markdown(f"{trial.failure.kind}: {trial.failure.message}", 800), icon=":material/error:")
+        for count, attempt in enumerate(trial.attempts, start=1):
+            ended = f"{attempt.outcome}, {duration(attempt.seconds)}" if attempt.outcome else "running"
+            st.text(
+                f"Attempt {count}: {ended}, from {attempt.started} by {plain(attempt.worker, 80)}"
+                + ("" if attempt.accepted or not attempt.outcome else " (came too late, not counted)")
+            )
+            if attempt.log:
+                st.code(plain_log(attempt.log), language=None, height=240)
+
+
+def plain_log(text: str) -> str:
+    """A log as it is, but for characters that would not be seen."""
+    return "\n".join(plain(line, 2000) for line in text[-200_000:].splitlines())
+
+
+def columns_of(now: Snapshot) -> dict[str, str]:
+    """Measurements worth a column, with what to write above them."""
+    quality = now.job.quality
+    held_out = {} if now.own else {f"{quality}_held_out": f"{quality} held out"}
+    return {**{name: plain(title, 60) for name, title in now.job.columns.items()}, quality: quality, **held_out}
+
+
+def _value(row: Any, name: str) -> float | None:
+    measured = row.measurements.get(name)
+    return None if measured is None else measured.value
