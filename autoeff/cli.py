@@ -635,7 +635,7 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
         print_json({"job": job_id, "folder": str(folder), "exit_code": exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.tables import print_attribution, print_from_scratch, print_latency
+    from autoeff.tables import print_attribution, print_latency
 
     rows, quality, costs = summary["rows"], summary["quality"], columns["columns"]
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
@@ -661,9 +661,6 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
     if summary.get("latency"):
         sys.stdout.write("\n")
         print_latency(summary["latency"])
-    if summary.get("from_scratch"):
-        sys.stdout.write("\n")
-        print_from_scratch(summary["from_scratch"])
     if summary.get("attribution"):
         sys.stdout.write("\n")
         print_attribution(summary["attribution"], quality)

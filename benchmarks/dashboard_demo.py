@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import re
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +24,7 @@ SEARCH = [
 ]
 MOST = 300_000
 WORKER = "demo-worker"
+_MODELS = re.compile(r"(/[\w.-]+)+/autoeff/models/")
 
 
 def main() -> None:
@@ -94,8 +96,7 @@ def _clean_value(value: Any) -> Any:
 
 
 def _clean_text(text: str) -> str:
-    for folder in (str(ROOT / "autoeff" / "models") + "/", str(ROOT) + "/"):
-        text = text.replace(folder, "")
+    text = _MODELS.sub("", text)
     parts = text.split("/")
     looks_like_process = len(parts) >= 4 and parts[-2].isdecimal() and parts[-1].replace(".", "").isdecimal()
     return WORKER if looks_like_process else text

@@ -93,17 +93,8 @@ def draw_parallel(study: optuna.Study, names: Sequence[str], palette: Palette, *
     labels = [f"log {quality}" if i == 0 else _short(str(name)) for i, name in enumerate(drawn.layout.xaxis.ticktext)]
     drawn.update_layout(canvas(palette, 460, revision).layout.to_plotly_json(), title_text="", showlegend=False)
     drawn.update_layout(margin={"l": 70, "r": 40, "t": 28, "b": 150})
-    drawn.update_xaxes(
-        **axis,
-        ticktext=[chart(label, 40) for label in labels],
-        tickangle=-40,
-        automargin=False,
-        tickfont={"size": 11},
-        ticktext=[chart(label, 40) for label in labels],
-        tickangle=-40,
-        automargin=False,
-        tickfont={"size": 11, "color": palette.muted},
-    )
+    labels = [chart(label, 40) for label in labels]
+    drawn.update_xaxes(**axis, ticktext=labels, tickangle=-40, automargin=False, tickfont={"size": 11, "color": palette.muted})
     drawn.update_yaxes(visible=False, range=(-0.08, 1.08))
     drawn.update_annotations(font={"size": 10, "color": palette.muted})
     drawn.update_shapes(line={"color": palette.line, "width": 1})
