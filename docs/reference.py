@@ -267,7 +267,7 @@ def demo_structure(name: str = "demo") -> Structure:
 
     facts = inspect_model(resolve_model(name))
     model = skeleton(facts)
-    return coupled(model, find_structure(model))[0].at_context(facts.context or 0)
+    return coupled(model, find_structure(model))[0].with_blocks().at_context(facts.context or 0)
 
 
 def methods_page() -> str:

@@ -88,9 +88,12 @@ class Composer:
             return sum(self.linear(Form(linear)) for linear in linears)
 
         if knob.silences(site, level):
-            return -dense(site.linears) - (self.rest(site) if site.kind in self.fit.whole else 0)
+            return -dense(site.linears) - sum(self.rest(part) for part in self._parts(site) if part.kind in self.fit.whole)
         if knob.name in self.fit.unserved:
             return 0
+        if site.kind == "block":
+            more = max((linear.passes for linear in knob.left(site, level).linears), default=1) - 1
+            return more * (dense(site.linears) + sum(map(self.rest, self._parts(site))))
         if knob.kind == "structure":
             left = knob.left(site, level)
             rest = self.rest(left) - self.rest(site) if site.kind in SUBLAYERS else 0
@@ -100,6 +103,12 @@ class Composer:
             return self._rounded(self._times(operation)) if (operation := self._operations.cache(kernel, cost)) else 0
         linears = knob.left(site, level).linears
         return sum(self.linear(Form(linear, kernel=kernel, settings=settings)) for linear in linears) - dense(site.linears)
+
+    def _parts(self, site: Site) -> list[Site]:
+        """The sublayers of a block; a sublayer is the only one of itself."""
+        if site.kind != "block":
+            return [site]
+        return [part for part in self._structure.sites if part.block == site.block and part.kind in SUBLAYERS]
 
     def _rounded(self, ns: float) -> int:
         """To a hundred thousandth of the whole or less, so that a grid of the exact costs stays small."""

@@ -128,6 +128,8 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     model = skeleton(facts)
     structure = find_structure(model, untie=setup.space.untie).at_batch(setup.batch)
     left_out: Mapping[str, str] = {}
+    if any(knob.of_blocks for name, knob in known_knobs().items() if name in setup.space.knobs):
+        structure = structure.with_blocks()
     if any(knob.coupled for name, knob in known_knobs().items() if name in setup.space.knobs):
         structure, left_out = coupled(model, structure)
     if any(knob.kind == "cache" or knob.of_context for name, knob in known_knobs().items() if name in setup.space.knobs):

@@ -50,7 +50,7 @@ def put_in_force(recipe: Path | Mapping[str, Any], model: nn.Module, context: in
     tokens = context or recipe["context"]
     for undo in reversed(vars(model).pop("autoeff_undo", [])):
         undo()
-    sites = {site.name: site for site in find_structure(model).at_context(tokens).sites}
+    sites = {site.name: site for site in find_structure(model).with_blocks().at_context(tokens).sites}
     steps = []
     for key, level in recipe["configuration"].items():
         name, _, knob = key.rpartition(":")

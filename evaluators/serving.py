@@ -237,7 +237,11 @@ def serve(
     for decision, i in zip(space.decisions, space.normalised(indices), strict=True):
         site = sites[decision.site]
         if decision.branches[i] is None and _there(model, blocks[site.block]):
-            _leave_out(model, site, whole)
+            for part in structure.sites if site.kind == "block" else (site,):
+                if part.block == site.block and part.kind in ("attention", "ffn"):
+                    _leave_out(model, part, whole)
+        elif i and site.kind == "block" and _there(model, site.name):
+            knobs[decision.knob].apply(model, site, decision.levels[i])
 
 
 def removable(model: nn.Module, structure: Structure) -> frozenset[str]:

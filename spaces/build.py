@@ -128,12 +128,12 @@ def _cost(knob: Knob, site: Site, level: Level, further: FurtherCost, stored: fr
 def _read(knob: Knob, site: Site, level: Level, cost: Cost) -> int:
     """Bytes of linears that are read less; of experts those count that the tokens decoded at once are sent to."""
     mixed = [linear for linear in site.linears if linear.experts]
-    if mixed and knob.kind in ("structure", "runtime"):
+    if (mixed and knob.kind in ("structure", "runtime")) or site.kind == "block":
         left = () if knob.silences(site, level) else knob.left(site, level).linears
         return BYTES_DENSE * (sum(linear.read_parameters for linear in left) - sum(linear.read_parameters for linear in site.linears))
     if knob.kind != "structure" and knob.kernel(site, level) is None:
         return 0
-    changed = cost.get("linear_bytes", 0)
+    changed = cost.get("linear_bytes", 0) * (site.linears[0].passes if site.linears else 1)
     return changed * mixed[0].experts_read // mixed[0].experts if mixed else changed
 
 

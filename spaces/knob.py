@@ -44,6 +44,7 @@ class Knob(ABC):
         conflicts: Names of knobs that may not be in the same space.
         uniform: Whether "the same level everywhere" is a configuration that people use, hence a baseline.
         coupled: Whether its sites are those whose units `couplings.py` has found.
+        of_blocks: Whether its sites are whole blocks.
         of_context: Whether costs follow from the job's context; those of knobs of kind `cache` always do.
         beside: Parts of what `build` returns that stay stored when a later knob stores the values, such as a mask.
     """
@@ -53,6 +54,7 @@ class Knob(ABC):
     conflicts: ClassVar[frozenset[str]] = frozenset()
     uniform: ClassVar[bool] = True
     coupled: ClassVar[bool] = False
+    of_blocks: ClassVar[bool] = False
     of_context: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = frozenset()
 

@@ -41,6 +41,7 @@ class Linear:
         transposed: True where the weight is stored [K, N] (GPT-2's Conv1D) instead of [N, K].
         experts: E where the weight is a parameter [E, N, K] that holds a map for each expert; else 0.
         experts_per_token: Experts that a token is sent to.
+        passes: How often a token is multiplied by it. Only knobs set it, for those that come after them.
         together: Tokens of a batch that are decoded at once; they are sent to experts, and skip channels, each on its own.
         kept: Weights that every row keeps; None for all. Only knobs set it, for those that come after them.
         factor_of: The linear of which it is one of two factors; None for a linear of the model itself.
@@ -53,6 +54,7 @@ class Linear:
     transposed: bool = False
     experts: int = 0
     experts_per_token: int = 0
+    passes: int = 1
     together: int = 1
     kept: int | None = None
     factor_of: str | None = None
@@ -90,8 +92,8 @@ class Linear:
 
     @property
     def parameters_per_token(self) -> int:
-        """Weight elements that one token is multiplied by."""
-        return self.in_features * self.out_features * (self.experts_per_token if self.experts else 1)
+        """Weight elements that one token is multiplied by, those of every pass."""
+        return self.in_features * self.out_features * self.passes * (self.experts_per_token if self.experts else 1)
 
     @property
     def experts_read(self) -> int:
@@ -101,7 +103,7 @@ class Linear:
     @property
     def read_parameters(self) -> int:
         """Weight elements that are read to decode them."""
-        return self.in_features * self.out_features * (self.experts_read if self.experts else 1)
+        return self.in_features * self.out_features * self.passes * (self.experts_read if self.experts else 1)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Site:
 
     Attributes:
         name: The common path and the members, e.g. `model.layers.0.self_attn.q_proj+k_proj+v_proj`.
-        kind: `linears` for linears that agree, `attention` and `ffn` for whole sublayers, `keys` and `values` for what attention keeps.
+        kind: `linears` for linears that agree, `attention` and `ffn` for whole sublayers, `block` for both of them, `keys` and `values`
+            for what attention keeps.
         block: Index of the block.
         linears: Members, in the order in which they run.
         output: Module path of the projection that writes to the residual stream; sublayers without experts only.
@@ -157,7 +160,7 @@ class Site:
     """
 
     name: str
-    kind: Literal["linears", "attention", "ffn", "keys", "values"]
+    kind: Literal["linears", "attention", "ffn", "block", "keys", "values"]
     block: int
     linears: tuple[Linear, ...]
     output: str | None = None
@@ -210,6 +213,17 @@ class Structure:
     def linears(self) -> tuple[Linear, ...]:
         """Every searchable linear once."""
         return tuple(linear for site in self.sites if site.kind == "linears" for linear in site.linears)
+
+    def with_blocks(self) -> Structure:
+        """The same structure with a site for every block, before those of its sublayers."""
+        sites: list[Site] = []
+        for index, path in enumerate(self.blocks):
+            of_block = [site for site in self.sites if site.block == index]
+            parts = [site for site in of_block if site.kind in ("attention", "ffn")]
+            linears = tuple(linear for part in parts for linear in part.linears)
+            outputs = tuple(name for part in parts for name in part.outputs)
+            sites += [Site(path, "block", index, linears, kv_bytes=sum(part.kv_bytes for part in parts), outputs=outputs), *of_block]
+        return replace(self, sites=tuple(sites))
 
     def at_batch(self, tokens: int) -> Structure:
         """The same structure where so many tokens are decoded at once, which matters where each reads weights of its own choice."""
