@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, and_, select
+from sqlalchemy import ColumnElement, Row, and_, select
 
 from autoeff.errors import FailureClass
 from autoeff.search.storage.holders import holder_is_dead
@@ -26,6 +26,7 @@ __all__ = [
     "claim_of",
     "job_of",
     "measurement_of",
+    "one_of",
     "trial_of",
     "values_of",
 ]
@@ -56,6 +57,11 @@ ATTEMPT = select(AttemptRow.__table__, (EvaluationRow.accepted_fence == AttemptR
     EvaluationRow, EvaluationRow.id == AttemptRow.evaluation_id
 )
 MEASUREMENT = select(MeasurementRow.__table__)
+
+
+def one_of(job_id: str) -> ColumnElement[bool]:
+    """That a trial is one of this job, where its evaluation leads to it: SQLite would go through all trials of the job instead."""
+    return TrialRow.job_id.concat("") == job_id
 
 
 def job_of(row: Row[Any]) -> Job:

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, and_, select
 
 from autoeff.search.storage.database import Database
 from autoeff.search.storage.records import Origin, State
+from autoeff.search.storage.rows import one_of
 from autoeff.search.storage.tables import EvaluationRow, MeasurementRow, TrialRow
 from autoeff.spaces.measurements import Split
 
@@ -48,6 +49,7 @@ class Scan:
 
     def __init__(self, database: Database, job_id: str, names: Iterable[str]) -> None:
         self._database, self._job_id, self._names = database, job_id, frozenset(names)
+        self._mine = TrialRow.job_id == job_id
 
     def numbers(self, origins: Iterable[Origin], limit: int) -> list[int]:
         """The first `limit` trials of these origins on the search text."""
@@ -55,7 +57,7 @@ class Scan:
         with self._database.read() as connection:
             for origin in origins:  # each is a stretch of the index
                 query = select(TrialRow.number).join(EvaluationRow, EvaluationRow.id == TrialRow.evaluation_id)
-                query = query.where(TrialRow.job_id == self._job_id, TrialRow.origin == origin, EvaluationRow.split == "search")
+                query = query.where(self._mine, TrialRow.origin == origin, EvaluationRow.split == "search")
                 numbers += connection.execute(query.order_by(TrialRow.number).limit(limit)).scalars()
         return sorted(numbers)[:limit]
 
@@ -63,22 +65,25 @@ class Scan:
         """These trials, by number."""
         found: list[Brief] = []
         for at in range(0, len(numbers), _PAGE):
-            found += self._read(TrialRow.number.in_(sorted(numbers)[at : at + _PAGE]))
+            found += self._read(self._mine, TrialRow.number.in_(sorted(numbers)[at : at + _PAGE]))
         return found
 
     def of_keys(self, eval_keys: Sequence[str]) -> list[Brief]:
         """The trials behind which stands the work of one of these keys, by number."""
         found: list[Brief] = []
         for at in range(0, len(eval_keys), _PAGE):
-            found += self._read(EvaluationRow.eval_key.in_(eval_keys[at : at + _PAGE]))
+            with self._database.read() as connection:
+                these = EvaluationRow.eval_key.in_(eval_keys[at : at + _PAGE])
+                ids = connection.execute(select(EvaluationRow.id).where(these)).scalars().all()
+            found += self._read(one_of(self._job_id), TrialRow.evaluation_id.in_(ids)) if ids else []
         return sorted(found)
 
     def all(self, trials: int) -> Iterator[Brief]:
         """The first `trials` trials, by number, read in pages."""
         for at in range(0, trials, _PAGE):
-            yield from self._read(TrialRow.number.between(at, min(at + _PAGE, trials) - 1))
+            yield from self._read(self._mine, TrialRow.number.between(at, min(at + _PAGE, trials) - 1))
 
-    def _read(self, which: ColumnElement[bool]) -> list[Brief]:
+    def _read(self, *which: ColumnElement[bool]) -> list[Brief]:
         measured = and_(MeasurementRow.evaluation_id == TrialRow.evaluation_id, MeasurementRow.name.in_(sorted(self._names)))
         query = (
             select(
@@ -95,7 +100,7 @@ class Scan:
             )
             .join(EvaluationRow, EvaluationRow.id == TrialRow.evaluation_id)
             .outerjoin(MeasurementRow, measured)
-            .where(TrialRow.job_id == self._job_id, which)
+            .where(*which)
             .order_by(TrialRow.number)
         )
         with self._database.read() as connection:

@@ -14,7 +14,7 @@ from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, Select, and_, delete, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, Row, Select, and_, delete, insert, literal, or_, select, tuple_, update
 
 from autoeff.errors import Conflict, FailureClass, LeaseLost, NotFound, Stale
 from autoeff.search.keys import LOCAL
@@ -37,7 +37,19 @@ from autoeff.search.storage.records import (
     TrialRef,
     WorkerInfo,
 )
-from autoeff.search.storage.rows import ATTEMPT, COUNTS, JOB, MEASUREMENT, TRIAL, attempt_of, job_of, measurement_of, trial_of, values_of
+from autoeff.search.storage.rows import (
+    ATTEMPT,
+    COUNTS,
+    JOB,
+    MEASUREMENT,
+    TRIAL,
+    attempt_of,
+    job_of,
+    measurement_of,
+    one_of,
+    trial_of,
+    values_of,
+)
 from autoeff.search.storage.tables import (
     AttemptRow,
     ConfigurationRow,
@@ -744,9 +756,16 @@ class Store:
             states: Which; None for all.
             origin: Which; None for all.
         """
-        query = TRIAL.where(TrialRow.job_id == job_id, TrialRow.number > after).order_by(TrialRow.number).limit(limit)
-        if states is not None:
-            query = query.where(EvaluationRow.state.in_(tuple(states)))
+        query = TRIAL.where(TrialRow.number > after).order_by(TrialRow.number).limit(limit)
+        wanted = None if states is None else frozenset(states)
+        if wanted is None or State.SUCCEEDED in wanted:
+            query = query.where(TrialRow.job_id == job_id)
+        else:
+            written = [literal(state, EvaluationRow.state.type, literal_execute=True) for state in (State.SUCCEEDED, *wanted)]
+            rare = select(EvaluationRow.id).where(EvaluationRow.state != written[0], EvaluationRow.state.in_(written[1:]))
+            query = query.where(TrialRow.evaluation_id.in_(rare), one_of(job_id))
+        if wanted is not None:
+            query = query.where(EvaluationRow.state.in_(tuple(wanted)))
         if origin is not None:
             query = query.where(TrialRow.origin == origin)
         return self._trials(query)
@@ -758,8 +777,12 @@ class Store:
 
     def of_keys(self, job_id: str, eval_keys: Iterable[str]) -> list[Trial]:
         """The trials of a job behind which stands the work of one of these keys, by number."""
-        these = EvaluationRow.eval_key.in_(tuple(eval_keys))
-        return self._trials(TRIAL.where(TrialRow.job_id == job_id, these).order_by(TrialRow.number))
+        with self._database.read() as connection:
+            ids = connection.execute(select(EvaluationRow.id).where(EvaluationRow.eval_key.in_(tuple(eval_keys)))).scalars().all()
+        if not ids:
+            return []
+        these = TrialRow.evaluation_id.in_(ids)
+        return self._trials(TRIAL.where(one_of(job_id), these).order_by(TrialRow.number))
 
     def attempts(self, *evaluation_ids: int) -> list[Attempt]:
         """Every try at these evaluations with its log, the first one first."""

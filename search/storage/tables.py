@@ -186,6 +186,10 @@ class EvaluationRow(Base):
             postgresql_where=text("state IN ('queued', 'running', 'succeeded')"),
         ),
         Index(None, "eval_key"),
+        # Trials in a state that few are in.
+        Index(
+            "ix_evaluation_rare_state", "state", sqlite_where=text("state != 'succeeded'"), postgresql_where=text("state != 'succeeded'")
+        ),
         Index(None, "lease_until", sqlite_where=text("state = 'running'"), postgresql_where=text("state = 'running'")),
         CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name="leased"),
         CheckConstraint("(state IN ('queued', 'running')) = (accepted_fence IS NULL)", name="decided"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import IntegrityError
 
 from autoeff.errors import FailureClass
@@ -330,3 +332,34 @@ class TestLife(Life.TestCase):  # type: ignore[misc, valid-type]
         ):
             Life.store = store
             yield
+
+
+def test_no_clock_but_the_database_s_is_written(
+    store: Store, job: tuple[str, int], proposal: Callable[..., Proposal], me: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose clock is hours off neither loses its claims nor keeps them: no time of a process is sent."""
+    real = time.time()
+    monkeypatch.setattr(time, "time", lambda: real + 7200)
+    sent: list[float] = []
+
+    def look(connection: object, cursor: object, statement: str, parameters: Any, *_: object) -> None:
+        rows = parameters if isinstance(parameters, list) else [parameters]
+        values = [value for row in rows for value in (row.values() if isinstance(row, dict) else row)]
+        sent.extend(value for value in values if isinstance(value, float))
+
+    event.listen(Engine, "before_cursor_execute", look)
+    try:
+        store.announce_worker(me, ["cpu"], "cpu", {}, 60)
+        claim = store.propose(*job, proposal(0), claim_for=me, ttl_s=60).claim
+        assert claim is not None
+        assert store.renew(claim, 60)
+        assert store.reap() == 0
+        assert store.complete(claim, [KL], 0.5)
+        store.renew_coordinator(*job, 60)
+    finally:
+        event.remove(Engine, "before_cursor_execute", look)
+    assert len(sent) > 5
+    assert max(sent) < 1e6, "a point in time is above 10^9"
+    ended = store.attempts(claim.evaluation_id)[0].ended_at
+    assert ended is not None
+    assert abs(ended.timestamp() - real) < 60

@@ -9,15 +9,18 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import IntegrityError
 
 from autoeff.errors import FailureClass, InputError, LeaseLost
 from autoeff.search.storage import Counts, Failure, JobState, Proposal, State, Store, Trial, TrialRef
 from autoeff.search.storage.rows import measurement_of, values_of
+from autoeff.search.storage.scan import Scan
 from autoeff.search.storage.tables import MeasurementRow
 from autoeff.spaces.configuration import Configuration, digest_of
 from autoeff.spaces.measurements import MEASURES, Measurement
@@ -381,3 +384,30 @@ def test_measurement_survives_its_row(item: Measurement) -> None:
     row = values_of(1, item)
     assert set(row) == {column.name for column in MeasurementRow.__table__.columns}
     assert measurement_of(type("Row", (), row)()) == item
+
+
+def test_looking_up_some_trials_does_not_go_through_all_of_a_job(store: Store, job: JobAndFence, proposal: Make, me: str) -> None:
+    if store.database.name.startswith("postgresql"):
+        return  # which knows its tables' sizes and plans by them
+    refs = [run(store, job, proposal(n), me) for n in range(3)]
+    asked: list[tuple[str, Any]] = []
+
+    def note(connection: object, cursor: object, statement: str, parameters: Any, *_: object) -> None:
+        if "trial" in statement:
+            asked.append((statement, parameters))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        keys = [proposal(n).eval_key for n in range(3)]
+        assert [trial.evaluation_id for trial in store.of_keys("job", keys)] == [ref.evaluation_id for ref in refs]
+        assert [brief.number for brief in Scan(store.database, "job", ["kl"]).of_keys(keys)] == [0, 1, 2]
+        assert store.trials("job", 0, 5, states=[State.FAILED, State.QUEUED]) == []
+        assert Scan(store.database, "job", []).numbers(["searched"], 9) == [0, 1, 2]
+        assert [trial.number for trial in store.trials("job", 0, origin="searched")] == [1, 2]
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert len(asked) == 5
+    with store.database.read() as connection:
+        for statement, parameters in asked:
+            plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+            assert not any("sqlite_autoindex_trial_1" in step or step.startswith("SCAN") for step in plan), (statement, plan)

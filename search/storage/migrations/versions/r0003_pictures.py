@@ -1,4 +1,4 @@
-"""Trials that are found by their origin, and tried again."""
+"""Trials that are found by their origin and their state, and tried again."""
 
 from __future__ import annotations
 
@@ -14,3 +14,5 @@ depends_on = None
 def upgrade() -> None:
     op.add_column("trial", sa.Column("earlier", sa.JSON()))
     op.create_index("ix_trial_job_id_origin_number", "trial", ["job_id", "origin", "number"])
+    rare = sa.text("state != 'succeeded'")
+    op.create_index("ix_evaluation_rare_state", "evaluation", ["state"], sqlite_where=rare, postgresql_where=rare)
