@@ -113,6 +113,9 @@ class AttemptRow(_Answer):
     seconds: float | None
     failure: Failure | None
     log: str | None
+    facts: dict[str, Any] = Field(
+        description="What the worker noted besides: on a GPU packed_linears, packed_calls and decoded_linears, by which it was computed."
+    )
 
 
 class AttemptPage(_Answer):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -70,7 +71,7 @@ class Bank:
         linears: Every searchable linear by name.
         weights: Gives the dense weight [N, K] of a linear in the 16-bit dtype of the store.
         place: Moves a decoded tensor to the device, in the dtype in which the model keeps the parameter.
-        keep_bytes: Memory for decoded tensors.
+        keep_bytes: Memory for decoded tensors, and for what kernels read.
     """
 
     def __init__(
@@ -126,13 +127,29 @@ class Bank:
 
     def decoded(self, chain: Chain, linears: Sequence[str]) -> dict[str, Tensor]:
         """The parameters of some linears, by name and in their own shape, in the compute dtype on the device."""
-        key = digest_of([self._facts(chain), list(linears)])
-        if key in self._decoded:
-            self._decoded.move_to_end(key)
-            return self._decoded[key]
-        material = self.material(chain, linears)
-        entry = {self._linears[name].weight: self._place(material.parameter(self._linears[name])) for name in linears}
-        self._decoded[key] = entry
+
+        def made() -> dict[str, Tensor]:
+            material = self.material(chain, linears)
+            return {self._linears[name].weight: self._place(material.parameter(self._linears[name])) for name in linears}
+
+        return self._kept([self._facts(chain), list(linears)], made)
+
+    def served(self, chain: Chain, linear: str, device: torch.device) -> dict[str, Tensor]:
+        """What a kernel reads of one linear, or of one of its factors, by bare names on a device."""
+
+        def made() -> dict[str, Tensor]:
+            prefix = f"{linear}."
+            found = {name.removeprefix(prefix): tensor for name, tensor in self.packed(chain).items() if name.rpartition(".")[0] == linear}
+            return {name: tensor.to(device) for name, tensor in found.items()}
+
+        return self._kept([self._facts(chain), linear, "served", str(device)], made)
+
+    def _kept(self, key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        name = digest_of(key)
+        if name in self._decoded:
+            self._decoded.move_to_end(name)
+            return self._decoded[name]
+        entry = self._decoded[name] = make()
         self._decoded_bytes += _bytes(entry)
         while self._decoded_bytes > self._keep_bytes and len(self._decoded) > 1:
             self._decoded_bytes -= _bytes(self._decoded.popitem(last=False)[1])

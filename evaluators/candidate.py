@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from autoeff.evaluators.bank import Bank, Chain, Step
+from autoeff.evaluators.packed_linears import PackedLinears
+from autoeff.evaluators.serving import forms
 from autoeff.spaces.knob import KINDS, Knob, Undo, swap
 from autoeff.spaces.sites import Structure
 from autoeff.spaces.space import SearchSpace
@@ -21,12 +23,25 @@ class Candidate:
     applied anew: the linears get what their chain of levels makes of them, then levels that act on the model are applied in the
     order of their kinds. Trees that did not change are left alone.
 
+    Args:
+        packed: Lets linears compute with the codes that a kernel reads; None decodes them all.
+
     Attributes:
         indices: Level indices in force, normalised.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, space: SearchSpace, knobs: Mapping[str, Knob], bank: Bank) -> None:
-        self.model, self.space, self.bank = model, space, bank
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        space: SearchSpace,
+        knobs: Mapping[str, Knob],
+        bank: Bank,
+        packed: PackedLinears | None = None,
+    ) -> None:
+        self.model, self.space, self.bank, self.packed = model, space, bank, packed
+        self._structure = structure
+        self._decoded = False
         self.indices: tuple[int, ...] = (0,) * len(space.decisions)
         self._sites = {site.name: site for site in structure.sites}
         self._knobs = knobs
@@ -34,10 +49,18 @@ class Candidate:
         self._trees = {root: _tree(space, root) for root in space.roots}
         self._groups = {root: self._together(tree) for root, tree in self._trees.items()}
 
-    def set(self, indices: Sequence[int]) -> None:
-        """Puts a configuration in force. After an exception the model is in no defined state."""
+    def set(self, indices: Sequence[int], *, decoded: bool = False) -> None:
+        """Puts a configuration in force. After an exception the model is in no defined state.
+
+        Args:
+            indices: Level indices.
+            decoded: Whether parameters are to hold the values also of linears that could compute with codes.
+        """
         wanted = self.space.normalised(indices)
-        changed = [root for root, tree in self._trees.items() if any(wanted[i] != self.indices[i] for i in tree)]
+        anew = self.packed is not None and decoded != self._decoded
+        changed = [root for root, tree in self._trees.items() if any(wanted[i] != self.indices[i] or (anew and wanted[i]) for i in tree)]
+        packed = None if decoded else self.packed
+        taken = {} if packed is None else forms(self._structure, self.space, self._knobs, wanted)
         for root in changed:
             for undo in reversed(self._undo.pop(root, [])):
                 undo()
@@ -45,12 +68,26 @@ class Candidate:
             undos = self._undo.setdefault(root, [])
             for linears, decisions in self._groups[root]:
                 if chain := self.chain(decisions, wanted):
-                    undos.append(swap(self.model, self.bank.decoded(chain, linears)))
+                    on_kernels = {} if packed is None else packed.put({name: taken[name] for name in linears})
+                    undos += on_kernels.values()
+                    if left := [name for name in linears if name not in on_kernels]:
+                        undos.append(swap(self.model, self.bank.decoded(chain, left)))
             for i in sorted(self._trees[root], key=lambda i: KINDS.index(self._knobs[self.space.decisions[i].knob].kind)):
                 if wanted[i]:
                     step = self.step(i, wanted[i])
                     undos.append(step.knob.apply_built(self.model, step.site, step.level, self.built(i, wanted)))
-        self.indices = wanted
+        self.indices, self._decoded = wanted, decoded
+        if packed is not None:
+            packed.calls = 0
+
+    @property
+    def kernel_use(self) -> dict[str, int]:
+        """For the record: linears that compute with codes, their calls since `set`, linears with decoded values; empty where none may."""
+        if self.packed is None:
+            return {}
+        changed = sum(len(linears) for groups in self._groups.values() for linears, i in groups if self.chain(i, self.indices))
+        on_kernels = len(self.packed.in_force)
+        return {"packed_linears": on_kernels, "packed_calls": self.packed.calls, "decoded_linears": changed - on_kernels}
 
     def first_difference(self, other: Sequence[int]) -> int:
         """Index of the first block in which the configuration in force differs from `other`; a number past every block if none."""

@@ -28,6 +28,7 @@ from autoeff.evaluators.levels_file import built_for, put, write_built
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.metrics import imported_metrics, measured_by
 from autoeff.evaluators.model_statistics import ModelStatistics
+from autoeff.evaluators.packed_linears import PackedLinears
 from autoeff.evaluators.preparation import hardware_name, prepare
 from autoeff.evaluators.quality import (
     Sample,
@@ -78,12 +79,21 @@ class Evaluator:
     Args:
         setup: What to load.
         progress: Called with (done, total) while bank entries are built.
+        on_kernels: Whether quantised linears compute with packed codes, as they are served; None leaves that to a GPU.
+
+    Attributes:
+        kernel_use: Of the last evaluation, as `Candidate` says it.
 
     Raises:
         InputError: As `prepare`; also a model whose logits are not its head applied to its last hidden state.
     """
 
-    def __init__(self, setup: EvaluationSetup, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def __init__(
+        self,
+        setup: EvaluationSetup,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        on_kernels: bool | None = None,
+    ) -> None:
         self.preparation = prepare(setup)
         facts, device = self.preparation.facts, self.preparation.device
         self.space, self.structure = self.preparation.space, self.preparation.structure
@@ -106,7 +116,10 @@ class Evaluator:
             place=lambda tensor: tensor.to(device, dtype),
             keep_bytes=footprint.keep_decoded,
         )
-        self.candidate = Candidate(self.model, self.structure, self.space, self.preparation.knobs, self.bank)
+        on_kernels = device.type == "cuda" if on_kernels is None else on_kernels
+        packed = PackedLinears(self.model, self.structure, self.bank) if on_kernels else None
+        self.candidate = Candidate(self.model, self.structure, self.space, self.preparation.knobs, self.bank, packed)
+        self.kernel_use: dict[str, int] = {}
         needs = {name for knob in self.preparation.knobs.values() for name in knob.needs}
         plain = [linear.name for linear in self.structure.linears if not linear.experts]
         with collected(self.model, plain, needs) as statistics, sampled(self.model, self._sampled_sites()) as samples:
@@ -129,7 +142,9 @@ class Evaluator:
             self._learn_targets(text, request.split)
         self.candidate.set(indices)
         whole = request.split == "held_out" and request.windows == len(text.passages.inputs)
-        return self._quality(text, request) + ([*self._accuracies(), *self._own_metrics(len(text.passages.inputs))] if whole else [])
+        found = self._quality(text, request) + (self._accuracies() if whole else [])
+        self.kernel_use = self.candidate.kernel_use
+        return found + (self._own_metrics(len(text.passages.inputs)) if whole else [])
 
     def complete(self, levels: Mapping[str, Level], prompt: str, tokens: int) -> str:
         """The prompt and its greedy continuation under a configuration; decoders only."""
@@ -176,7 +191,7 @@ class Evaluator:
 
         Values are those of the packed levels, in the checkpoint's own dtype; skipped sublayers are zeros.
         """
-        self.candidate.set(self.space.indices(levels))
+        self.candidate.set(self.space.indices(levels), decoded=True)
         dtype = self.preparation.facts.dtype
         state = {name: tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
         self.model.config.dtype = dtype
@@ -346,6 +361,7 @@ class Evaluator:
         """What the user's own functions say of the model as it stands."""
         if not self._metrics:
             return []
+        self.candidate.set(self.candidate.indices, decoded=True)  # they may read parameters, and meet the model that would be exported
         facts, hardware = self.preparation.facts, hardware_name(self.preparation.device)
         tokenizer = None if facts.task == "vision" else load_tokenizer(facts)
         values = measured_by(self._metrics, self.model, tokenizer)

@@ -154,6 +154,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
             "evaluator": EVALUATOR_VERSION,
             "torch": torch.__version__,
             "hardware": setup.hardware or hardware_name(device),
+            **({"linears": "packed"} if device.type == "cuda" else {}),
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
             "knobs": {name: knob.settings() for name, knob in knobs.items()},

@@ -77,7 +77,8 @@ def _serve(requests: Iterator[Mapping[str, Any]], answers: TextIO) -> None:
         match request["kind"]:
             case "evaluate":
                 found = evaluator.evaluate(EvaluationRequest(request["levels"], request["split"], request["windows"]))
-                answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=time.perf_counter() - started)
+                seconds, facts = time.perf_counter() - started, evaluator.kernel_use
+                answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=seconds, facts=facts)
             case "complete":
                 answer("text", text=evaluator.complete(request["levels"], request["prompt"], request["tokens"]))
             case "statistics":

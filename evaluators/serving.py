@@ -38,6 +38,7 @@ __all__ = [
     "copied",
     "decoding",
     "forms",
+    "linear_of",
     "prefilling",
     "removable",
     "runs",
@@ -232,7 +233,13 @@ def serve(
             if (values := weights.whole(form)) is not None:
                 _set(model, form.linear.weight, values)
         else:
-            _put(model, name, _module(model.get_submodule(name), parts, weights))
+            original = model.get_submodule(name)
+            bias: Tensor | None = original.bias.data if isinstance(original.bias, Tensor) else None
+            if bias is not None and (rows := weights.rows(parts[-1])) is not None:
+                bias = bias[rows.to(bias.device)]
+            own = original.weight
+            assert isinstance(own, Tensor)
+            _put(model, name, linear_of(own, bias, parts, weights))
     sites = {site.name: site for site in structure.sites}
     for decision, i in zip(space.decisions, space.normalised(indices), strict=True):
         site = sites[decision.site]
@@ -330,13 +337,15 @@ def prefilling(model: nn.Module, vocabulary: int, batch: int, context: int) -> _
     return call
 
 
-def _module(original: nn.Module, parts: Sequence[Form], weights: Weights) -> nn.Module:
-    """What stands for a linear, in one form or as two factors."""
-    own = original.weight
-    assert isinstance(own, Tensor)
-    bias: Tensor | None = original.bias.data if isinstance(original.bias, Tensor) else None
-    if bias is not None and (rows := weights.rows(parts[-1])) is not None:
-        bias = bias[rows.to(bias.device)]
+def linear_of(own: Tensor, bias: Tensor | None, parts: Sequence[Form], weights: Weights) -> nn.Module:
+    """What stands for a linear, in one form or as two factors.
+
+    Args:
+        own: Its parameter, for device and dtype.
+        bias: Of the outputs that are left.
+        parts: Of `forms`.
+        weights: Of the parts.
+    """
     *before, last = parts
     if before and not served(last.kernel, last.settings, last.linear, own.device):
         v, u = (weights.dense(form).to(own.device, own.dtype) for form in parts)

@@ -19,7 +19,9 @@ from autoeff.spaces.plugins import plugin, plugins
 
 __all__ = ["Exported", "Exporter", "export_trial", "known_exporters"]
 
-_TOLERANCE = (1e-6, 1e-4)  # absolute and relative: a fresh process repeats sums of floats in the same order on the same device
+_TOLERANCE = {"decoded": (1e-6, 1e-4), "packed": (1e-4, 2e-2)}
+"""Absolute and relative, by how the trial was computed: with decoded values a fresh process repeats sums of floats in the same order on the
+same device; kernels that read packed codes round elsewhere (`demo` with bfloat16 activations: 5e-5 nats below 1e-3, 0.6 % above)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def export_trial(job: Job, trial: Trial, setup: EvaluationSetup, settings: Setti
             stored = runner.ask({"kind": "stored_bytes", "levels": dict(trial.configuration.levels)})["bytes"]
         with RunnerProcess(setup, settings, partial.with_suffix(".log")) as fresh:
             measured = next(m.value for m in exporter.remeasure(trial, fresh, partial).measurements if m.name == quality)
-        if abs(measured - recorded) > _TOLERANCE[0] + _TOLERANCE[1] * abs(recorded):
+        absolute, relative = _TOLERANCE["packed" if setup.device.startswith("cuda") else "decoded"]
+        if abs(measured - recorded) > absolute + relative * abs(recorded):
             raise AutoeffError(
                 f"the exported model has {quality} {measured:.6g}, trial {trial.number} had {recorded:.6g}: nothing was exported"
             )

@@ -65,6 +65,7 @@ def attempt_facts(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
             "seconds": attempt.seconds,
             "failure": None if attempt.failure is None else failure_facts(str(attempt.failure.kind), attempt.failure.message),
             "log": attempt.log,
+            "facts": dict(attempt.facts),
         }
         for attempt in attempts
     ]

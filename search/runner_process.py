@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,10 +45,12 @@ class Measured:
     Attributes:
         measurements: Quality values.
         seconds: Time inside the runner.
+        facts: What else it noted, such as how many linears computed with packed codes.
     """
 
     measurements: tuple[Measurement, ...]
     seconds: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunnerProcess:
@@ -157,7 +159,8 @@ class RunnerProcess:
 
     @staticmethod
     def _measured(answer: Mapping[str, Any]) -> Measured:
-        return Measured(tuple(measurement_from_json(m) for m in answer["measurements"]), float(answer["seconds"]))
+        measurements = tuple(measurement_from_json(m) for m in answer["measurements"])
+        return Measured(measurements, float(answer["seconds"]), answer.get("facts", {}))
 
     def _ask(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
         try:

@@ -92,7 +92,7 @@ class Worker:
             self._store.release(claim)
             raise
         else:
-            self._written(lambda: self._store.complete(claim, measured.measurements, measured.seconds), tick)
+            self._written(lambda: self._store.complete(claim, measured.measurements, measured.seconds, measured.facts), tick)
 
     def _written(self, write: Callable[[], object], tick: Callable[[], None]) -> None:
         while True:
