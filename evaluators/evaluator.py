@@ -54,6 +54,7 @@ from autoeff.spaces.kv_cache import KvCache, KvPlan, continuation_start, watched
 from autoeff.spaces.material import SAMPLES, dense_weight
 from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.sites import Linear, Site
+from autoeff.spaces.thinned_tokens import remaining
 
 __all__ = ["Evaluator"]
 
@@ -399,7 +400,7 @@ class Evaluator:
         if mask is None:
             seen = _seen(self._forward.body)
             return torch.cat([pooled(hidden[:, seen], hidden.new_ones(hidden[:, seen].shape[:2])) for _, _, hidden in states])
-        return torch.cat([pooled(hidden, mask[rows, : hidden.shape[1]]) for _, rows, hidden in states])
+        return torch.cat([pooled(hidden, remaining(self.model, mask[rows])[:, : hidden.shape[1]]) for _, rows, hidden in states])
 
     def _learn_targets(self, text: _Text, split: Split) -> None:
         """Runs the dense model over a split's whole text."""

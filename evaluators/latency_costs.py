@@ -92,7 +92,7 @@ class Composer:
         if knob.name in self.fit.unserved:
             return 0
         if site.kind == "block":
-            more = max((linear.passes for linear in knob.left(site, level).linears), default=1) - 1
+            more = max((linear.reads for linear in knob.left(site, level).linears), default=1) - 1
             return more * (dense(site.linears) + sum(map(self.rest, self._parts(site))))
         if knob.kind == "structure":
             left = knob.left(site, level)

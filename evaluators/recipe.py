@@ -47,7 +47,7 @@ def put_in_force(recipe: Path | Mapping[str, Any], model: nn.Module, context: in
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise InputError(f"cannot read the recipe {recipe}: {error}") from None
     knobs = {name: make_knob(name, settings) for name, settings in recipe["knobs"].items()}
-    tokens = context or recipe["context"]
+    tokens = int(context or recipe["context"] or 0)
     for undo in reversed(vars(model).pop("autoeff_undo", [])):
         undo()
     sites = {site.name: site for site in find_structure(model).with_blocks().at_context(tokens).sites}
@@ -61,4 +61,4 @@ def put_in_force(recipe: Path | Mapping[str, Any], model: nn.Module, context: in
         if knobs[knob].cost(sites[name], level):
             steps.append(Step(knobs[knob], sites[name], level))
     vars(model)["autoeff_undo"] = put(model, steps, lambda key: built_for(folder, key))
-    return int(tokens)
+    return tokens

@@ -89,7 +89,7 @@ def build_space(
         seen = {context: _reshaped(site, linears) for context, linears in contexts.items()}
         branches = _branches(knob, site, levels)
         costs = {context: tuple(_cost(knob, as_left, level, further, stored) for level in levels) for context, as_left in seen.items()}
-        decisions.append(Decision(site.name, name, site.block, levels, costs, parent, branches, knob.uniform))
+        decisions.append(Decision(site.name, name, knob.first_block(site), levels, costs, parent, branches, knob.uniform))
         followed = {branch: level for branch, level in zip(reversed(branches), reversed(levels), strict=True) if branch is not None}
         shapes.append(
             {
@@ -133,7 +133,7 @@ def _read(knob: Knob, site: Site, level: Level, cost: Cost) -> int:
         return BYTES_DENSE * (sum(linear.read_parameters for linear in left) - sum(linear.read_parameters for linear in site.linears))
     if knob.kind != "structure" and knob.kernel(site, level) is None:
         return 0
-    changed = cost.get("linear_bytes", 0) * (site.linears[0].passes if site.linears else 1)
+    changed = cost.get("linear_bytes", 0) * (site.linears[0].reads if site.linears else 1)
     return changed * mixed[0].experts_read // mixed[0].experts if mixed else changed
 
 

@@ -86,6 +86,10 @@ class Knob(ABC):
             InputError: With what could be.
         """
 
+    def first_block(self, site: Site) -> int:
+        """Index of the first block that computes something else: hidden states before it are the same under every level."""
+        return site.block
+
     def silences(self, site: Site, level: Level) -> bool:
         """Whether this level makes every other decision about the site's linears inert."""
         return False

@@ -41,7 +41,7 @@ class Linear:
         transposed: True where the weight is stored [K, N] (GPT-2's Conv1D) instead of [N, K].
         experts: E where the weight is a parameter [E, N, K] that holds a map for each expert; else 0.
         experts_per_token: Experts that a token is sent to.
-        passes: How often a token is multiplied by it. Only knobs set it, for those that come after them.
+        passes: How often a token is multiplied by it, on average. Only knobs set it, for those that come after them.
         together: Tokens of a batch that are decoded at once; they are sent to experts, and skip channels, each on its own.
         kept: Weights that every row keeps; None for all. Only knobs set it, for those that come after them.
         factor_of: The linear of which it is one of two factors; None for a linear of the model itself.
@@ -54,7 +54,7 @@ class Linear:
     transposed: bool = False
     experts: int = 0
     experts_per_token: int = 0
-    passes: int = 1
+    passes: float = 1
     together: int = 1
     kept: int | None = None
     factor_of: str | None = None
@@ -93,7 +93,7 @@ class Linear:
     @property
     def parameters_per_token(self) -> int:
         """Weight elements that one token is multiplied by, those of every pass."""
-        return self.in_features * self.out_features * self.passes * (self.experts_per_token if self.experts else 1)
+        return int(self.in_features * self.out_features * self.passes * (self.experts_per_token if self.experts else 1))
 
     @property
     def experts_read(self) -> int:
@@ -101,9 +101,14 @@ class Linear:
         return min(self.experts, self.together * self.experts_per_token)
 
     @property
+    def reads(self) -> int:
+        """How often its weights are read: once, also where some tokens pass it by."""
+        return max(1, int(self.passes))
+
+    @property
     def read_parameters(self) -> int:
         """Weight elements that are read to decode them."""
-        return self.in_features * self.out_features * self.passes * (self.experts_read if self.experts else 1)
+        return self.in_features * self.out_features * self.reads * (self.experts_read if self.experts else 1)
 
 
 @dataclass(frozen=True)

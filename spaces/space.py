@@ -33,7 +33,7 @@ class Decision:
     Attributes:
         site: Name of the site.
         knob: Name of the knob; empty where the user's own code is searched, whose decisions have no knob.
-        block: Index of the block that holds the site.
+        block: Index of the first block that computes something else.
         levels: First the dense one, then by falling cost.
         costs: By branch of every ancestor, outermost first: for each level the change of the primary quantities on top of them.
         parent: Index of the decision whose level changes what this one is about, or None.

@@ -73,8 +73,8 @@ class UnitKnob(Knob):
         left = self.left(site, level)
         saved = left.parameters - site.parameters
         passes = site.linears[0].passes
-        cost = {"linear_bytes": BYTES_DENSE * saved, "flops_per_token": 2 * saved * passes}
-        return cost | ({"kv_bytes_per_token": passes * (left.kv_bytes - site.kv_bytes)} if site.kv_bytes else {})
+        cost = {"linear_bytes": BYTES_DENSE * saved, "flops_per_token": int(2 * saved * passes)}
+        return cost | ({"kv_bytes_per_token": int(passes) * (left.kv_bytes - site.kv_bytes)} if site.kv_bytes else {})
 
     def left(self, site: Site, level: Level) -> Site:
         if level == _DENSE:

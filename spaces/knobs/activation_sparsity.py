@@ -129,7 +129,7 @@ class ActivationSparsity(Knob):
         gated = sum(linear.out_features for linear in before) == 2 * last.in_features
         weights, of_all = int(share * last.in_features) * last.out_features, int(share**last.together * last.in_features)
         return {
-            "expected_flops": 2 * weights * (2 if gated and self.method != "magnitude" else 1),
+            "expected_flops": int(2 * weights * last.passes * (2 if gated and self.method != "magnitude" else 1)),
             "expected_read_bytes": BYTES_DENSE * of_all * last.out_features if self._served(site) else 0,
         }
 

@@ -70,7 +70,7 @@ class Rank(Knob):
         if level == _DENSE:
             return {}
         saved = self.left(site, level).parameters - site.parameters
-        return {"linear_bytes": BYTES_DENSE * saved, "flops_per_token": 2 * saved * site.linears[0].passes}
+        return {"linear_bytes": BYTES_DENSE * saved, "flops_per_token": int(2 * saved * site.linears[0].passes)}
 
     def left(self, site: Site, level: Level) -> Site:
         """V, which is fed what the linear was, and U behind it."""

@@ -44,6 +44,7 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "activation_sparsity, magnitude": ("activation_sparsity", {"method": "magnitude"}),
     "activation_sparsity, top_k": ("activation_sparsity", {"method": "top_k"}),
     "passes": ("passes", {}),
+    "token_keep": ("token_keep", {}),
     "third party": ("noise", {"seed": 3}),
 }
 CONTEXT = 48
@@ -64,6 +65,8 @@ def model(family: str, make_model: Callable[..., nn.Module]) -> nn.Module:
 def structure(model: nn.Module, family: str, knob: Knob) -> Structure:
     if (knob.kind == "cache" or knob.of_context) and family == "bert":
         pytest.skip("encoders keep no keys and values")
+    if knob.name == "token_keep" and family != "bert":
+        pytest.skip("decoders have no class token")
     return coupled(model, find_structure(model))[0].with_blocks().at_context(CONTEXT)
 
 
