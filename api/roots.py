@@ -66,6 +66,8 @@ class Roots:
         changes: dict[str, Any] = {"model": self.model(spec.model), "data": self._text(spec.data, "data")}
         if spec.eval_data is not None:
             changes["eval_data"] = self._text(spec.eval_data, "eval_data")
+        if spec.tune_data is not None:
+            changes["tune_data"] = self._text(spec.tune_data, "tune_data")
         for name in spec.tasks.names:
             if not _TASK.fullmatch(name):
                 raise InputError(f"no task is called {name[:80]!r}; name tasks that lm-eval knows, or that stand in tasks.path")

@@ -108,6 +108,8 @@ def search(
     tune_data: Annotated[str | None, _option("Text", "Text that adapters are trained on (knob lora_rank).")] = None,
     tune_windows: Annotated[int | None, _option("Text", "As --windows, text that adapters are trained on; default all.")] = None,
     tune_length: Annotated[int | None, _option("Text", "As --length, text that adapters are trained on.")] = None,
+    tune_draw: Annotated[str | None, _option("Text", "As --draw, text that adapters are trained on.")] = None,
+    tune_bos: Annotated[str | None, _option("Text", "As --bos, text that adapters are trained on.")] = None,
     knobs: Annotated[str | None, _option("Space", "Knobs to search; default bits.", metavar="NAME,NAME…")] = None,
     settings: Annotated[
         list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
@@ -635,7 +637,7 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
         print_json({"job": job_id, "folder": str(folder), "exit_code": exit_code, **files, **summary})
         return
     from autoeff.search.report import verdict
-    from autoeff.tables import print_attribution, print_latency
+    from autoeff.tables import print_attribution, print_from_scratch, print_latency
 
     rows, quality, costs = summary["rows"], summary["quality"], columns["columns"]
     held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
@@ -661,6 +663,9 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
     if summary.get("latency"):
         sys.stdout.write("\n")
         print_latency(summary["latency"])
+    if summary.get("from_scratch"):
+        sys.stdout.write("\n")
+        print_from_scratch(summary["from_scratch"])
     if summary.get("attribution"):
         sys.stdout.write("\n")
         print_attribution(summary["attribution"], quality)

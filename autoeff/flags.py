@@ -14,7 +14,10 @@ __all__ = ["FIELDS", "job_fields"]
 FIELDS: Mapping[str, str] = {
     "model": "model", "data": "data.source", "windows": "data.windows", "length": "data.length", "draw": "data.draw", "bos": "data.bos",
     "eval_data": "eval_data.source", "eval_windows": "eval_data.windows", "eval_length": "eval_data.length",
-    "eval_draw": "eval_data.draw", "eval_bos": "eval_data.bos", "knobs": "knobs", "settings": "knobs", "include": "space.include",
+    "eval_draw": "eval_data.draw", "eval_bos": "eval_data.bos", "tune_data": "tune_data.source",
+    "tune_windows": "tune_data.windows", "tune_length": "tune_data.length", "tune_draw": "tune_data.draw",
+    "tune_bos": "tune_data.bos", "knobs": "knobs", "settings": "knobs",
+    "include": "space.include",
     "exclude": "space.exclude", "levels": "space.levels", "untie": "space.untie", "objective": "objectives", "limit": "limits",
     "trials": "budget.trials", "timeout": "budget.seconds", "sampler": "sampler", "seed": "seed", "batch": "batch", "context": "context",
     "device": "device", "queue": "queue", "target": "target", "seeds": "seeds", "table_only": "table_only", "tasks": "tasks.names",
@@ -54,7 +57,7 @@ def job_fields(flags: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, A
 def _mapping(job: dict[str, Any], section: str) -> dict[str, Any]:
     """A section of the job to write into; text given by its name alone becomes one."""
     value = job.get(section)
-    if section in ("data", "eval_data") and isinstance(value, str):
+    if section in ("data", "eval_data", "tune_data") and isinstance(value, str):
         value = {"source": value}
     if value is None:
         value = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoeff.console import print_pairs, print_table
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autoeff.search.resolve import Resolution
     from autoeff.search.sensitivity import Sensitivity
 
-__all__ = ["print_attribution", "print_comparison", "print_latency", "print_resolution", "print_sensitivity"]
+__all__ = ["print_attribution", "print_comparison", "print_from_scratch", "print_latency", "print_resolution", "print_sensitivity"]
 
 Row = Mapping[str, Any]
 
@@ -53,6 +53,19 @@ def print_attribution(attribution: Row, quality: str) -> None:
         title=f"what each knob earned: trial {attribution['trial']} ({text(attribution['held_out'])}) against its best replacement",
         left=3,
     )
+
+
+def print_from_scratch(rows: Sequence[Row]) -> None:
+    """Held-out losses with a prefix of the adapter that was trained once, and with adapters of their own."""
+    text = described("loss_held_out").text
+    cells = [
+        [r["role"], r["label"] or r["point"], r["trial"], *(None if r[n] is None else text(r[n]) for n in ("prefix", "from_scratch"))]
+        for r in rows
+    ]
+    print_table(["", "label", "trial", "as searched", "trained from scratch"], cells, title="loss on the held-out text", left=2)
+    for row in rows:
+        if row["failure"]:
+            sys.stdout.write(f"training trial {row['trial']} from scratch failed: {row['failure']}\n")
 
 
 def print_resolution(resolution: Resolution) -> None:

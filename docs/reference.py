@@ -46,7 +46,9 @@ def part_of(kind: Any) -> type[BaseModel] | None:
 
 
 PARTS: Mapping[str, type[BaseModel]] = {
-    name: part for name, field in JobSpec.model_fields.items() if name != "eval_data" and (part := part_of(field.annotation))
+    name: part
+    for name, field in JobSpec.model_fields.items()
+    if name not in ("eval_data", "tune_data") and (part := part_of(field.annotation))
 }
 
 
@@ -90,7 +92,7 @@ def job_page() -> str:
         field_table(JobSpec, ""),
     ]
     for name, part in PARTS.items():
-        title = "`data` and `eval_data`" if name == "data" else f"`{name}`"
+        title = "`data`, `eval_data` and `tune_data`" if name == "data" else f"`{name}`"
         parts += [f"## {title}", part.__doc__ or "", field_table(part, f"{name}.")]
     parts += [
         "## The machine",
@@ -110,9 +112,9 @@ def field_table(model: type[BaseModel], prefix: str) -> str:
     rows = []
     for name, field in model.model_fields.items():
         flags = ", ".join(f"`{flag}`" for flag in flags_of(prefix + name))
-        section = "data" if name == "eval_data" else name
+        section = "data" if name in ("eval_data", "tune_data") else name
         kind = (
-            f"see [below](#{'data-and-eval_data' if section == 'data' else section})"
+            f"see [below](#{'data-eval_data-and-tune_data' if section == 'data' else section})"
             if section in PARTS
             else f"`{type_name(field.annotation)}`"
         )
@@ -122,8 +124,8 @@ def field_table(model: type[BaseModel], prefix: str) -> str:
 
 
 def flags_of(path: str) -> list[str]:
-    """Of `data` fields those of held-out text too."""
-    paths = {path, path.replace("data.", "eval_data.", 1) if path.startswith("data.") else path}
+    """Of `data` fields those of held-out text and of tuning text too."""
+    paths = {path, *(f"{text}_{path}" for text in ("eval", "tune") if path.startswith("data."))}
     found = [name for name, target in FIELDS.items() if target in paths]
     return ["MODEL" if name == "model" else "--" + SPELLED.get(name, name).replace("_", "-") for name in found]
 

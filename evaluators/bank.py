@@ -28,7 +28,7 @@ from autoeff.spaces.knob import Knob
 from autoeff.spaces.material import Material
 from autoeff.spaces.sites import BYTES_DENSE, Linear, Site
 
-__all__ = ["Bank", "Chain", "Statistics", "Step", "entry_bytes"]
+__all__ = ["Bank", "Chain", "Statistics", "Step", "entry_bytes", "write_whole"]
 
 FORMAT = 1
 
@@ -117,7 +117,7 @@ class Bank:
         tensors = step.knob.build(step.site, step.level, self.material(tuple(before), step.linears, needs))
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"entry": canonical_json(self._facts(chain))})
         try:
-            _write(path, data)
+            write_whole(path, data)
         except OSError as error:
             raise InputError(
                 f"cannot write the level bank at {self.folder}: {error.strerror}; set AUTOEFF_HOME to a folder that can be written"
@@ -214,7 +214,8 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Puts a file in place that is whole at any moment, whoever else writes it; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".building-")
     try:

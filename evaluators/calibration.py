@@ -24,7 +24,7 @@ from autoeff.errors import InputError
 from autoeff.spaces.material import STATISTICS, dense_weight
 from autoeff.spaces.sites import Linear
 
-__all__ = ["collected", "gradients"]
+__all__ = ["collected", "explained", "gradients"]
 
 _OF_INPUTS = frozenset({"hessian", "input_norm"})
 _CHUNK_LOGITS = 1 << 24  # 64 MiB of float32 logits at a time
@@ -101,6 +101,12 @@ def gradients(
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
     return {f"{linear.name}.gradient": dense_weight(total, linear).contiguous() for linear, total in sums.items()}
+
+
+def explained(hessian: Tensor) -> tuple[float, ...]:
+    """The share of each principal direction in the second moment of inputs, the greatest first, of a `hessian` [K, K]."""
+    powers = torch.linalg.eigvalsh(hessian.double()).flip(0).clamp(min=0)
+    return tuple((powers / powers.sum().clamp(min=torch.finfo(torch.float64).tiny)).tolist())
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoeff.errors import InputError
 from autoeff.evaluators.attention import AttentionStatistics, OfWindows, mean_of, of_windows
 from autoeff.evaluators.bank import Bank, Statistics
-from autoeff.evaluators.calibration import collected, gradients
+from autoeff.evaluators.calibration import collected, explained, gradients
 from autoeff.evaluators.candidate import Candidate
 from autoeff.evaluators.footprint import steps_of
 from autoeff.evaluators.forward import Forward, States
@@ -46,10 +46,13 @@ from autoeff.evaluators.samples import sampled
 from autoeff.evaluators.serving import Stored, copied, removable, runs, serve
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.evaluators.sublayer_changes import sublayer_changes
+from autoeff.evaluators.super_adapter import Adapters
 from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
+from autoeff.evaluators.training import Course
 from autoeff.evaluators.weights import magnitudes_of, outlier_share, tail_exponent
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.knobs.lora_rank import LoraRank
 from autoeff.spaces.kv_cache import KvCache, KvPlan, continuation_start, watched
 from autoeff.spaces.material import SAMPLES, dense_weight
 from autoeff.spaces.measurements import Measurement, Split
@@ -58,6 +61,8 @@ from autoeff.spaces.thinned_tokens import remaining
 
 __all__ = ["Evaluator"]
 
+ADAPTER = "adapter"
+"""Folder of the adapters beside an exported checkpoint."""
 _OUTLIER_TIMES = 5  # OWL's M for the LLaMA family
 
 
@@ -102,6 +107,7 @@ class Evaluator:
         self.model: Any = load_model(facts, device, footprint.narrow)
         self._texts = {split: _text(passages.to(device)) for split, passages in self.preparation.passages.items()}
         self._head = self._find_head()
+        self._adapters = self._trained(setup, progress)
         self._metrics = imported_metrics(setup.metrics)
         self._tasks = None if setup.tasks is None else Tasks(setup.tasks, self.model, load_tokenizer(facts), facts.context)
         self._forward = Forward(self.model, self.structure.blocks, footprint.state_stride)
@@ -201,9 +207,43 @@ class Evaluator:
             shutil.copy(self.preparation.facts.path / PROCESSOR, folder)
         else:
             load_tokenizer(self.preparation.facts).save_pretrained(folder)
+        if self._adapters is not None and self._adapters.any_in_force:
+            self._adapters.write(folder / ADAPTER, "..")
         chosen = self.candidate.indices
         write_built(folder, {d.key: self.candidate.built(i, chosen) for i, d in enumerate(self.space.decisions) if chosen[i]})
         return sorted(path.name for path in folder.iterdir())
+
+    def trained(self, levels: Mapping[str, Level]) -> list[Measurement]:
+        """Quality on the whole held-out text of a configuration whose adapters are trained from scratch at its ranks.
+
+        Raises:
+            InputError: Nothing is trained in this setup.
+            CandidateError: The training diverges.
+        """
+        if self._adapters is None:
+            raise InputError("this setup trains no adapters")
+        indices, text = self.space.normalised(self.space.indices(levels)), self._texts["held_out"]
+        if text.targets is None:
+            self._learn_targets(text, "held_out")
+        self.candidate.set(self._zeros)
+        ranks = {d.site: int(d.levels[i]) for d, i in zip(self.space.decisions, indices, strict=True) if d.knob == LoraRank.name}
+        with self._adapters.from_scratch(ranks):
+            self.candidate.set([0 if d.knob == LoraRank.name else i for d, i in zip(self.space.decisions, indices, strict=True)])
+            try:
+                return self._quality(text, EvaluationRequest({}, "held_out", len(text.passages.inputs)))
+            finally:
+                self.candidate.set(self._zeros)
+
+    def export_adapter(self, levels: Mapping[str, Level], folder: Path) -> None:
+        """Writes the adapters of a configuration, as PEFT reads them.
+
+        Raises:
+            InputError: Nothing is trained in this setup, or no rank is above 0.
+        """
+        if self._adapters is None:
+            raise InputError("this job trains no adapters; they come with the knob lora_rank")
+        self.candidate.set(self.space.indices(levels))
+        self._adapters.write(folder, str(self.preparation.facts.path))
 
     def statistics(self, needs: Collection[str]) -> ModelStatistics:
         """What rules ask about the dense model, on the search text.
@@ -216,6 +256,7 @@ class Evaluator:
         asked: dict[str, Callable[[], Mapping[str, Any]]] = {
             "attention": self._attention,
             "changes": self._changes,
+            "inputs": self._inputs,
             "magnitudes": lambda: {site.name: magnitudes_of(map(self._weight, site.linears)) for site in self._linear_sites},
             "outliers": self._outliers,
             "spectra": lambda: {
@@ -237,6 +278,14 @@ class Evaluator:
         with sublayer_changes(self.model, self.structure) as changes:
             self._run_dense()
             return changes()
+
+    def _inputs(self) -> dict[str, tuple[float, ...]]:
+        first = {site.name: site.linears[0].name for site in self._linear_sites if not site.linears[0].experts}
+        plain = [linear.name for site in self._linear_sites for linear in site.linears if not linear.experts]
+        with collected(self.model, plain, {"hessian"}) as hessians:
+            self._run_dense()
+            found = hessians()
+        return {site: explained(found[f"{name}.hessian"]) for site, name in first.items()}
 
     def _outliers(self) -> dict[str, float]:
         plain = {linear.name: site.block for site in self._linear_sites for linear in site.linears if not linear.experts}
@@ -275,9 +324,22 @@ class Evaluator:
         exported = load_model(inspect_model(folder), self.preparation.device, self.preparation.footprint.narrow).state_dict()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tensor.data = exported[name].to(tensor.dtype)  # points there: the dense weights are let go
+        if self._adapters is not None:
+            self._adapters.read(folder / ADAPTER)
         self._dense_states, self._last_states = {}, {}
         wanted = self.space.normalised(self.space.indices(levels or {}))
         put(self.model, [self.candidate.step(i, level) for i, level in enumerate(wanted) if level], lambda key: built_for(folder, key))
+        return self._quality(text, EvaluationRequest({}, split, windows))
+
+    def remeasure_adapter(self, folder: Path, split: Split, windows: int) -> list[Measurement]:
+        """The same for adapters that `export_adapter` wrote, on the dense model; the last thing that an evaluator does, too."""
+        assert self._adapters is not None
+        text = self._texts[split]
+        if text.targets is None:
+            self._learn_targets(text, split)
+        self.candidate.set(self._zeros)
+        self._adapters.read(folder)
+        self._dense_states, self._last_states = {}, {}
         return self._quality(text, EvaluationRequest({}, split, windows))
 
     def stored_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
@@ -320,6 +382,8 @@ class Evaluator:
         result = [self._measured("kl", request, sample_of(torch.cat(kl)), tokens)]
         if losses:
             loss = sample_of(torch.cat(losses))
+            if self._adapters:
+                result.append(self._measured("loss", request, loss, tokens - request.windows))
             perplexity = math.exp(loss.mean)
             spread = None if loss.spread is None else perplexity * loss.spread
             result.append(self._measured("perplexity", request, Sample(perplexity, spread), tokens - request.windows))
@@ -442,6 +506,26 @@ class Evaluator:
 
     def _weight(self, linear: Linear) -> Tensor:
         return dense_weight(self.model.get_parameter(linear.weight).data, linear)
+
+    def _trained(self, setup: EvaluationSetup, progress: Callable[[int, int], None]) -> Adapters | None:
+        """The adapters, in force in full; None where no knob trains."""
+        knob, text = self.preparation.knobs.get(LoraRank.name), self.preparation.tuning
+        if not isinstance(knob, LoraRank) or text is None:
+            return None
+        assert self._head is not None
+        sites = {site.name: site for site in self.structure.sites}
+        decided = [decision for decision in self.space.decisions if decision.knob == knob.name]
+        return Adapters(
+            self.model,
+            self._head,
+            {decision.site: sites[decision.site].linears for decision in decided},
+            {decision.site: [int(level) for level in decision.levels] for decision in decided},
+            text.to(self.preparation.device),
+            Course(knob.tokens, knob.batch, knob.learning_rate, knob.optimizer, setup.seed),
+            Path(setup.bank) / "adapters",
+            self.preparation.facts.digest,
+            progress,
+        )
 
     def _find_head(self) -> nn.Linear | None:
         """The output head of a decoder.

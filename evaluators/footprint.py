@@ -24,6 +24,7 @@ from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.text import Passages
 from autoeff.evaluators.widening import narrow_names, scratch_elements
 from autoeff.spaces.knob import Knob
+from autoeff.spaces.knobs.lora_rank import LoraRank
 from autoeff.spaces.material import SAMPLES
 from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import Structure
@@ -77,6 +78,7 @@ def footprint_of(
     knobs: Mapping[str, Knob],
     passages: Mapping[Split, Passages],
     device: torch.device,
+    tuning: Passages | None = None,
 ) -> Footprint:
     """The footprint of a runner of this setup.
 
@@ -89,13 +91,15 @@ def footprint_of(
         knobs: By name.
         passages: Both splits.
         device: Where it runs.
+        tuning: What adapters are trained on.
 
     Raises:
         InputError: Memory or disk cannot do; one line with what would make it fit.
     """
     needs = {need for knob in knobs.values() for need in knob.needs}
     # gradients have the dtype of their parameters, and float16 has no room for theirs
-    narrow = narrow_names(model, structure.linears) if keeps_narrow(facts, device) and "gradient" not in needs else frozenset()
+    goes_back = "gradient" in needs or tuning is not None
+    narrow = narrow_names(model, structure.linears) if keeps_narrow(facts, device) and not goes_back else frozenset()
     width = 2 if narrow else compute_dtype(facts, device).itemsize
     hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     steps = list(steps_of(structure, space, knobs))
@@ -113,6 +117,8 @@ def footprint_of(
         "working": _working_bytes(structure, model, narrow, steps, hidden)
         + ("gradient" in needs) * _activation_bytes(structure, hidden, passages["search"].length),
     }
+    if tuning is not None:
+        fixed["training"] = _training_bytes(structure, model, space, knobs, hidden, tuning.length)
     capacity = min(memory_of(device), setup.memory_bytes or memory_of(device))
     left = capacity - sum(fixed.values()) - in_force
     if left < 0:
@@ -172,6 +178,13 @@ def _statistics_bytes(structure: Structure, steps: Collection[Step], needs: Coll
 def _activation_bytes(structure: Structure, hidden: int, length: int) -> int:
     """What a backward pass over one window keeps of the forward pass."""
     return 4 * length * sum(2 * linear.out_features for linear in structure.linears) + 4 * length * 8 * hidden * len(structure.blocks)
+
+
+def _training_bytes(structure: Structure, model: nn.Module, space: SearchSpace, knobs: Mapping[str, Knob], hidden: int, length: int) -> int:
+    """Adapters with their gradients and two moments, and what a step keeps of its forward pass and of the logits."""
+    rows = length * next(knob.batch for knob in knobs.values() if isinstance(knob, LoraRank))
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)  # type: ignore[operator]
+    return 16 * space.dense["trainable_parameters"] + _activation_bytes(structure, hidden, rows) + 12 * rows * vocabulary
 
 
 def _working_bytes(structure: Structure, model: nn.Module, narrow: frozenset[str], steps: list[Step], hidden: int) -> int:

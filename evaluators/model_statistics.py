@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -19,6 +19,8 @@ class ModelStatistics:
     Attributes:
         attention: What each attention looks at; attention whose cache can be decided about.
         changes: 1 - cosine of the residual stream before and after each sublayer, mean over tokens (LLM-Drop, arXiv:2406.15786).
+        inputs: Share of every principal direction, the greatest first, in the second moment of what the linears of a site are fed (EVA).
+            Experts are left out, and so they are from `outliers`.
         magnitudes: Of the weights of each site of linears.
         outliers: Share of outliers among the Wanda scores of its block, the same for all sites of linears of a block (OWL). Experts
             are left out, whose inputs are not watched.
@@ -27,6 +29,7 @@ class ModelStatistics:
 
     attention: Mapping[str, AttentionStatistics] = field(default_factory=dict)
     changes: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     magnitudes: Mapping[str, Magnitudes] = field(default_factory=dict)
     outliers: Mapping[str, float] = field(default_factory=dict)
     spectra: Mapping[str, float] = field(default_factory=dict)
@@ -41,5 +44,7 @@ class ModelStatistics:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelStatistics:
-        made = {"attention": AttentionStatistics.from_json, "magnitudes": Magnitudes.from_json}
+        made: Mapping[str, Callable[[Any], Any]] = {
+            "attention": AttentionStatistics.from_json, "inputs": tuple, "magnitudes": Magnitudes.from_json,
+        }  # fmt: skip
         return cls(**{name: {site: made.get(name, float)(found) for site, found in sites.items()} for name, sites in value.items()})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, 
 from autoeff.evaluators.metrics import check_metrics
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.tasks import check_tasks
-from autoeff.evaluators.text import Passages, make_passages
+from autoeff.evaluators.text import Passages, make_passages, make_windows
 from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.couplings import coupled
@@ -46,6 +46,7 @@ class Preparation:
         footprint: Predicted use of memory and disk.
         seconds: How long finding all this took.
         digest: Names everything that a quality value depends on besides configuration, split and windows.
+        tuning: Text that adapters are trained on, where there are any.
         latency: Times of the space's levels, where they are asked for; quality does not depend on them.
     """
 
@@ -60,6 +61,7 @@ class Preparation:
     seconds: float
     digest: str
     latency: Latency | None = None
+    tuning: Passages | None = None
 
     @property
     def quality(self) -> str:
@@ -84,6 +86,8 @@ class Preparation:
                 f"budgets of the cache cost what they cost at {context} tokens, and are measured on windows of {length} at the same shares"
             )
         times = () if self.latency is None else self.latency.notices
+        if self.tuning is not None:
+            kept += ["dense is the model with the adapter trained in full: quality is the distance from it", *self.tuning.notices]
         return [*self.facts.notices, *kept, *(n for p in self.passages.values() for n in p.notices), *times]
 
     def report(self) -> dict[str, Any]:
@@ -95,7 +99,7 @@ class Preparation:
             },
             "text": {
                 split: {"digest": p.digest, "source": p.source, "windows": len(p.inputs), "length": p.length, "tokens": p.tokens}
-                for split, p in self.passages.items()
+                for split, p in [*self.passages.items(), *([] if self.tuning is None else [("tune", self.tuning)])]
             },
             "quality": self.quality,
             "decisions": len(self.space.decisions),
@@ -135,6 +139,8 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     if any(knob.kind == "cache" or knob.of_context for name, knob in known_knobs().items() if name in setup.space.knobs):
         structure = _with_cache(structure, setup, facts)
     space, knobs = build_space(structure, setup.space)
+    trained = sorted(name for name, knob in knobs.items() if knob.kind == "trained")
+    setup, tuning = _tuning(facts, setup, trained)
     latency = None
     if setup.latency is not None:
         latency = latency_of(setup.latency, facts, structure, setup.space, device)
@@ -148,7 +154,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     for knob in knobs.values():
         if knob.kind == "cache":
             knob.check_length(min(p.length for p in passages.values()))
-    footprint = footprint_of(setup, facts, model, structure, space, knobs, passages, device)
+    footprint = footprint_of(setup, facts, model, structure, space, knobs, passages, device, tuning)
     digest = digest_of(
         {
             "evaluator": EVALUATOR_VERSION,
@@ -158,17 +164,43 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
+            **({} if tuning is None else {"tuning": [tuning.digest, setup.seed, [d.levels for d in space.decisions if d.knob in trained]]}),
             **asked,
         }
     )
     seconds = time.perf_counter() - started
-    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, seconds, digest, latency)
+    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, seconds, digest, latency, tuning)
+
+
+def _tuning(facts: ModelFacts, setup: EvaluationSetup, trained: Sequence[str]) -> tuple[EvaluationSetup, Passages | None]:
+    """The text to train on; a setup that names no search text is searched on what is left of it.
+
+    Raises:
+        InputError: A knob that trains has no text, or the text no such knob; no decoder; a limit on times.
+    """
+    if not trained:
+        if setup.tune_data is not None:
+            raise InputError("tune_data is text that adapters are trained on; add lora_rank to the knobs, or leave it out")
+        return setup, None
+    if facts.task != "decoder":
+        raise InputError(f"knob {trained[0]} trains adapters of decoders; {facts.path} is none")
+    spec = setup.tune_data
+    if spec is None or spec.source is None:
+        raise InputError(f"knob {trained[0]} trains adapters and needs text to do so; give --tune-data")
+    if setup.latency is not None:
+        raise InputError(f"times of models with adapters are not known; search {trained[0]} without decode_ms and prefill_ms")
+    if setup.data.source is None:
+        setup = replace(setup, data=replace(setup.data, source=spec.source))
+    spec = spec if spec.windows is not None else replace(spec, windows=0)
+    shared = setup.data.source == spec.source
+    return setup, make_windows(load_tokenizer(facts), facts, spec, setup.seed, "tune", divided=shared, tuned=shared)
 
 
 def _passages(facts: ModelFacts, setup: EvaluationSetup) -> dict[Split, Passages]:
     if facts.task == "vision":
         return make_images(facts, setup.data, setup.eval_data, setup.seed)
-    return make_passages(load_tokenizer(facts), facts, setup.data, setup.eval_data, setup.seed)
+    tuned_on = None if setup.tune_data is None else setup.tune_data.source
+    return make_passages(load_tokenizer(facts), facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on)
 
 
 def _with_cache(structure: Structure, setup: EvaluationSetup, facts: ModelFacts) -> Structure:

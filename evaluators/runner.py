@@ -90,6 +90,15 @@ def _serve(requests: Iterator[Mapping[str, Any]], answers: TextIO) -> None:
                 answer("bytes", bytes=evaluator.stored_bytes(request["levels"]))
             case "export":
                 answer("exported", files=evaluator.export(request["levels"], Path(request["folder"])))
+            case "trained":
+                found = evaluator.trained(request["levels"])
+                answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=time.perf_counter() - started)
+            case "export_adapter":
+                evaluator.export_adapter(request["levels"], Path(request["folder"]))
+                answer("exported")
+            case "remeasure_adapter":
+                found = evaluator.remeasure_adapter(Path(request["folder"]), request["split"], request["windows"])
+                answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=time.perf_counter() - started)
             case "remeasure":
                 found = evaluator.remeasure(Path(request["folder"]), request["split"], request["windows"], request.get("levels"))
                 answer("measured", measurements=[measurement_to_json(m) for m in found], seconds=time.perf_counter() - started)

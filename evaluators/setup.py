@@ -30,6 +30,7 @@ class EvaluationSetup:
         bank: Folder of the level bank.
         memory_bytes: What may be held on the device; None allows all that is there.
         tasks: What is asked besides the whole held-out text.
+        tune_data: Text on which adapters are trained.
         metrics: What is called besides, as `package.module:function`.
         context: Tokens that budgets of the cache are shares of; None takes the model's context.
         batch: Sequences decoded together: more of them read more experts.
@@ -48,6 +49,7 @@ class EvaluationSetup:
     memory_bytes: int | None = None
     context: int | None = None
     batch: int = 1
+    tune_data: TextSpec | None = None
     latency: LatencySpec | None = None
     hardware: str | None = None
     metrics: tuple[str, ...] = ()
@@ -58,8 +60,8 @@ class EvaluationSetup:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> EvaluationSetup:
         fields = dict(value)
-        for name in ("data", "eval_data"):
-            if fields[name] is not None:
+        for name in ("data", "eval_data", "tune_data"):
+            if fields.get(name) is not None:
                 draw = fields[name]["draw"]
                 fields[name] = TextSpec(**{**fields[name], "draw": tuple(draw) if isinstance(draw, list) else draw})
         space = fields["space"]

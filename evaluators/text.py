@@ -36,6 +36,13 @@ _BYTES_PER_TOKEN = 16  # generous: natural text has about 4
 _SETTLED = 64  # ids before a cut in the text that the cut may change
 _DOCUMENT_END = re.compile(r"^<\|endoftext\|>\s*$", re.MULTILINE)
 _BUNDLED = "texts.json"
+_FIFTHS = {
+    ("search", False): (0, 4, "first four fifths"),
+    ("held_out", False): (4, 5, "last fifth"),
+    ("tune", True): (0, 3, "first three fifths"),
+    ("search", True): (3, 4, "fourth fifth"),
+}
+"""Of a divided source, by split and whether it is tuned on too: where a part begins and ends."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +120,18 @@ class Passages:
 
 
 def make_passages(
-    tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, data: TextSpec, eval_data: TextSpec | None, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    facts: ModelFacts,
+    data: TextSpec,
+    eval_data: TextSpec | None,
+    seed: int,
+    *,
+    tuned_on: str | None = None,
 ) -> dict[Split, Passages]:
     """Search and held-out passages of a job.
 
-    Without a held-out source, a given search source is divided: its first four fifths are searched on, the last fifth is held out.
+    Without a held-out source, a given search source is divided: its first four fifths are searched on, the last fifth is held out. Of
+    a source that the model is `tuned_on` the first three fifths are left to that, and the fourth is searched on.
 
     Raises:
         InputError: A text cannot be read, is too short, or is needed and not given.
@@ -130,6 +144,9 @@ def make_passages(
     limit = None
     if divided and _remote(data):  # one limit for both, or the parts would overlap
         limit = min(_READ_LIMIT, 5 * max(_reach(data, facts), _reach(held_out, facts)))
+    if tuned_on is not None and data.source == tuned_on:
+        search = make_windows(tokenizer, facts, data, seed, "search", divided=True, limit_bytes=limit, tuned=True)
+        return {"search": search, "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided, limit_bytes=limit)}
     return {
         "search": make(tokenizer, facts, data, seed, "search", divided=divided, limit_bytes=limit),
         "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided, limit_bytes=limit),
@@ -141,10 +158,11 @@ def make_windows(
     facts: ModelFacts,
     spec: TextSpec,
     seed: int,
-    split: Split,
+    split: Split | Literal["tune"],
     *,
     divided: bool = False,
     limit_bytes: int | None = None,
+    tuned: bool = False,
 ) -> Passages:
     """Windows of a text for a decoder.
 
@@ -155,6 +173,7 @@ def make_windows(
         seed: Draws the windows, for each split apart.
         split: Which of a bundled model's texts; which part of a divided one.
         divided: Take the first four fifths of the ids for `search`, the last fifth for `held_out`.
+        tuned: Of these four fifths the first three are for `tune`, the last for `search`.
         limit_bytes: How much of the source is read. None takes 64 MiB, or less of a source that is remote or read from its start:
             16 bytes a token, and more where that does not suffice.
 
@@ -179,9 +198,9 @@ def make_windows(
         notices.append(_cut_at(limit, text))
     where = text.name
     if divided:
-        cut = len(ids) * 4 // 5
-        ids = ids[:cut] if split == "search" else ids[cut:]
-        where += ", its first four fifths" if split == "search" else ", its last fifth"
+        begin, end, named = _FIFTHS[split, tuned]
+        ids = ids[len(ids) * begin // 5 : len(ids) * end // 5]
+        where += f", its {named}"
     fit = len(ids) // step
     if not fit:
         raise InputError(f"{where} is shorter than one window: {len(ids)} ids found, {step} needed; give more text or a shorter length")
@@ -287,7 +306,7 @@ def _lines(document: str | Conversation, name: str) -> list[str]:
     return [line.strip() for line in document.splitlines() if line.strip()]
 
 
-def _read(spec: TextSpec, facts: ModelFacts, split: Split, limit_bytes: int) -> tuple[Text, list[str]]:
+def _read(spec: TextSpec, facts: ModelFacts, split: str, limit_bytes: int) -> tuple[Text, list[str]]:
     """The text and what must be said about it."""
     if spec.source is not None:
         return (read_dataset if is_dataset(spec.source) else read_text)(spec.source, limit_bytes), []

@@ -106,6 +106,9 @@ class JobSpec(_Strict):
     eval_data: Annotated[Data | None, BeforeValidator(_data)] = Field(
         default=None, description="Held-out text; default is the last fifth of the search text."
     )
+    tune_data: Annotated[Data | None, BeforeValidator(_data)] = Field(
+        default=None, description="Text that adapters are trained on (knob lora_rank); all its windows unless a number is given."
+    )
     knobs: Annotated[dict[str, dict[str, Any]], BeforeValidator(_knobs)] = Field(
         default={"bits": {}}, min_length=1, description="Knobs to search, with settings."
     )
@@ -200,10 +203,11 @@ class JobSpec(_Strict):
             metrics=self.metrics,
             context=self.context,
             batch=self.batch,
+            tune_data=None if self.tune_data is None else self.tune_data.text(),
         )
 
 
-_PARTS: Mapping[str, type[_Strict]] = {"data": Data, "eval_data": Data, "space": Space, "budget": Budget, "tasks": Tasks}
+_PARTS: Mapping[str, type[_Strict]] = {"data": Data, "eval_data": Data, "tune_data": Data, "space": Space, "budget": Budget, "tasks": Tasks}
 
 
 def _yaml(text: str) -> Any:

@@ -153,7 +153,27 @@ class Plan:
             return said | {"state": "feasible", "front": [], "found": None, "closest": None, "completions": None}
         asked = runner if isinstance(runner, RunnerProcess) else None
         completions = None if asked is None else self._completions(results, asked)
-        return said | {"completions": completions, "latency": self._times(results, asked), "attribution": attribution(results, table)}
+        said |= {"completions": completions, "latency": self._times(results, asked), "attribution": attribution(results, table)}
+        return said if self.preparation.tuning is None or asked is None else said | {"from_scratch": self._from_scratch(results, asked)}
+
+    def _from_scratch(self, results: Results, runner: RunnerProcess) -> list[dict[str, Any]]:
+        """Held-out losses of the best uniform level and of what was found: with a prefix of the adapter, and with one of its own."""
+        rows = []
+        for point in self.problem.operating_points[:_TIMED_POINTS]:
+            best = next((t for t in results.within(point.limits) if t.origin == "uniform"), None)
+            for role, trial in (("uniform", best), ("found", results.found(point))):
+                if trial is None:
+                    continue
+                confirmed = results.held_out.get(trial.configuration.digest)
+                row = {"role": role, "point": point.name, "trial": trial.number, "label": trial.label}
+                row |= {"prefix": None if confirmed is None else confirmed.value("loss_held_out"), "from_scratch": None, "failure": None}
+                try:
+                    found = runner.trained(trial.configuration.levels)
+                    row["from_scratch"] = next(m.value for m in found.measurements if m.name == "loss_held_out")
+                except (CandidateError, RunnerLost) as error:
+                    row["failure"] = str(error)
+                rows.append(row)
+        return rows
 
     def _times(self, results: Results, runner: RunnerProcess | None) -> dict[str, Any] | None:
         """Times of dense, the best uniform level and what was found, predicted and measured end to end."""

@@ -7,7 +7,7 @@ fractions keep a limit hard to the byte, and tell the allocators along which axe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from autoeff.spaces.measurements import Measurement, Method
@@ -78,6 +78,11 @@ class CostModel:
         }
         if "attention_flops" in dense:
             self.measures["attention_flops"] = Affine(Fraction(0), {"attention_flops": one})
+        if "adapter_bytes" in dense:
+            self.measures["trainable_parameters"] = Affine(Fraction(0), {"trainable_parameters": one})
+            for name, share in (("weight_bytes", one), ("bytes_per_token", Fraction(1, batch))):
+                form = self.measures[name]
+                self.measures[name] = replace(form, coefficients={**form.coefficients, "adapter_bytes": share})
         if "block_bytes" in dense:
             self.measures["kv_peak_bytes"] = Affine(kept.offset, {**kept.coefficients, "block_bytes": one}).times(batch)
         for quantity, (name, method) in LATENCIES.items():

@@ -77,6 +77,7 @@ class SearchSpace:
             where latency is asked for `decode_ns`, `prefill_ns` (predicted) or `decode_floor_ns`, `prefill_floor_ns` (estimated). Where
             knobs of kind `cache` decide, of one sequence: `cache_bytes`, what the context takes at 16 bit, from which their levels save;
             `block_bytes`.
+            Where adapters are trained: `trainable_parameters` and `adapter_bytes`, of the adapter in full.
     """
 
     decisions: tuple[Decision, ...]

@@ -85,7 +85,7 @@ class Rank(Knob):
     def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
         for name, weight in material.weights.items():
-            if rank := self._rank(*weight.shape, float(level)):
+            if rank := self._rank(len(weight), weight.shape[1], float(level)):
                 values = weight.double()
                 u = output_directions(values, material.needed(name)["hessian"].to(values))[:, :rank]
                 stored[f"{name}.v"] = (u.T @ values).to(weight.dtype)

@@ -219,6 +219,7 @@ def test_another_content_type_is_refused(served: Any) -> None:
         {"data": "package:pip"},
         {"data": "hub:owner/name"},
         {"eval_data": {"source": "escape"}},
+        {"tune_data": {"source": "/etc/passwd"}},
         {"tasks": {"names": ["a"], "path": "/etc"}},
         {"tasks": {"names": ["../a"]}},
     ],

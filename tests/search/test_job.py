@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from autoeff.errors import InputError
+from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.flags import FIELDS, job_fields
 from autoeff.search.job import JobSpec
 from autoeff.search.settings import Settings
@@ -21,6 +22,7 @@ from autoeff.search.settings import Settings
 FLAGS: dict[str, Any] = {
     "model": "models/tiny", "data": "train.txt", "windows": 16, "length": 128, "draw": "0,128,256", "bos": "per_document",
     "eval_data": "eval.txt", "eval_windows": 0, "eval_length": 64, "eval_draw": "first", "eval_bos": "per_window",
+    "tune_data": "tune.txt", "tune_windows": 9, "tune_length": 32, "tune_draw": "random", "tune_bos": "per_document",
     "knobs": "bits, skip", "settings": ["bits.group_size=32", "bits.symmetric=false", "bits.quantizer=rtn"],
     "include": ["*"], "exclude": ["*down_proj:bits"], "levels": ["*o_proj:bits=16,4", "*:bits=16,8,3"], "untie": True,
     "objective": "kl,weight_bytes", "limit": ["weight_bytes<=0.30x", "avg_bits<=3.5"], "trials": 500, "timeout": "20m",
@@ -34,6 +36,7 @@ JOB = """
 model: models/tiny
 data: {source: train.txt, windows: 16, length: 128, draw: [0, 128, 256], bos: per_document}
 eval_data: {source: eval.txt, windows: 0, length: 64, draw: first, bos: per_window}
+tune_data: {source: tune.txt, windows: 9, length: 32, draw: random, bos: per_document}
 knobs:
   bits: {group_size: 32, symmetric: false, quantizer: rtn}
   skip: {}
@@ -250,6 +253,7 @@ jobs = st.fixed_dictionaries(
     optional={
         "data": texts,
         "eval_data": st.one_of(st.none(), texts),
+        "tune_data": st.one_of(st.none(), texts),
         "knobs": st.dictionaries(names, st.dictionaries(names, levels, max_size=2), min_size=1, max_size=3),
         "space": st.fixed_dictionaries({}, optional={"levels": st.dictionaries(names, st.lists(levels, max_size=3), max_size=2)}),
         "objectives": st.lists(names, min_size=1, max_size=3, unique=True),
@@ -274,6 +278,8 @@ def test_the_setup_carries_what_the_evaluation_depends_on(tmp_path: Path) -> Non
     assert (setup.model, setup.seed, setup.device, setup.bank) == ("models/tiny", 7, "cuda:1", str(tmp_path))
     assert (setup.data.source, setup.data.draw) == ("train.txt", (0, 128, 256))
     assert setup.eval_data is not None
+    assert setup.tune_data is not None
+    assert EvaluationSetup.from_json(json.loads(json.dumps(setup.to_json()))).tune_data == setup.tune_data
     assert setup.space.untie
     assert dict(setup.space.levels) == {"*o_proj:bits": (16, 4), "*:bits": (16, 8, 3)}
 

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from autoeff.spaces.adapters import Adapter, attached
 from autoeff.spaces.build import SpaceSpec, build_space
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import KINDS, Knob, Undo, make_knob, swap
+from autoeff.spaces.knobs.lora_rank import LoraRank
 from autoeff.spaces.material import Material, dense_weight
 from autoeff.spaces.sites import Site, Structure, find_structure
 
@@ -39,6 +41,7 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "kv_budget, h2o": ("kv_budget", {"policy": "h2o", "shares": (0.5,)}),
     "kv_bits": ("kv_bits", {}),
     "rank": ("rank", {"multiple": 1}),
+    "lora_rank": ("lora_rank", {"ranks": (4, 1, 0)}),
     "attention_sparsity": ("attention_sparsity", {}),
     "activation_sparsity": ("activation_sparsity", {}),
     "activation_sparsity, magnitude": ("activation_sparsity", {"method": "magnitude"}),
@@ -57,8 +60,13 @@ def knob(request: pytest.FixtureRequest, third_party_knobs: Path) -> Knob:
 
 
 @pytest.fixture
-def model(family: str, make_model: Callable[..., nn.Module]) -> nn.Module:
-    return make_model(family)
+def model(family: str, knob: Knob, make_model: Callable[..., nn.Module]) -> nn.Module:
+    model = make_model(family)
+    if isinstance(knob, LoraRank):  # as if they had been trained
+        linears = [linear for site in knob.sites(find_structure(model)) for linear in site.linears]
+        rank = knob.ranks[0]
+        attached(model, {i.name: Adapter(torch.randn(rank, i.in_features), torch.randn(i.out_features, rank)) for i in linears})
+    return model
 
 
 @pytest.fixture
