@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from autoeff.errors import FailureClass
 from autoeff.search.storage import Claim, Failure, Proposal, State, Store, Trial, process_identity
-from autoeff.search.storage.store import LOG_CHARACTERS
+from autoeff.search.storage.work import LOG_CHARACTERS
 from autoeff.spaces.configuration import Configuration, digest_of
 from autoeff.spaces.measurements import Measurement
 
@@ -345,7 +345,7 @@ def test_no_clock_but_the_database_s_is_written(
     def look(connection: object, cursor: object, statement: str, parameters: Any, *_: object) -> None:
         rows = parameters if isinstance(parameters, list) else [parameters]
         values = [value for row in rows for value in (row.values() if isinstance(row, dict) else row)]
-        sent.extend(value for value in values if isinstance(value, float))
+        sent.extend(value for value in values if isinstance(value, int | float))
 
     event.listen(Engine, "before_cursor_execute", look)
     try:
