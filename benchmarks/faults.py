@@ -108,10 +108,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def worker_killed(cluster: Cluster, rng: random.Random) -> None:
-    victim = rng.choice(cluster.alive("worker"))
-    victim.kill()
-    victim.wait()
-    cluster.start("worker")
+    _replaced(cluster, "worker", [rng.choice(cluster.alive("worker"))])
 
 
 def pool_process_killed(cluster: Cluster, rng: random.Random) -> None:
@@ -130,17 +127,11 @@ def worker_stopped_past_its_lease(cluster: Cluster, rng: random.Random) -> None:
 
 
 def coordinator_killed(cluster: Cluster, rng: random.Random) -> None:
-    for victim in cluster.alive("coordinator")[:-1]:  # whoever drives the job, and not only who does not
-        victim.kill()
-        victim.wait()
-        cluster.start("coordinator")
+    _replaced(cluster, "coordinator", cluster.alive("coordinator")[:-1])  # whoever drives the job, and not only who does not
 
 
 def every_coordinator_killed(cluster: Cluster, rng: random.Random) -> None:
-    for victim in cluster.alive("coordinator"):
-        victim.kill()
-        victim.wait()
-    cluster.start("coordinator")
+    _replaced(cluster, "coordinator", cluster.alive("coordinator"))
 
 
 def redis_emptied(cluster: Cluster, rng: random.Random) -> None:
@@ -151,9 +142,11 @@ def redis_emptied(cluster: Cluster, rng: random.Random) -> None:
 
 
 def redis_killed(cluster: Cluster, rng: random.Random) -> None:
-    cluster.redis.stop(signal.SIGKILL)
-    time.sleep(rng.uniform(0.0, 1.0))
-    cluster.redis.start()
+    _away(cluster.redis, signal.SIGKILL, rng.uniform(0.0, 1.0))
+
+
+def redis_frozen(cluster: Cluster, rng: random.Random) -> None:
+    _frozen(cluster.redis, LEASE_S)
 
 
 def messages_repeated(cluster: Cluster, rng: random.Random) -> None:
@@ -171,15 +164,15 @@ def messages_repeated(cluster: Cluster, rng: random.Random) -> None:
 
 
 def postgres_stopped_at_once(cluster: Cluster, rng: random.Random) -> None:
-    cluster.postgres.stop(signal.SIGQUIT)
-    time.sleep(rng.uniform(0.0, 1.0))
-    cluster.postgres.start()
+    _away(cluster.postgres, signal.SIGQUIT, rng.uniform(0.0, 1.0))
 
 
 def postgres_away_past_the_lease(cluster: Cluster, rng: random.Random) -> None:
-    cluster.postgres.stop(signal.SIGQUIT)
-    time.sleep(1.5 * LEASE_S)
-    cluster.postgres.start()
+    _away(cluster.postgres, signal.SIGQUIT, 1.5 * LEASE_S)
+
+
+def postgres_frozen_past_the_lease(cluster: Cluster, rng: random.Random) -> None:
+    _frozen(cluster.postgres, 1.5 * LEASE_S)
 
 
 FAULTS: Mapping[str, Callable[[Cluster, random.Random], None]] = {
@@ -187,8 +180,35 @@ FAULTS: Mapping[str, Callable[[Cluster, random.Random], None]] = {
     for fault in (
         messages_repeated, worker_killed, redis_emptied, pool_process_killed, coordinator_killed, runner_killed,
         worker_stopped_past_its_lease, postgres_stopped_at_once, redis_killed, every_coordinator_killed, postgres_away_past_the_lease,
+        redis_frozen, postgres_frozen_past_the_lease,
     )
 }  # fmt: skip
+
+
+def _replaced(cluster: Cluster, verb: str, victims: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kills these processes, and starts as many."""
+    for victim in victims:
+        victim.kill()
+        victim.wait()
+        cluster.start(verb)
+
+
+def _away(server: Any, number: int, seconds: float) -> None:
+    """Ends a server for a while; who is connected hears of it."""
+    server.stop(number)
+    time.sleep(seconds)
+    server.start()
+
+
+def _frozen(server: Any, seconds: float) -> None:
+    """Stops a server in its tracks, as a network that is cut does: who is connected hears nothing."""
+    process = psutil.Process(server.process.pid)
+    stopped = [process, *process.children(recursive=True)]
+    for one in stopped:
+        one.suspend()
+    time.sleep(seconds)
+    for one in stopped:
+        one.resume()
 
 
 def _signal(processes: Sequence[psutil.Process], number: int, rng: random.Random) -> list[psutil.Process]:

@@ -152,8 +152,11 @@ class _Office:
         lease_s = self._settings.lease_s
         judged_from = time.monotonic() + lease_s
         while not self._stop.wait(lease_s / 4):
+            begun = time.monotonic()
             try:
                 self._store.jobs(limit=1)
+                if time.monotonic() > begun + lease_s / 4:  # a database that does not answer is away, too
+                    judged_from = time.monotonic() + lease_s
                 if time.monotonic() >= judged_from and self._store.reap():
                     self._rung.set()
             except StorageError as error:
