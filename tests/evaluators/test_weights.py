@@ -37,8 +37,8 @@ def test_outliers_are_counted_over_all_linears_together() -> None:
 
 def test_the_exponent_of_a_power_law_is_found() -> None:
     """Eigenvalues at the quantiles of a density x^-3: the exponent is 3."""
-    places = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    places = (torch.arange(600, dtype=torch.float64) + 0.5) / 600
     eigenvalues = (1 - places) ** -0.5
-    assert tail_exponent(torch.diag(eigenvalues.sqrt().float())) == pytest.approx(3, abs=0.05)
+    assert tail_exponent(torch.diag(eigenvalues.sqrt().float())) == pytest.approx(3, abs=0.1)
     stacked = torch.stack([torch.diag(torch.tensor([1.0, 2, 4, 8])), torch.diag(torch.tensor([1.0, 3, 9, 27]))])
     assert tail_exponent(stacked) == pytest.approx((tail_exponent(stacked[0]) + tail_exponent(stacked[1])) / 2)
