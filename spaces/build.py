@@ -109,7 +109,11 @@ def build_space(
             shaping.update(latest)
     if not decisions:
         raise InputError(f"the space is empty: include, exclude and levels leave nothing to decide for {', '.join(knobs) or 'no knob'}")
-    constants = {name: value for knob in knobs.values() for name, value in knob.constants(structure).items()}
+    constants: dict[str, int] = {}
+    for knob in knobs.values():
+        decided = {decision.site for decision in decisions if decision.knob == knob.name}
+        about = tuple(site for site in structure.sites if knob.kind != "trained" or site.name in decided)  # what is not decided has none
+        constants |= knob.constants(replace(structure, sites=about))
     return SearchSpace(tuple(decisions), _dense(structure) | constants | dict(dense or {})), knobs
 
 

@@ -32,6 +32,15 @@ def test_parameters_and_bytes_are_those_of_the_factors(make_structure: Callable[
     assert "trainable_parameters" not in plain.measures
 
 
+def test_linears_that_are_not_decided_about_have_no_adapter(make_structure: Callable[..., Structure]) -> None:
+    structure = make_structure(2)
+    space, _ = build_space(structure, SpaceSpec({"lora_rank": {}}, include=("*0*",)))
+    first = {decision.site for decision in space.decisions}
+    assert 0 < len(first) < len([site for site in structure.sites if site.kind == "linears"])
+    linears = [linear for site in structure.sites if site.name in first for linear in site.linears]
+    assert space.dense["trainable_parameters"] == 16 * sum(linear.in_features + linear.out_features for linear in linears)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

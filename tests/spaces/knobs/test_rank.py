@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,6 +71,7 @@ def test_inputs_count_by_their_strength() -> None:
     assert lost[0] < 0.8 * lost[1]
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 40), k=st.integers(1, 40), share=st.sampled_from([0.9, 0.5, 0.3]), later=st.sampled_from([None, 8, 3, 0.5]),
     multiple=st.sampled_from([1, 4]),
@@ -156,7 +157,7 @@ def test_every_criterion_prunes_the_factors(criterion: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
         ({"shares": (0.5, 0.75)}, "rank.shares must fall between 1 and 0: got 0.5, 0.75"),
         ({"shares": ()}, "rank.shares must fall between 1 and 0: got none"),
@@ -164,9 +165,9 @@ def test_every_criterion_prunes_the_factors(criterion: str) -> None:
         ({"multiple": 0}, "rank.multiple must be at least 1: got 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_knob("rank", settings)
+        make_knob("rank", changes)
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:
