@@ -151,6 +151,10 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     if setup.metrics:
         asked["metrics"] = check_metrics(setup.metrics)
     passages = _passages(facts, setup)
+    if tuning is not None:  # what the bank is told of inputs is said of the tuned model
+        levels = [d.levels for d in space.decisions if d.knob in trained]
+        tuned = digest_of([passages["search"].digest, tuning.digest, setup.seed, [knobs[name].settings() for name in trained], levels])
+        passages["search"] = replace(passages["search"], digest=tuned)
     for knob in knobs.values():
         if knob.kind == "cache":
             knob.check_length(min(p.length for p in passages.values()))
@@ -164,7 +168,6 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
-            **({} if tuning is None else {"tuning": [tuning.digest, setup.seed, [d.levels for d in space.decisions if d.knob in trained]]}),
             **asked,
         }
     )

@@ -82,6 +82,15 @@ def test_the_text_is_divided_between_training_search_and_what_is_held_out(traine
     assert [apart[split]["source"] for split in ("tune", "search")] == [str(tmp_path / "tune.txt"), f"{other}, its first four fifths"]
 
 
+def test_what_the_bank_is_told_of_inputs_is_said_of_one_tuned_model(tuning: SetupOf) -> None:
+    """Codes that go by statistics of one adapter are not taken for those of another."""
+    setup = tuning(bits={"group_size": 16, "quantizer": "gptq"})
+    faster = replace(setup, space=replace(setup.space, knobs={**setup.space.knobs, "lora_rank": {**KNOB, "learning_rate": 0.01}}))
+    fewer = replace(setup, space=replace(setup.space, levels={"*:lora_rank": (4, 0)}))
+    digests = {prepare(s).passages["search"].digest for s in (setup, setup, faster, fewer, replace(setup, seed=1))}
+    assert len(digests) == 4
+
+
 def test_a_trained_adapter_is_found_again_and_a_killed_training_resumed(
     tuning: SetupOf, trained: Evaluator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
