@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionStatistics", "OfWindows", "mean_of", "of_windows"]
+__all__ = ["AttentionStatistics", "Moments", "OfWindows", "mean_of", "of_windows"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,30 @@ class AttentionStatistics:
 
 OfWindows = tuple[Tensor, Tensor, Tensor]
 """Mass float64 [windows, tokens], dispersion and shift float64 [windows]."""
+
+
+class Moments:
+    """Mean and covariance of vectors [B, heads, tokens, D], head by head, over everything that was added."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum: Tensor | None = None
+        self._products: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, vectors: Tensor) -> None:
+        rows = vectors.transpose(0, 1).flatten(1, 2).double()
+        self._count += rows.shape[1]
+        self._sum = rows.sum(1) + (0 if self._sum is None else self._sum)
+        self._products = rows.mT @ rows + (0 if self._products is None else self._products)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`mean` [heads, D] and `covariance` [heads, D, D], float32 on the CPU."""
+        assert self._sum is not None
+        assert self._products is not None
+        mean = self._sum / self._count
+        covariance = self._products / self._count - mean[:, :, None] * mean[:, None]
+        return {"mean": mean.float().cpu(), "covariance": covariance.float().cpu()}
 
 
 def of_windows(seen_by: Tensor, queries: int) -> OfWindows:

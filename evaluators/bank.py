@@ -51,7 +51,7 @@ class Step:
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        return tuple(linear.name for linear in self.site.linears)
+        return tuple(linear.name for linear in self.site.linears) or (self.site.name,)
 
 
 Chain = tuple[Step, ...]
@@ -169,7 +169,7 @@ class Bank:
         """The linears after the steps of a chain, with the statistics that are asked for."""
         tensors = self.statistics.tensors
         statistics = {name: tensors[name] for linear in linears for need in needs if (name := f"{linear}.{need}") in tensors}
-        material = Material({name: self._weights(name) for name in linears}, statistics=statistics)
+        material = Material({name: self._weights(name) for name in linears if name in self._linears}, statistics=statistics)
         for i, step in enumerate(chain):
             material = step.knob.transform(step.site, step.level, self.packed(chain[: i + 1]), material)
         return material
@@ -196,6 +196,8 @@ def entry_bytes(step: Step) -> int:
     if step.knob.coupled and step.site.coupling is not None:
         return 8 * step.site.coupling.units  # the places that are kept, at most all of them
     if step.knob.applies_built:
+        if step.site.kv is not None and not step.site.linears:
+            return 4 * step.site.kv_heads * max(step.site.kv.key_size, step.site.kv.value_size) ** 2  # axes
         return 8 * sum(max(linear.in_features, linear.experts) for linear in step.site.linears)  # a choice, or a number for each input
     stored = _stored(step)
     return BYTES_DENSE * stored.site.parameters + stored.knob.cost(stored.site, stored.level).get("linear_bytes", 0)

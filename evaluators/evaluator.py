@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
-from autoeff.evaluators.attention import AttentionStatistics, OfWindows, mean_of, of_windows
+from autoeff.evaluators.attention import AttentionStatistics, Moments, OfWindows, mean_of, of_windows
 from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected, explained, gradients
 from autoeff.evaluators.candidate import Candidate
@@ -131,7 +132,8 @@ class Evaluator:
         plain = [linear.name for linear in self.structure.linears if not linear.experts]
         with collected(self.model, plain, needs) as statistics, sampled(self.model, self._sampled_sites()) as samples:
             self._learn_targets(self._texts["search"], "search")
-        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, {**statistics(), **samples(), **self._gradients()})
+        found = {**statistics(), **samples(), **self._gradients(), **self._of_caches()}
+        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, found)
         self._build_bank(progress)
 
     def evaluate(self, request: EvaluationRequest) -> list[Measurement]:
@@ -489,6 +491,24 @@ class Evaluator:
             if needs := knobs[decision.knob].needs & SAMPLES:
                 found[sites[decision.site]] = found.get(sites[decision.site], frozenset()) | needs
         return found
+
+    def _of_caches(self) -> dict[str, Tensor]:
+        """Mean and covariance of the dense model's keys and values, head by head, where a knob needs them."""
+        knobs, sites = self.preparation.knobs, {site.name: site for site in self.structure.sites}
+        asking = dict.fromkeys(sites[d.site] for d in self.space.decisions if "covariance" in knobs[d.knob].needs)
+        found: dict[str, Moments] = {site.name: Moments() for site in asking}
+        if not asking:
+            return {}
+        with ExitStack() as stack:
+            for kind in ("keys", "values"):
+                names = {site.attention: site.name for site in asking if site.kind == kind}
+
+                def watch(name: str, numbers: Tensor, names: Mapping[str, str] = names) -> None:
+                    found[names[name]].add(numbers)
+
+                stack.enter_context(watched(self.model, names, watch, f"kv_watch_{kind}"))
+            self._run_dense()
+        return {f"{name}.{key}": tensor for name, moments in found.items() for key, tensor in moments.tensors().items()}
 
     def _gradients(self) -> dict[str, Tensor]:
         """Of the linears that a knob needs it for."""

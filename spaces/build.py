@@ -173,16 +173,19 @@ def _branches(knob: Knob, site: Site, levels: Sequence[Level]) -> tuple[int | No
 
 
 def _pairs(structure: Structure, knobs: Mapping[str, Knob]) -> list[tuple[Site, str]]:
-    """Site and knob of every decision; at one site those that silence others come first, then the order of the kinds, masks before codes.
+    """Site and knob of every decision; at one site those that silence others come first, then the order of the kinds.
+
+    Of one kind masks come before codes, and what leaves another shape before what does not.
 
     The order in which the user names the knobs plays no part, so the same knobs are the same space.
     """
     position = {site.name: i for i, site in enumerate(structure.sites)}
 
-    def order(pair: tuple[Site, str]) -> tuple[int, bool, int, bool, str]:
+    def order(pair: tuple[Site, str]) -> tuple[int, bool, int, bool, bool, str]:
         site, name = pair
         silences = any(knobs[name].silences(site, level) for level in knobs[name].levels(site))
-        return position[site.name], not silences, KINDS.index(knobs[name].kind), not knobs[name].beside, name
+        reshapes = any(knobs[name].left(site, level) != site for level in knobs[name].levels(site) if not knobs[name].silences(site, level))
+        return position[site.name], not silences, KINDS.index(knobs[name].kind), not knobs[name].beside, not reshapes, name
 
     return sorted(((site, name) for name, knob in knobs.items() for site in knob.sites(structure)), key=order)
 

@@ -34,6 +34,7 @@ from autoeff.errors import InputError
 
 __all__ = [
     "POLICIES",
+    "Basis",
     "KvCache",
     "KvPlan",
     "KvState",
@@ -91,6 +92,27 @@ class Sizes:
         return max(0, tokens - self.recent) // self.group * self.group
 
 
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Axes along which keys or values are kept, head by head.
+
+    Attributes:
+        mean: [KV heads, D].
+        axes: Orthonormal columns, [KV heads, D, rank].
+    """
+
+    mean: Tensor
+    axes: Tensor
+
+    def coordinates(self, numbers: Tensor) -> Tensor:
+        """[B, KV heads, n, rank] of [B, KV heads, n, D]."""
+        return (numbers - self.mean[:, None].to(numbers.dtype)) @ self.axes.to(numbers.dtype)
+
+    def numbers(self, coordinates: Tensor) -> Tensor:
+        """What they stand for; with as many axes as numbers it is what they were."""
+        return coordinates @ self.axes.mT.to(coordinates.dtype) + self.mean[:, None].to(coordinates.dtype)
+
+
 @dataclass(frozen=True)
 class KvPlan:
     """What a layer keeps of the keys and values. Lengths are tokens; for small contexts they shrink, see `sizes`.
@@ -106,6 +128,8 @@ class KvPlan:
         value_bits: As `key_bits`.
         group: Tokens that share the scales of packed keys, a power of two; at most a 16th of the context, at least 16.
         recent: Last tokens that are not packed, at most a 32nd of the context.
+        key_basis: What keys are kept along; None keeps them as they are.
+        value_basis: As `key_basis`.
     """
 
     share: float = 1.0
@@ -118,6 +142,8 @@ class KvPlan:
     value_bits: int = 16
     group: int = 32
     recent: int = 32
+    key_basis: Basis | None = None
+    value_basis: Basis | None = None
 
     def sizes(self, tokens: int) -> Sizes:
         """The lengths at a context of so many tokens."""
@@ -156,7 +182,7 @@ class KvState:
     """What a layer keeps, and what it knows of its use.
 
     Attributes:
-        keys: [B, KV heads, n, D], those of packed tokens as their codes stand for them; None before the first token.
+        keys: [B, KV heads, n, D], those of packed tokens as their codes stand for them, or coordinates; None before the first token.
         values: As `keys`.
         packed: How many of the first tokens are packed.
         seen: Tokens that have arrived.
@@ -218,12 +244,15 @@ class KvState:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
         before, arriving = self.tokens, query.shape[2]
+        key = key if self.plan.key_basis is None else self.plan.key_basis.coordinates(key)
+        value = value if self.plan.value_basis is None else self.plan.value_basis.coordinates(value)
         self.keys = key if self.keys is None else torch.cat([self.keys, key], 2)
         self.values = value if self.values is None else torch.cat([self.values, value], 2)
         self.seen += arriving
-        attention = seen_by(query, self.keys, scale, softcap, before)
+        attention = seen_by(query, self._known_keys, scale, softcap, before)
         batch, heads, groups, _, tokens = attention.shape
-        output = attention.view(batch, heads, groups * arriving, tokens) @ self.values
+        values = self.values if self.plan.value_basis is None else self.plan.value_basis.numbers(self.values)
+        output = attention.view(batch, heads, groups * arriving, tokens) @ values
         if self.plan.policy == "h2o" and self.sizes.budget is not None:
             self._count(attention, before)
         elif self.plan.policy in ("snapkv", "tova") and self.sizes.budget is not None:
@@ -231,6 +260,11 @@ class KvState:
             self._queries = queries[:, :, -self.sizes.window :]
         self._scaling = scale, softcap
         return output.view(batch, heads * groups, arriving, -1)
+
+    @property
+    def _known_keys(self) -> Tensor:
+        assert self.keys is not None
+        return self.keys if self.plan.key_basis is None else self.plan.key_basis.numbers(self.keys)
 
     def _count(self, attention: Tensor, before: int) -> None:
         """Adds what each kept token received, and the queries that could see it."""
@@ -277,9 +311,9 @@ class KvState:
         assert self._queries is not None
         scale, softcap = self._scaling
         if self.plan.policy == "tova":
-            attention = seen_by(self._queries[:, :, -1:], self.keys, scale, softcap, self.tokens - 1)
+            attention = seen_by(self._queries[:, :, -1:], self._known_keys, scale, softcap, self.tokens - 1)
             return attention.mean((1, 2))[:, None, 0, between]
-        attention = seen_by(self._queries, self.keys, scale, softcap, self.tokens - self._queries.shape[2])
+        attention = seen_by(self._queries, self._known_keys, scale, softcap, self.tokens - self._queries.shape[2])
         scores = attention.sum(3).mean(2)[:, :, : between.stop]
         pool = self.plan.pool
         return max_pool1d(scores, pool, 1, pool // 2)[:, :, between.start :] if pool > 1 else scores[:, :, between.start :]
@@ -398,17 +432,20 @@ def plan_part(model: nn.Module, attention: str, name: str, part: dict[str, Any])
 
 
 @contextmanager
-def watched(model: nn.Module, attentions: Collection[str], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Shows `watch` the attention of every pass over whole texts: module path, and float [B, KV heads, query heads of each, T, T]."""
+def watched(model: nn.Module, attentions: Collection[str], watch: Callable[[str, Tensor], None], what: str = "kv_watch") -> Iterator[None]:
+    """Shows `watch` the attention of every pass over whole texts: module path, and float [B, KV heads, query heads of each, T, T].
+
+    With `kv_watch_keys` or `kv_watch_values` as `what` it is shown these instead, [B, KV heads, T, D].
+    """
     modules = {name: model.get_submodule(name) for name in attentions}
     try:
         for name, module in modules.items():
             _take(module)
-            vars(module)["kv_watch"] = lambda seen_by, name=name: watch(name, seen_by)
+            vars(module)[what] = lambda seen, name=name: watch(name, seen)
         yield
     finally:
         for module in modules.values():
-            vars(module).pop("kv_watch", None)
+            vars(module).pop(what, None)
             _give_back(module)
 
 
@@ -425,7 +462,7 @@ def _take(module: nn.Module) -> None:
 
 def _give_back(module: nn.Module) -> None:
     known = vars(module)
-    if not known["kv_parts"] and "kv_watch" not in known:
+    if not known["kv_parts"] and not any(name.startswith("kv_watch") for name in known):
         module.config = known.pop("kv_config")
         del known["kv_parts"]
 
@@ -444,6 +481,9 @@ def _attention(
     softcap = kwargs.get("softcap")
     if (watch := vars(module).get("kv_watch")) is not None:
         watch(seen_by(query, key, scale, softcap, 0))
+    for name, numbers in (("kv_watch_keys", key), ("kv_watch_values", value)):
+        if (watch := vars(module).get(name)) is not None:
+            watch(numbers)
     layer: _Layer | None = getattr(key, "autoeff_layer", None)
     plan = KvPlan(**_merged(module)) if layer is None else layer.state.plan
     state = KvState(plan, key.shape[2]) if layer is None else layer.state

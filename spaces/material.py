@@ -20,8 +20,12 @@ STATISTICS: Mapping[str, tuple[str, ...]] = {
     "activation": ("tokens", "K"),
     "routing": ("tokens", "experts"),
     "outputs": ("tokens", "stream"),
+    "mean": ("heads", "size"),
+    "covariance": ("heads", "size", "size"),
 }
-"""Calibration statistics of a linear that there are, and what their axes run along: its outputs N, its inputs K, or something else."""
+"""Calibration statistics of a linear that there are, and what their axes run along: its outputs N, its inputs K, or something else.
+
+The last two are of the keys or values of an attention, by the name of their site."""
 SAMPLES = frozenset({"inputs", "activation", "routing", "outputs"})
 """Those that are kept of some tokens, where a sublayer's last linear is fed or experts are; see `evaluators/samples.py`."""
 

@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "kv_budget": ("kv_budget", {"shares": (0.75, 0.5, 0.25)}),
     "kv_budget, h2o": ("kv_budget", {"policy": "h2o", "shares": (0.5,)}),
     "kv_bits": ("kv_bits", {}),
+    "kv_rank": ("kv_rank", {"multiple": 1}),
     "rank": ("rank", {"multiple": 1}),
     "lora_rank": ("lora_rank", {"ranks": (4, 1, 0)}),
     "attention_sparsity": ("attention_sparsity", {}),
@@ -87,6 +88,9 @@ def _output(model: nn.Module) -> Tensor:
 def _material(model: nn.Module, site: Site) -> Material:
     weights = {linear.name: dense_weight(model.get_parameter(linear.weight).detach().half(), linear) for linear in site.linears}
     known: dict[str, Tensor] = {}
+    if site.kv is not None and not site.linears:
+        vectors = torch.randn(site.kv_heads, 64, site.kv.key_size, generator=torch.Generator().manual_seed(1))
+        known |= {f"{site.name}.mean": vectors.mean(1), f"{site.name}.covariance": vectors.mT @ vectors / 64}
     for name, weight in weights.items():
         k = weight.shape[1]
         known |= {f"{name}.input_norm": torch.ones(k), f"{name}.hessian": torch.eye(k), f"{name}.gradient": weight.float().cos()}
@@ -107,8 +111,9 @@ def _values(knob: Knob, site: Site, level: Level, material: Material) -> dict[st
 
 def _put(model: nn.Module, knob: Knob, site: Site, level: Level, material: Material) -> Undo:
     undo_values = swap(model, _values(knob, site, level, material))
-    built = knob.build(site, level, material) if knob.applies_built else {}
-    undo_rest = knob.apply_built(model, site, level, {name: tensor.clone() for name, tensor in load(save(built)).items()})
+    built = knob.build(site, knob.stored_level(site, level), material) if knob.applies_built else {}
+    stored = load(save({name: tensor.contiguous() for name, tensor in built.items()}))
+    undo_rest = knob.apply_built(model, site, level, knob.derived(site, level, stored))
 
     def undo() -> None:
         undo_rest()

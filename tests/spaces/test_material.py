@@ -8,7 +8,7 @@ from autoeff.spaces.material import STATISTICS, Material
 
 
 def test_statistics_are_cut_along_the_axes_that_they_have_even_where_the_linear_is_square() -> None:
-    sizes = {"N": 5, "K": 5, "tokens": 7, "experts": 3, "stream": 5}
+    sizes = {"N": 5, "K": 5, "tokens": 7, "experts": 3, "stream": 5, "heads": 2, "size": 4}
     rows, columns = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
     place = {"N": rows, "K": columns}
     known = {f"a.{name}": torch.randn([sizes[axis] for axis in axes]) for name, axes in STATISTICS.items()}
