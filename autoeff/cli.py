@@ -528,6 +528,9 @@ def _print_trial(shown: Shown, form: Form) -> None:
     )
     sys.stdout.write("\n")
     print_table(["decision", "level"], row["configuration"].items())
+    if "facts" in row:
+        sys.stdout.write("\n")
+        print_pairs(row["facts"])
     if "failure" in row:
         sys.stdout.write(f"\n{row['failure']['class']}: {row['failure']['message']}\n")
         sys.stdout.writelines(f"\nlog of attempt {n}:\n{log}\n" for n, log in enumerate(shown.logs, start=1) if log)

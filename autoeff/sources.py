@@ -50,6 +50,21 @@ class Shown:
     logs: Sequence[str | None]
 
 
+class _Attempt(Protocol):
+    @property
+    def accepted(self) -> bool: ...
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+    @property
+    def log(self) -> str | None: ...
+
+
+def shown(row: Row, attempts: Sequence[_Attempt]) -> Shown:
+    """A trial with the logs of its attempts, and with what the worker noted in the one that counts, if it did."""
+    facts = next((dict(attempt.facts) for attempt in attempts if attempt.accepted), {})
+    return Shown({**row, **({"facts": facts} if facts else {})}, [attempt.log for attempt in attempts])
+
+
 @dataclass(frozen=True)
 class Finished:
     """A search that a server has ended.
@@ -139,7 +154,7 @@ class Local:
         with opened(run) as found:
             record = found.store.trial(found.job_id, self._number(found, trial))
             row = next(row for row in rows_of(found.store, found.job_id) if row["trial"] == record.number)
-            return Shown(row, [attempt.log for attempt in found.store.attempts(*record.evaluations)])
+            return shown(row, found.store.attempts(*record.evaluations))
 
     def feasible(self, run: str) -> bool:
         from autoeff.search.standing import standing_of
@@ -267,7 +282,7 @@ class Remote:
         found = self.client.trial(job_id, self._number(job_id, trial))
         row = _row(found)
         del row["attempts"]
-        return Shown(row, [attempt.log for attempt in found.attempts])
+        return shown(row, found.attempts)
 
     def feasible(self, run: str) -> bool:
         return self.client.pareto(self.job(run)).feasible
