@@ -424,8 +424,30 @@ def less(before: float, after: float) -> str:
     return f"{1 - after / before:.0%} less"
 
 
+def kernel_linear_wq() -> str:
+    """Speed against dense float32 for one row on one thread, by shape and width: lower quartiles, which other work disturbs least."""
+    found = [row for row in results("kernel_linear_wq_cpu")["threads"]["1"] if row["m"] == 1]
+    paths = list(dict.fromkeys(row["path"] for row in found))
+    rows = []
+    for shape, group in groupby(found, key=lambda row: row["shape"]):
+        low = {row["path"]: row["quartiles_us"][0] for row in group}
+        rows.append([shape, f"{low[paths[0]]:,.1f} us", *(f"{low[paths[0]] / low[path]:.2f}" for path in paths[1:])])
+    return table(["weight", *paths], rows)
+
+
+def latency_model() -> str:
+    """Agreement of predicted and measured times by model and phase."""
+    rows = [
+        [found["model"], phase, found["context"], f"{of['median_error']:.1%}", f"{of['largest_error']:.1%}", f"{of['spearman']:.3f}"]
+        for found in results("latency_model")["models"]
+        for phase, of in found["agreement"].items()
+    ]
+    return table(["model", "time", "context", "median error", "largest", "Spearman"], rows)
+
+
 RESULTS: Mapping[str, Callable[[], str]] = {
-    function.__name__: function for function in (encoder_front, search_quality, real_size, method_fronts, joint_search, kv_front)
+    function.__name__: function
+    for function in (encoder_front, search_quality, real_size, method_fronts, joint_search, kv_front, kernel_linear_wq, latency_model)
 }
 
 
