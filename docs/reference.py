@@ -219,9 +219,11 @@ def knobs_page(knobs: Mapping[str, type[Knob]]) -> str:
 def knob_page(knob: type[Knob]) -> str:
     """From the docstring, and from the sites and levels that the knob has in the bundled model."""
     made, about, name = knob(), described(knob), knob.name
-    model = next(model for model in ("demo", "demo-moe") if made.sites(demo_structure(model)))
-    sites = made.sites(demo_structure(model))
+    model = next((model for model in ("demo", "demo-moe") if made.sites(demo_structure(model))), None)
+    sites = made.sites(encoder_structure() if model is None else demo_structure(model))
     first = sites[0]
+    where = "an encoder of the shapes of BERT" if model is None else f"the bundled model `{model}`"
+    of_block = f"*.{first.block}:{name}" if first.kind == "block" else f"*.{first.block}.*:{name}"
     places = [
         [f"`{site.name.split(f'.{site.block}.')[-1]}`", ", ".join(f"`{level}`" for level in made.levels(site))]
         for site in sites
@@ -232,10 +234,10 @@ def knob_page(knob: type[Knob]) -> str:
         f"# `{name}`",
         about.text,
         "## Levels",
-        f"The first is the dense model. On the bundled model `{model}` there are {len(sites)} decisions; those of block {first.block}:",
+        f"The first is the dense model. On {where} there are {len(sites)} decisions; those of block {first.block}:",
         table(["place", "levels"], places),
         f"A decision is written `{first.name}:{name}`. `--levels '*:{name}={two}'` leaves fewer levels; "
-        f"`--exclude '*.{first.block}.*:{name}'` keeps a block dense.",
+        f"`--exclude '{of_block}'` keeps a block dense.",
         "## Settings",
         settings_table(knob, f"{name}."),
     ]
@@ -251,6 +253,18 @@ def knob_page(knob: type[Knob]) -> str:
     if knob.conflicts:
         facts.append(f"Not together with {', '.join(sorted(knob.conflicts))}.")
     return page_of(*parts, "## Facts", "\n".join(f"- {fact}" for fact in facts), f"Source: {about.source}")
+
+
+@cache
+def encoder_structure() -> Structure:
+    """For knobs that no bundled model has a place for."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from autoeff.spaces.sites import find_structure
+
+    with torch.device("meta"):
+        return find_structure(BertModel(BertConfig())).with_blocks()
 
 
 def texts(needs: Iterable[str]) -> str:
