@@ -70,11 +70,12 @@ class Adapters:
         """Puts adapters in their place that are trained at the given ranks, by site; the model must stand as it was trained on."""
         self._take_away()
         try:
-            made = self._made({site: [rank] for site, rank in ranks.items()})
-            self._take_away = attached(self._model, made)
-            yield
+            take_away = attached(self._model, self._made({site: [rank] for site, rank in ranks.items()}))
+            try:
+                yield
+            finally:
+                take_away()
         finally:
-            self._take_away()
             self._take_away = attached(self._model, self._in_full)
 
     @property

@@ -30,7 +30,7 @@ class LoraRank(Knob):
     them.
 
     Attributes:
-        ranks: Levels above 0, falling; the first is that of the adapter that is trained.
+        ranks: Levels, falling; the first is the rank of the adapter that is trained, 0 is no adapter.
         tokens: Of the tuning text that are seen in training, repeats included.
         batch: Windows in a step.
         learning_rate: The greatest; it rises for a twentieth of the steps, and falls to 0.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from autoeff.errors import InputError
-from autoeff.evaluators import training
+from autoeff.errors import CandidateError, FailureClass, InputError
+from autoeff.evaluators import super_adapter, training
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.peft_format import CONFIG
 from autoeff.evaluators.preparation import prepare
@@ -128,6 +128,17 @@ def test_adapters_from_scratch_are_measured_and_the_super_adapter_comes_back(tra
     assert scratch["loss_held_out"] < values(trained, ranks(trained, 0))["loss_held_out"] - 0.1
     assert values(trained, levels) == before
     assert {m.name: m.value for m in trained.trained(levels)} == scratch
+
+
+def test_a_training_from_scratch_that_fails_leaves_the_super_adapter(trained: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverging(*_: object) -> list[float]:
+        raise CandidateError(FailureClass.NAN, "step 3 of training has a loss of nan")
+
+    before = values(trained, ranks(trained, 2, 4))
+    monkeypatch.setattr(super_adapter, "train", diverging)
+    with pytest.raises(CandidateError, match="step 3"):
+        trained.trained(ranks(trained, 2, 4))
+    assert values(trained, ranks(trained, 2, 4)) == before
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks transformers 5 for it
