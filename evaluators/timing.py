@@ -75,7 +75,8 @@ def predict_seconds(preparation: Preparation, bank: Path) -> Seconds:
         body += batches * (sum(linear.parameters for linear in linears) + structure.head_parameters) * _widening_s(facts.store_dtype)
     head = tokens * structure.head_parameters * _head_s(preparation) if facts.task == "decoder" else 0.0
     built, decoding_s = 0.0, dict[tuple[str, Level], float]()
-    steps = list(steps_of(structure, preparation.space, preparation.knobs))
+    # what is found for levels that act on the model takes little of it
+    steps = [step for step in steps_of(structure, preparation.space, preparation.knobs) if not step.knob.applies_built]
     samples = {kind: _level_s(step, linear, facts.store_dtype) for kind, (step, linear) in _largest(steps).items()}
     for step in steps:
         building, decoding = samples[_kind(step)]

@@ -68,3 +68,5 @@ def test_every_kind_of_level_is_sampled(setup_of: SetupOf, tmp_path: Path) -> No
     for settings, criterion in (({"quantizer": "gptq"}, "wanda"), ({"store": "nested"}, "nirvana")):
         knobs = {"bits": {**settings, "group_size": 16}, "sparsity": {"criterion": criterion}, "width": {"criterion": "magnitude"}}
         assert predict_seconds(prepare(setup_of("llama", knobs)), tmp_path / "bank").bank > 0
+    of_model: dict[str, dict[str, object]] = {"kv_rank": {"multiple": 2}, "activation_sparsity": {}, "bits": {"group_size": 16}}
+    assert predict_seconds(prepare(setup_of("llama", of_model)), tmp_path / "bank").bank > 0
