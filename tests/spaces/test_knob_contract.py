@@ -45,8 +45,6 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "lora_rank": ("lora_rank", {"ranks": (4, 1, 0)}),
     "attention_sparsity": ("attention_sparsity", {}),
     "activation_sparsity": ("activation_sparsity", {}),
-    "activation_sparsity, magnitude": ("activation_sparsity", {"method": "magnitude"}),
-    "activation_sparsity, top_k": ("activation_sparsity", {"method": "top_k"}),
     "passes": ("passes", {}),
     "token_keep": ("token_keep", {}),
     "third party": ("noise", {"seed": 3}),
