@@ -29,6 +29,7 @@ class Point:
         x: Its value on this axis; None where there is none.
         y: As `x`.
         front: Whether it is on the job's front.
+        seconds: From the job's beginning to the end of its evaluation: 0 for what another job had measured, None before it ended.
     """
 
     trial: int
@@ -38,6 +39,7 @@ class Point:
     x: float | None
     y: float | None
     front: bool
+    seconds: float | None
 
 
 def points_of(store: Store, job: Job, standing: Standing, x: str, y: str, most: int) -> list[Point]:
@@ -74,8 +76,14 @@ def points_of(store: Store, job: Job, standing: Standing, x: str, y: str, most: 
             return float(brief.number)
         return brief.values.get(name, confirmed.get(brief.configuration, {}).get(name))
 
+    def since(brief: Brief) -> float | None:
+        return None if brief.ended_at is None else max(0.0, (brief.ended_at - job.created_at).total_seconds())
+
     on_front = set(front)
-    return [Point(one.number, one.origin, one.state, one.windows, value(one, x), value(one, y), one.number in on_front) for one in found]
+    return [
+        Point(one.number, one.origin, one.state, one.windows, value(one, x), value(one, y), one.number in on_front, since(one))
+        for one in found
+    ]
 
 
 def evenly(total: int, room: int) -> list[int]:

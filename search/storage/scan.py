@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class Brief(NamedTuple):
         configuration: Its digest.
         feasible: Whether its costs keep the limits.
         values: Of those asked for what there is.
+        ended_at: End of its evaluation; None before that.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Brief(NamedTuple):
     feasible: bool
     configuration: str
     values: Mapping[str, float]
+    ended_at: datetime | None
 
 
 class Scan:
@@ -94,6 +97,7 @@ class Scan:
                 EvaluationRow.windows,
                 TrialRow.feasible,
                 EvaluationRow.configuration,
+                EvaluationRow.ended_at,
                 TrialRow.costs,
                 MeasurementRow.name,
                 MeasurementRow.value,
@@ -113,4 +117,4 @@ class Scan:
         for name in self._names & row.costs.keys():
             stored = row.costs[name]
             values[name] = float(stored["value"] if isinstance(stored, Mapping) else stored)
-        return Brief(row.number, row.origin, row.state, row.split, row.windows, row.feasible, row.configuration, values)
+        return Brief(row.number, row.origin, row.state, row.split, row.windows, row.feasible, row.configuration, values, row.ended_at)

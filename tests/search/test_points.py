@@ -71,6 +71,8 @@ def test_points_are_the_trials_where_there_is_room(going_on: tuple[Store, Job]) 
         assert (point.x, point.y) == (trial.value("linear_bytes"), trial.value("kl"))
         assert (point.origin, point.state, point.windows) == (trial.origin, trial.state, trial.windows)
         assert point.front is (point.trial in standing.front)
+        ended = trial.ended_at
+        assert point.seconds == (None if ended is None else max(0.0, (ended - job.created_at).total_seconds()))
 
 
 def test_front_and_baselines_stay_when_points_are_thinned(going_on: tuple[Store, Job]) -> None:
