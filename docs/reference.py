@@ -434,6 +434,24 @@ def kv_front() -> str:
     return table(columns, rows)
 
 
+def lora_rank() -> str:
+    """Losses from scratch by seed and method, and how prefixes of one adapter order rank vectors."""
+    found = results("lora_rank")
+    by_seed: dict[int, dict[str, float]] = {}
+    for row in found["rows"]:
+        if row["part"] == "methods":
+            by_seed.setdefault(row["seed"], {})[row["method"]] = row["loss_scratch"]
+    methods = ("uniform", "eva", "searched")
+    rows = [[seed, *(f"{losses[name]:.4f}" for name in methods)] for seed, losses in sorted(by_seed.items())]
+    count, means = sum(row["part"] == "vectors" for row in found["rows"]), found["means"]
+    kl, loss, size = (f"{means[f'spearman_{name}']:.2f}" for name in ("kl", "loss_super", "trainable_parameters"))
+    said = (
+        f"Over {count} random rank vectors the KL of prefixes has a rank correlation of {kl} with losses from scratch; "
+        f"the loss of prefixes has {loss}, the count of parameters {size}."
+    )
+    return table(["seed", "rank 4 everywhere", "EVA", "searched"], rows) + f"\n\n{said}"
+
+
 def less(before: float, after: float) -> str:
     return f"{1 - after / before:.0%} less"
 
@@ -461,7 +479,17 @@ def latency_model() -> str:
 
 RESULTS: Mapping[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (encoder_front, search_quality, real_size, method_fronts, joint_search, kv_front, kernel_linear_wq, latency_model)
+    for function in (
+        encoder_front,
+        search_quality,
+        real_size,
+        method_fronts,
+        joint_search,
+        kv_front,
+        lora_rank,
+        kernel_linear_wq,
+        latency_model,
+    )
 }
 
 
