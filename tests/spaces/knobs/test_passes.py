@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from autoeff.errors import InputError
+from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.forward import Forward
+from autoeff.evaluators.recipe import cache_from
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
+from autoeff.evaluators.text import TextSpec
 from autoeff.search.allocators.dp import solve
 from autoeff.search.limits import parse_limit
 from autoeff.spaces.build import SpaceSpec, build_space
@@ -147,3 +153,31 @@ def test_what_cannot_be_decided_beside_it_is_refused(tiny_model: Callable[..., A
     assert make_knob("passes", {"most": "1"}).levels(structure_of(tiny_model("llama")).sites[0]) == (1, 0)
     with pytest.raises(InputError, match="knob passes cannot be searched together with skip"):
         build_space(structure_of(tiny_model("llama")), SpaceSpec({"passes": {}, "skip": {}}))
+
+
+def test_exports_come_back_with_their_passes(tiny_models: dict[str, Path], tiny_text: Path, tmp_path: Path) -> None:
+    knobs = SpaceSpec({"passes": {}, "bits": {"group_size": 16}})
+    setup = EvaluationSetup(
+        str(tiny_models["llama"]), TextSpec(str(tiny_text), windows=4, length=16), None, knobs, 0, "cpu", str(tmp_path / "bank")
+    )
+    evaluator = Evaluator(setup)
+    levels = {
+        "model.layers.0:passes": 2,
+        "model.layers.2:passes": 0,
+        "model.layers.1.mlp.down_proj:bits": 4,
+        "model.layers.2.mlp.down_proj:bits": 2,
+    }
+    levels = dict(evaluator.space.configuration(levels).levels)
+    assert levels["model.layers.2.mlp.down_proj:bits"] == 16  # a block without passes has no bits
+    expected = evaluator.evaluate(EvaluationRequest(levels, "search", 4))[0].value
+    assert sum(evaluator.stored_bytes(levels).values()) == evaluator.space.primary(evaluator.space.indices(levels))["linear_bytes"]
+    evaluator.export(levels, tmp_path / "out")
+    assert Evaluator(setup).remeasure(tmp_path / "out", "search", 4, levels)[0].value == pytest.approx(expected, rel=1e-4)
+    (tmp_path / "out" / "recipe.json").write_text(json.dumps({"knobs": dict(knobs.knobs), "configuration": levels, "context": 64}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.randint(2, 150, (1, 12), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        cache = cache_from(tmp_path / "out" / "recipe.json", model)
+        said = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        evaluator.candidate.set(evaluator.space.indices(levels))
+        assert torch.equal(said, evaluator.model.generate(ids, use_cache=False, max_new_tokens=6, do_sample=False))
