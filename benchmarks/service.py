@@ -134,7 +134,7 @@ def script(log: Path, environment: dict[str, str], *arguments: str) -> Iterator[
 def submissions(place: Place) -> Iterator[Measure]:
     """`POST /v1/jobs`, 16 in flight, over SQLite."""
     with place.serving("--no-coordinator") as (url, key), httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
-        for kind, seeds in (("same seed", [0] * 1200), ("seeds of their own", list(range(1, 33)))):
+        for kind, seeds in (("same seed", [0] * 400), ("seeds of their own", list(range(1, 5)))):
             while client.post("/v1/jobs", json=JOB, timeout=120).status_code != 202:  # the engine is being loaded
                 time.sleep(0.5)
             seconds: list[float] = []
@@ -379,15 +379,14 @@ def coordinator(place: Place) -> Iterator[Measure]:
         thread = driven()
         _ended(store, job.id, lambda job: job.counts.trials > 10_000)
         rebuilt = time.perf_counter() - started
-        ended = _ended(store, job.id)
+        _ended(store, job.id, lambda job: job.counts.trials > 10_010)
+        begun = time.perf_counter()
+        _ended(store, job.id, lambda job: job.counts.trials > 10_060)
+        pace = (time.perf_counter() - begun) / 50
+        store.cancel(job.id)
         thread.join()
-    assert ended.result is not None
-    overhead = ended.result["overhead_ms"]
     yield at_most("rebuild at 10,000 trials", rebuilt, "s", 15.0)
-    yield at_most(
-        "NSGA-II ask at 10,000 trials, and what it writes", overhead["ask"] + overhead["propose"], "ms", 100.0,
-        f"ask {overhead['ask']:.1f} ms, medians",
-    )  # fmt: skip
+    yield at_most("NSGA-II at 10,000 trials: asked, stored, evaluated by nobody, told", 1e3 * pace, "ms a trial", 100.0)
 
 
 def _driven(store: Store, job_id: str, settings: Settings, stop: threading.Event) -> None:
@@ -458,7 +457,6 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="For databases and logs; default a temporary one.")] = None,
     write: Annotated[bool, typer.Option(help="Keep the result.")] = True,
 ) -> None:
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     unmet = 0
     for name in parts.split(","):
         load = os.getloadavg()[0]
@@ -473,6 +471,7 @@ def main(
             table.add_row(row.name, row.target, f"{row.value:.4g}", row.unit, verdict, row.detail)
             unmet += row.met is False
         console.print(table)
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         stored[name] = {
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, load {load:.1f} before",
