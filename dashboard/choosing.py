@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +10,7 @@ import streamlit as st
 
 from autoeff.dashboard.visit import Visitor
 from autoeff.dashboard.words import age, plain, short_model
+from autoeff.errors import Unavailable
 
 __all__ = ["chosen_job"]
 
@@ -17,7 +19,7 @@ _OFFERED = 50
 
 def chosen_job(found: Visitor) -> str | None:
     """The job of this page, once the reader has one; a list to choose another from stands beside it."""
-    jobs = found.client.job_page(limit=_OFFERED).items
+    jobs = _offered(found)
     wanted = st.query_params.get("job") or st.session_state.get("job")
     if not jobs and wanted is None:
         with st.container(border=True):
@@ -37,6 +39,17 @@ def chosen_job(found: Visitor) -> str | None:
     with st.sidebar:
         st.selectbox("Job", list(offered), key="picked", format_func=lambda name: offered[name], on_change=_pick)
     return str(wanted)
+
+
+def _offered(found: Visitor) -> Sequence[Any]:
+    """The newest jobs, or while the server does not answer, those that were."""
+    try:
+        st.session_state["offered"] = found.client.job_page(limit=_OFFERED).items
+    except Unavailable:
+        if "offered" not in st.session_state:
+            raise
+    jobs: Sequence[Any] = st.session_state["offered"]
+    return jobs
 
 
 def _pick() -> None:

@@ -121,7 +121,7 @@ def snapshot(client: Client, job_id: str, before: Snapshot | None = None) -> Sna
         front=front,
         best=client.trial(job_id, front.best) if best is None and front.best is not None else best,
         points=client.points(job_id, most=_POINTS),
-        uniform={row.trial: row.label or "uniform" for row in uniform},
+        uniform={row.trial: row.label or "uniform" for row in uniform if job.quality in row.measurements},
         result=result,
     )
 

@@ -14,6 +14,8 @@ from autoeff.spaces.space import Decision
 __all__ = ["Cell", "Grid", "Share", "changes", "damage_grids", "damage_of_rows", "grids_of", "place_of", "saved_by_block", "shares_of"]
 
 Place = tuple[str, ...]
+_DECADES = 7
+"""Of damage that colours tell apart; less is harmless."""
 _PARTS = ("weight_bytes", "kv_bytes", "bytes_per_token", "flops_per_token", "decode_ms", "prefill_ms")
 
 
@@ -92,7 +94,8 @@ def damage_grids(ground: Terrain, damage: Mapping[str, Mapping[str, float | None
     values = [value for levels in damage.values() for value in levels.values() if value is not None and value > 0]
     if not values:
         return []
-    low, high = log(min(values)), log(max(values))
+    high = log(max(values))
+    low = max(log(min(values)), high - _DECADES * log(10))
     cells: dict[str, dict[tuple[int, Place], Cell]] = {}
     for decision in ground.space.decisions:
         measured = damage.get(decision.key, {})
@@ -103,7 +106,7 @@ def damage_grids(ground: Terrain, damage: Mapping[str, Mapping[str, float | None
             if value is None:
                 cell = Cell("fails", 1.0, f"{decision.key} = {level}: fails")
             else:
-                share = (log(value) - low) / (high - low or 1.0) if value > 0 else 0.0
+                share = max(0.0, (log(value) - low) / (high - low or 1.0)) if value > 0 else 0.0
                 cell = Cell(_short(value), share, f"{decision.key} = {level}: {value:.3g}")
             cells.setdefault(decision.knob, {})[decision.block, (place_of(decision), str(level))] = cell
     return _grids(ground, cells)
@@ -140,7 +143,7 @@ def shares_of(ground: Terrain, configuration: Mapping[str, Level], damage: Mappi
             continue
         change = decision.costs[context][i]
         level = decision.levels[i]
-        saved = {name: -float(measures[name].change(change)) for name in names}
+        saved = {name: 0.0 - float(measures[name].change(change)) for name in names}
         found.append(Share(decision.key, decision.block, decision.knob, level, damage.get(decision.key, {}).get(str(level)), saved))
     return sorted(found, key=lambda share: -share.saved["weight_bytes"])
 

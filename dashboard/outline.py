@@ -14,7 +14,7 @@ from autoeff.dashboard.words import moment
 from autoeff.errors import InputError
 from autoeff.search.limits import parse_limit
 
-__all__ = ["Pace", "dots_of", "front_of", "guests_of", "is_open", "limit_of", "pace_of", "steps_by_trial", "verdict"]
+__all__ = ["Pace", "dots_of", "front_of", "guests_of", "is_open", "limit_of", "pace_of", "steps_by_time", "steps_by_trial", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,18 @@ def limit_of(snapshot: Snapshot, terrain: Terrain | None) -> float | None:
 def steps_by_trial(snapshot: Snapshot) -> list[Step]:
     """The dominated share over the number of trials."""
     return steps_of([(point.trial, point.x, point.y) for point in snapshot.whole if point.origin != "dense"], linear=snapshot.own)
+
+
+def steps_by_time(snapshot: Snapshot) -> tuple[list[Step], str]:
+    """The same over the time since the job began, and the unit of that time."""
+    timed = sorted((point.seconds, point.x, point.y) for point in snapshot.whole if point.origin != "dense" and point.seconds is not None)
+    longest = timed[-1][0] if timed else 0.0
+    size, unit = next(
+        (size, unit)
+        for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        if longest >= 2 * size or size == 1.0
+    )
+    return steps_of([(at / size, x, y) for at, x, y in timed], linear=snapshot.own), unit
 
 
 def verdict(snapshot: Snapshot) -> tuple[str, Mapping[str, float]] | None:

@@ -12,7 +12,12 @@ from autoeff.errors import Unavailable
 
 __all__ = ["CHART", "ground_of", "trial_of", "watched"]
 
-CHART: dict[str, Any] = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"], "scrollZoom": False}
+CHART: dict[str, Any] = {
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d", "sendChartToCloud"],
+    "scrollZoom": False,
+}
 """What the bar above a chart offers."""
 _TRIALS_KEPT = 64
 

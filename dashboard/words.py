@@ -31,9 +31,14 @@ __all__ = [
 ]
 
 STATES = {
-    "pending": ":material/schedule:", "running": ":material/play_circle:", "paused": ":material/pause_circle:",
-    "succeeded": ":material/check_circle:", "failed": ":material/error:", "cancelled": ":material/cancel:",
-}  # fmt: skip
+    "pending": ":material/schedule:",
+    "running": ":material/play_circle:",
+    "paused": ":material/pause_circle:",
+    "cancelling": ":material/hourglass_bottom:",
+    "succeeded": ":material/check_circle:",
+    "failed": ":material/error:",
+    "cancelled": ":material/cancel:",
+}
 """States of a job and their signs."""
 NOTHING = "\N{EN DASH}"
 _CUT = 160

@@ -93,6 +93,7 @@ def draw_front(
         line = {"color": palette.found, "width": 1.8, "shape": "hv"}
         marker = {"size": 6, "color": palette.found}
         chartable.add_trace(_dots(on_front, quality, cost, name="Pareto front", mode="lines+markers", line=line, marker=marker))
+    farthest = max((g.cost for g in guests), default=0.0)
     for role, those in _by_role(guests).items():
         shown = [g.quality if linear or g.quality > 0 else floor for g in those]
         colour = palette.found if role in _OURS else palette.guest
@@ -100,7 +101,7 @@ def draw_front(
             go.Scatter(
                 x=[g.cost for g in those], y=shown, mode="markers+text", name=ROLES[role],
                 text=[chart(g.label, 40) if role in _NAMED else "" for g in those],
-                textposition="bottom center" if role in _OURS else "top right" if role == "uniform" else "top center",
+                textposition=[_beside(g, role, farthest) for g in those],
                 textfont={"size": 11, "color": palette.found if role in _OURS else palette.ink},
                 marker={
                     "symbol": MARKS[role], "size": _SIZES.get(role, 9), "color": colour, "line": {"width": 1, "color": palette.page},
@@ -134,6 +135,15 @@ def _dots(dots: Sequence[Dot], quality: str, cost: str, **options: Any) -> go.Sc
 
 def _values(quality: str, cost: str) -> str:
     return f"{chart(quality)} %{{customdata[3]}}<br>{chart(cost)} %{{customdata[2]}}"
+
+
+def _beside(guest: Guest, role: str, farthest: float) -> str:
+    """Where a name stands: what was found lies on the front and has room below, the right edge has room to its left."""
+    if role in _OURS:
+        return "bottom center"
+    if role != "uniform":
+        return "top center"
+    return "top left" if guest.cost > 0.85 * farthest else "top right"
 
 
 def _by_role(guests: Sequence[Guest]) -> Mapping[str, list[Guest]]:

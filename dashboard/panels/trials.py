@@ -26,14 +26,11 @@ def draw(found: Visitor, now: Snapshot) -> None:
         states = st.multiselect("State", _STATES, key="trial_states", placeholder="all", width=260)
         origin = st.selectbox("Proposed by", _ORIGINS, index=None, key="trial_origin", placeholder="all", width=200)
         behind = _place((now.job.job, tuple(states), origin))
-        if st.button("First", icon=":material/first_page:", key="trials_first", disabled=not behind):
-            behind.clear()
-        if st.button("Back", icon=":material/chevron_left:", key="trials_back", disabled=not behind):
-            behind.pop()
+        st.button("First", icon=":material/first_page:", key="trials_first", disabled=not behind, on_click=behind.clear)
+        st.button("Back", icon=":material/chevron_left:", key="trials_back", disabled=not behind, on_click=_back, args=(behind,))
         page = found.client.trial_page(now.job.job, states, origin, limit=_PAGE, cursor=behind[-1] if behind else None)
-        if st.button("Next", icon=":material/chevron_right:", key="trials_next", disabled=page.next is None or len(page.items) < _PAGE):
-            behind.append(str(page.next))
-            st.rerun(scope="fragment")
+        last = page.next is None or len(page.items) < _PAGE
+        st.button("Next", icon=":material/chevron_right:", key="trials_next", disabled=last, on_click=behind.append, args=(page.next,))
     if not page.items:
         st.write("No trial is like that." if states or origin or behind else "No trial was proposed yet.")
         return
@@ -69,6 +66,11 @@ def _place(filters: object) -> list[str]:
         kept = st.session_state["trials_place"] = (filters, [])
     behind: list[str] = kept[1]
     return behind
+
+
+def _back(behind: list[str]) -> None:
+    if behind:
+        behind.pop()
 
 
 def _one(found: Visitor, now: Snapshot, number: int) -> None:

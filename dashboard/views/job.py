@@ -15,7 +15,8 @@ from autoeff.dashboard.fetch import Snapshot
 from autoeff.dashboard.figures.front import draw_front
 from autoeff.dashboard.figures.progress import draw_progress
 from autoeff.dashboard.form import yaml_of
-from autoeff.dashboard.outline import dots_of, front_of, guests_of, is_open, limit_of, pace_of, steps_by_trial, verdict
+from autoeff.dashboard.live_chart import live_chart
+from autoeff.dashboard.outline import dots_of, front_of, guests_of, is_open, limit_of, pace_of, steps_by_time, steps_by_trial, verdict
 from autoeff.dashboard.panels import baselines, damage, importance, trials
 from autoeff.dashboard.steering import buttons
 from autoeff.dashboard.visit import Visitor
@@ -32,16 +33,18 @@ def draw(found: Visitor) -> None:
     job_id = chosen_job(found)
     if job_id is None:
         return
-    now = watched(found, job_id)
-    _head(found, now)
+    with st.container():
+        now = watched(found, job_id)
+        _head(found, now)
     live = is_open(now.job)
 
     @st.fragment(run_every=_LOOK_S if live else None)
     def picture() -> None:
         with visit.guarded(found):
-            shown = watched(found, job_id)
+            with st.container():  # what comes and goes has a place, so that the charts keep theirs and are not made anew
+                shown = watched(found, job_id)
             _picture(found, shown)
-            if live and not is_open(shown.job):
+            if shown.job.state != now.job.state:  # what may be done to it has changed
                 st.rerun()
 
     picture()
@@ -95,6 +98,7 @@ _COLOURS: dict[str, Any] = {
     "pending": "gray",
     "running": "blue",
     "paused": "orange",
+    "cancelling": "orange",
     "succeeded": "green",
     "failed": "red",
     "cancelled": "gray",
@@ -105,8 +109,9 @@ def _picture(found: Visitor, now: Snapshot) -> None:
     job, palette = now.job, visit.colours()
     pace = pace_of(job, datetime.now(UTC))
     _figures(now, pace)
-    if is_open(job):
-        st.progress(pace.share)
+    with st.container():
+        if is_open(job):
+            st.progress(pace.share)
     if not now.whole:
         with st.container(border=True):
             st.write("Nothing is measured yet. Points appear here as soon as the first evaluation has ended.")
@@ -121,11 +126,24 @@ def _picture(found: Visitor, now: Snapshot) -> None:
             dots_of(now), front_of(now), guests_of(now), palette,
             quality=job.quality, cost=job.judged_cost, limit=limit_of(now, ground), method=now.method, linear=now.own, revision=job.job,
         )  # fmt: skip
-        st.plotly_chart(front, theme=None, key="front", config=CHART, alt=_alt(now))
+        clicked = live_chart(front, "front", CHART, _alt(now))
+        if clicked is not None:
+            st.session_state["clicked"] = clicked
+        if (trial := st.session_state.get("clicked")) is not None:
+            if st.button(f"Open trial {trial}", icon=":material/grid_on:", key="open_clicked"):
+                del st.session_state["clicked"]
+                st.switch_page(st.session_state["pages"]["configuration"], query_params={"job": job.job, "trial": str(trial)})
+        else:
+            st.caption("Click a point to open its configuration; drag to zoom, double-click to see everything again.")
     with right, st.container(border=True):
-        st.markdown("**Progress**: share that the front dominates")
-        st.plotly_chart(
-            draw_progress(steps_by_trial(now), palette, title="trial", revision=job.job), theme=None, key="progress", config=CHART
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown("**Progress**", width="stretch")
+            over = st.segmented_control(
+                "Over", ["trials", "time"], default="trials", key="progress_over", label_visibility="collapsed", required=True
+            )
+        steps, unit = (steps_by_trial(now), "trial") if over == "trials" else steps_by_time(now)
+        live_chart(
+            draw_progress(steps, palette, title=unit, revision=f"{job.job} {over}"), "progress", CHART, f"Dominated share over {over}"
         )
 
 

@@ -1,0 +1,71 @@
+"""What the page of a job says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autoeff.dashboard.outline import dots_of, front_of, guests_of, limit_of, pace_of, steps_by_time, steps_by_trial, verdict
+
+CREATED = "2026-01-02T12:00:00+00:00"
+
+
+def job(**facts: Any) -> Any:
+    return SimpleNamespace(**{"state": "running", "created": CREATED, "ended": None, "used": 25.0, "budget": 100} | facts)
+
+
+def test_a_running_job_says_how_long_it_takes_yet() -> None:
+    pace = pace_of(job(), datetime(2026, 1, 2, 12, 10, tzinfo=UTC))
+    assert (pace.share, pace.elapsed_s, pace.left_s) == (0.25, 600.0, 1800.0)
+    assert pace_of(job(state="paused"), datetime(2026, 1, 2, 12, 10, tzinfo=UTC)).left_s is None
+    assert pace_of(job(used=0.0), datetime(2026, 1, 2, 12, 10, tzinfo=UTC)).left_s is None
+    ended = pace_of(job(state="succeeded", ended="2026-01-02T12:01:00+00:00"), datetime(2026, 1, 3, tzinfo=UTC))
+    assert (ended.share, ended.elapsed_s) == (1.0, 60.0)
+
+
+def test_the_picture_holds_what_was_measured_on_the_whole_text(shown: Any, client: Any) -> None:
+    rows = {row.trial: row for row in client.trials(shown.job.job)}
+    tokens = max(row.measurements["kl"].tokens or 0 for row in rows.values() if "kl" in row.measurements)
+    for dot in dots_of(shown):
+        measured = rows[dot.trial].measurements
+        assert (measured["kl"].tokens, measured["kl"].value, measured["avg_bits"].value) == (tokens, dot.quality, dot.cost)
+    assert {dot.trial for dot in front_of(shown)} == {row.trial for row in shown.front.items}
+
+
+def test_baselines_stand_beside_what_was_found(shown: Any) -> None:
+    for snapshot in (shown, replace(shown, result=None)):  # at the end, and while it runs
+        guests = guests_of(snapshot)
+        assert {"dense", "uniform", "found"} <= {guest.role for guest in guests}
+        assert {guest.label for guest in guests if guest.role == "uniform"} == set(shown.uniform.values())
+    found = next(guest for guest in guests_of(shown) if guest.role == "found")
+    assert (found.trial, found.quality) == (shown.front.best, shown.front.best_quality)
+
+
+def test_the_limit_is_in_the_units_of_the_axis(shown: Any, ground: Any) -> None:
+    assert limit_of(shown, ground) == 3.5
+    assert limit_of(shown, None) is None
+
+
+def test_the_verdict_names_the_uniform_level_that_costs_no_less(shown: Any) -> None:
+    told = verdict(shown)
+    assert told is not None
+    label, saved = told
+    guests = {guest.label: guest for guest in guests_of(shown)}
+    assert saved["quality"] == pytest.approx(1 - shown.front.best_quality / guests[label].quality)
+    assert guests[label].cost >= shown.best.measurements["avg_bits"].value
+
+
+def test_progress_over_time_ends_where_that_over_trials_does(shown: Any) -> None:
+    steps, unit = steps_by_time(shown)
+    assert steps[-1].share == pytest.approx(steps_by_trial(shown)[-1].share)
+    assert (unit, 0 < steps[-1].at * 60 < 3600) == ("minutes", True)
+
+
+def test_progress_only_rises(shown: Any) -> None:
+    shares = [step.share for step in steps_by_trial(shown)]
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] <= 1

@@ -1,0 +1,30 @@
+"""The page of one configuration."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def test_the_best_stands_beside_the_nearest_uniform_level(view: Any, shown: Any, ground: Any) -> None:
+    page = view("configuration")
+    assert not page.exception
+    assert page.selectbox(key="trial_picked").value == shown.front.best
+    frame = page.dataframe[0].value
+    assert len([column for column in frame.columns if column.startswith("beside")]) == 1
+    assert frame[frame["measurement"] == "kl"]["difference"].iloc[0].startswith("-")
+    assert len(page.get("plotly_chart")) == 3  # two maps and the blocks
+    assert any(re.fullmatch(rf"What changed: \d+ of {len(ground.space.decisions)} decisions", one.label) for one in page.expander)
+
+
+def test_another_trial_is_named_by_its_number(view: Any) -> None:
+    page = view("configuration", trial=3)
+    assert page.selectbox(key="trial_picked").value == 3
+    page.number_input(key="trial_number").set_value(0).run()
+    assert page.query_params["trial"] in ("0", ["0"])
+    assert any("Every decision is dense" in text.value for text in page.markdown)
+
+
+def test_a_key_that_reads_only_exports_nothing(view: Any) -> None:
+    assert "Export" in [button.label for button in view("configuration").button]
+    assert "Export" not in [button.label for button in view("configuration", "reader").button]
