@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
@@ -19,6 +20,7 @@ _FORMATS = {
     "recipe": "the configuration alone, a small file",
 }
 _LOOK_S = 1.5
+_SMALL_BYTES = 4 << 20
 _MOST_BYTES = 512 << 20
 """What a page sends through itself; larger files are for the command."""
 
@@ -74,7 +76,7 @@ def _file(found: Visitor, job: Any, artifact: Any) -> None:
             return
         st.download_button(
             markdown(artifact.name, 80),
-            data=lambda: contents(found.client, artifact),
+            data=_contents(found, artifact),
             file_name=f"{job.job}-{plain(artifact.name, 80)}",
             mime=artifact.media_type,
             icon=":material/download:",
@@ -82,6 +84,16 @@ def _file(found: Visitor, job: Any, artifact: Any) -> None:
             on_click="ignore",
         )
         st.caption(markdown(_said(artifact), 300))
+
+
+def _contents(found: Visitor, artifact: Any) -> bytes | Callable[[], bytes]:
+    """A small file at once and once; a large one when it is asked for."""
+    if artifact.sha256 is None or (artifact.bytes or 0) > _SMALL_BYTES:
+        return lambda: contents(found.client, artifact)
+    kept: dict[str, bytes] = st.session_state.setdefault("files", {})
+    if artifact.sha256 not in kept:
+        kept[artifact.sha256] = contents(found.client, artifact)
+    return kept[artifact.sha256]
 
 
 def _said(artifact: Any) -> str:

@@ -30,6 +30,8 @@ def draw_blocks(
         )  # fmt: skip
     numbered = {block for blocks in saved.values() for block in blocks}
     drawn.update_layout(barmode="relative", bargap=0.25)
-    drawn.update_xaxes(title_text="block", dtick=1 if len(numbered) <= 32 else None, showgrid=False)
+    if numbered:
+        drawn.update_xaxes(range=[min(numbered) - 0.6, max(numbered) + 0.6])
+    drawn.update_xaxes(title_text="block", dtick=1 if max(numbered, default=0) <= 32 else None, showgrid=False)
     drawn.update_yaxes(title_text=f"saved {axis(cost, method)}", **scale(cost))
     return drawn

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import plotly.graph_objects as go
 
 from autoeff.dashboard.theme import Palette
 from autoeff.spaces.measurements import described
+
+# Plotly looks into pandas as soon as any thread has begun to import it; here that is waited for.
+import_module("pandas")
 
 __all__ = ["LOGARITHMIC", "canvas", "scale"]
 

@@ -18,7 +18,7 @@ _MARGIN = 1.7
 """Factor below the least quality at which a logarithmic axis ends; the dense model, whose loss is zero, stands there."""
 _SIZES = {"found": 17, "dense": 11, "expected": 15, "measured": 14}
 _OURS = ("found", "measured", "expected")
-_NAMED = ("dense", "uniform", *_OURS)
+_NAMED = ("dense", "uniform", "found", "expected")
 
 
 @dataclass(frozen=True)

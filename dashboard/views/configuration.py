@@ -174,7 +174,12 @@ def _layers(now: Snapshot, ground: Terrain, trial: Any) -> None:
             | {f"{now.job.quality} alone": s.alone}
             for s in shares
         ]
-        st.dataframe(rows, hide_index=True, height=320, column_config={f"{name} saved": column(name) for name in names})
+        st.dataframe(
+            rows,
+            hide_index=True,
+            height=320 if len(rows) > 8 else "content",
+            column_config={f"{name} saved": column(name) for name in names},
+        )
         st.caption(
             "Saved against the dense level at this place, everything else as it is. Alone: the loss with this level and nothing else."
         )
