@@ -20,7 +20,7 @@ _FORMATS = {
     "recipe": "the configuration alone, a small file",
 }
 _LOOK_S = 1.5
-_SMALL_BYTES = 4 << 20
+_SMALL_BYTES = 32 << 20
 _MOST_BYTES = 512 << 20
 """What a page sends through itself; larger files are for the command."""
 

@@ -23,7 +23,7 @@ def draw_blocks(
         drawn.add_trace(
             go.Bar(
                 x=numbers, y=[blocks[block] for block in numbers], name=chart(knob or "decisions", 40),
-                marker={"color": palette.knob(knob)},
+                marker={"color": palette.knob(knob)}, width=0.75,
                 customdata=[figure(cost, blocks[block]) for block in numbers],
                 hovertemplate=f"block %{{x}}<br>{chart(knob, 40)} saves %{{customdata}}<extra></extra>",
             )
