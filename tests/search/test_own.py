@@ -129,7 +129,7 @@ def test_a_module_of_the_users_own_is_searched_and_reported(machine: Path, capsy
     assert "resume=True" in error
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "gp", "random"])
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", pytest.param("gp", marks=pytest.mark.slow), "random"])
 def test_all_configurations_of_a_small_space_give_the_true_front(sampler: str) -> None:
     result = search(trials=60, sampler=sampler)
     assert len({row["digest"] for row in result.rows}) == len(result.rows) == 30  # none twice, and the search ends by itself

@@ -142,17 +142,28 @@ def test_a_finished_run_is_only_reported_again(searched: Any) -> None:
     assert (searched.loose / "report.html").exists()
 
 
-def test_harmful_candidates_are_recorded_and_the_search_goes_on(tiny_job: Job, tmp_path: Path, third_party_knobs: Path) -> None:
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        (["none", "segfault", "nan"], {"crash", "nan"}),
+        pytest.param(
+            ["none", "segfault", "hog", "loop", "raise", "nan"], {"crash", "oom_host", "timeout", "invalid", "nan"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_harmful_candidates_are_recorded_and_the_search_goes_on(
+    tiny_job: Job, tmp_path: Path, third_party_knobs: Path, levels: list[str], expected: set[str]
+) -> None:
     settings = Settings(home=tmp_path / "home", memory_cap_bytes=2 << 30, evaluation_timeout_s=4)
-    one = {"include": ["model.layers.1.mlp:faulty"]}
+    one = {"include": ["model.layers.1.mlp:faulty"], "levels": {"*:faulty": levels}}
     job = tiny_job(knobs={"faulty": {}}, space=one, objectives=["kl", "flops_per_token"], budget={"trials": 20})
     result = start(job, tmp_path / "run", settings)
     failures = {row["failure"]["class"] for row in result.rows if "failure" in row}
-    assert failures == {"crash", "oom_host", "timeout", "invalid", "nan"}
+    assert failures == expected
     assert all(row["state"] in ("succeeded", "failed") for row in result.rows)
 
 
-@pytest.mark.parametrize("name", ["hf-dense", "recipe"])
+@pytest.mark.parametrize("name", ["hf-dense", pytest.param("recipe", marks=pytest.mark.slow)])
 def test_an_export_measures_in_a_fresh_process_what_its_trial_measured(searched: Any, tmp_path: Path, name: str) -> None:
     result = resume(searched.loose, searched.settings)
     found = result.summary["found"]
@@ -166,7 +177,7 @@ def test_an_export_measures_in_a_fresh_process_what_its_trial_measured(searched:
 
 def test_an_export_that_measures_otherwise_is_not_kept(searched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resume(searched.loose, searched.settings).summary["found"]
-    monkeypatch.setattr("autoeff.search.exporter._TOLERANCE", (-1.0, 0.0))
+    monkeypatch.setattr("autoeff.search.exporter._TOLERANCE", {"decoded": (-1.0, 0.0)})
     with pytest.raises(AutoeffError, match="nothing was exported"):
         export(searched.loose, found, tmp_path / "out", "hf-dense", searched.settings)
     assert not (tmp_path / "out").exists()

@@ -54,28 +54,34 @@ def test_one_process_serves_many_evaluations(runner_of: Callable[..., RunnerProc
     assert runner.starts == 1
 
 
-@pytest.mark.parametrize(
-    ("level", "failure", "message"),
-    [
-        ("segfault", FailureClass.CRASH, "SIGSEGV"),
-        ("nan", FailureClass.NAN, "not finite"),
-        ("raise", FailureClass.INVALID, "RuntimeError"),
-        ("loop", FailureClass.TIMEOUT, "no answer within 2 s"),
-        ("hog", FailureClass.OOM_HOST, "the cap is"),
-    ],
-)
-def test_a_harmful_candidate_fails_and_the_next_one_is_served(
-    runner_of: Callable[..., RunnerProcess], level: str, failure: FailureClass, message: str
-) -> None:
-    runner = runner_of(evaluation_timeout_s=2.0 if level == "loop" else 60.0, memory_cap_bytes=3 << 30)
-    with pytest.raises(CandidateError, match=message) as caught:
-        ask(runner, level)
-    assert caught.value.failure is failure
+HARM = {
+    "segfault": (FailureClass.CRASH, "SIGSEGV"),
+    "nan": (FailureClass.NAN, "not finite"),
+    "raise": (FailureClass.INVALID, "RuntimeError"),
+    "hog": (FailureClass.OOM_HOST, "the cap is"),
+}
+
+
+def test_harmful_candidates_fail_and_the_next_one_is_served(runner_of: Callable[..., RunnerProcess]) -> None:
+    runner = runner_of(evaluation_timeout_s=60.0, memory_cap_bytes=3 << 30)
+    for number, (level, (failure, message)) in enumerate(HARM.items(), start=1):
+        with pytest.raises(CandidateError, match=message) as caught:
+            ask(runner, level)
+        assert caught.value.failure is failure
+        assert ask(runner) == 0.0
+        assert runner.starts == number + 1
+
+
+def test_a_candidate_that_hangs_fails_and_the_next_one_is_served(runner_of: Callable[..., RunnerProcess]) -> None:
+    runner = runner_of(evaluation_timeout_s=2.0)
+    with pytest.raises(CandidateError, match="no answer within 2 s") as caught:
+        ask(runner, "loop")
+    assert caught.value.failure is FailureClass.TIMEOUT
     assert ask(runner) == 0.0
     assert runner.starts == 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_runner_killed_from_outside_is_lost_not_failed(runner_of: Callable[..., RunnerProcess], how: signal.Signals) -> None:
     runner = runner_of()
     ask(runner)

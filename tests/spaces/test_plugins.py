@@ -38,7 +38,7 @@ def test_third_party_knob_is_found_through_its_entry_point(third_party_knobs: Pa
 
 def test_third_party_knob_is_gone_where_it_is_not_installed() -> None:
     plugins.cache_clear()
-    with pytest.raises(InputError, match=r"unknown knob 'noise'; known: bits, .*skip"):
+    with pytest.raises(InputError, match=r"unknown knob 'noise'; known: .*bits, .*skip"):
         make_knob("noise", {})
 
 
