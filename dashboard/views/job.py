@@ -26,6 +26,8 @@ from autoeff.dashboard.words import STATES, axis, duration, figure, markdown, pl
 __all__ = ["draw"]
 
 _LOOK_S = 2.0
+_SELDOM_S = 60.0
+"""Of a paused job, which only somebody's resuming it can change."""
 
 
 def draw(found: Visitor) -> None:
@@ -36,9 +38,9 @@ def draw(found: Visitor) -> None:
     with st.container():
         now = watched(found, job_id)
         _head(found, now)
-    live = is_open(now.job)
+    often = (_SELDOM_S if now.job.state == "paused" else _LOOK_S) if is_open(now.job) else None
 
-    @st.fragment(run_every=_LOOK_S if live else None)
+    @st.fragment(run_every=often)
     def picture() -> None:
         with visit.guarded(found):
             with st.container():  # what comes and goes has a place, so that the charts keep theirs and are not made anew
