@@ -51,7 +51,7 @@ lint: env
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
 
 types: env
-	$(call timed,types,$(BIN)/python -m mypy)
+	$(call timed,types,$(BIN)/python -m mypy -n $(WORKERS))
 
 env: $(STAMP)
 

@@ -111,6 +111,7 @@ def test_the_cards_perplexity_is_what_is_measured(name: str) -> None:
     assert math.exp(sum(losses) / windows) == pytest.approx(stated, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_demo_moe_is_searched_on_its_own_text(tmp_path: Path) -> None:
     spec = JobSpec.parse(
         {

@@ -133,11 +133,11 @@ def choose(page: Page, label: str, option: str) -> None:
     raise AssertionError(f"{label} offers no {option}")
 
 
-def shoot(page: Page, folder: Path, name: str) -> None:
-    """The page at every width, light and dark."""
-    for scheme in SCHEMES:
+def shoot(page: Page, folder: Path, name: str, whole: bool) -> None:
+    """The page at every width, light and dark; at the first alone where not the whole is wanted."""
+    for scheme in SCHEMES if whole else SCHEMES[:1]:
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-        for width in WIDTHS:
+        for width in WIDTHS if whole else WIDTHS[:1]:
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_timeout(300)
             height = int(page.evaluate("() => document.querySelector('[data-testid=stMain]').scrollHeight"))
@@ -149,7 +149,8 @@ def shoot(page: Page, folder: Path, name: str) -> None:
 
 
 @pytest.mark.timeout(420)
-def test_from_the_key_to_the_exported_model(servers: ModuleType, serving: Any, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "all-pictures"])
+def test_from_the_key_to_the_exported_model(servers: ModuleType, serving: Any, root: Path, tmp_path: Path, whole: bool) -> None:
     folder = root / "runs" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
     unpack(tmp_path)
@@ -159,7 +160,7 @@ def test_from_the_key_to_the_exported_model(servers: ModuleType, serving: Any, r
         page.goto(url)
         expect(page.get_by_label("Key")).to_be_visible()
         assert page.get_by_test_id("stSidebarNav").count() == 0  # without a key nothing is shown
-        shoot(page, folder, "login")
+        shoot(page, folder, "login", whole)
         log_in(page, url, key)
 
         go(page, "Submit")
@@ -221,5 +222,5 @@ def test_from_the_key_to_the_exported_model(servers: ModuleType, serving: Any, r
             assert client.job(job[1]).state == "succeeded"
         for view in VIEWS:
             go(page, view)
-            shoot(page, folder, view)
+            shoot(page, folder, view, whole)
         assert not faults

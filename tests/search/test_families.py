@@ -13,12 +13,9 @@ from autoeff.search.run import Result, export, start
 from autoeff.search.settings import Settings
 
 
-@pytest.mark.parametrize("every_family", ["phi3"], indirect=True)  # the others: -m slow
-def test_a_search_ends_with_an_export_that_transformers_loads(stored_family: Path, tiny_text: Path, tmp_path: Path) -> None:
-    assert search_and_export(stored_family, tiny_text, tmp_path).found is not None
-
-
-def test_so_does_a_search_of_a_model_of_images(tiny_vit: Path, tiny_images: Path, tmp_path: Path) -> None:
+def test_a_search_of_a_model_of_images_ends_with_an_export_that_transformers_loads(
+    tiny_vit: Path, tiny_images: Path, tmp_path: Path
+) -> None:
     result = search_and_export(tiny_vit, tiny_images, tmp_path, tasks={"max_degradation": 0.5})
     rows = {row["role"]: row for row in result.summary["rows"] if row["held_out"] is not None}
     assert rows["found"]["accuracy:labels"] >= 0.5 * rows["dense"]["accuracy:labels"] > 0

@@ -10,8 +10,15 @@ import pytest
 
 
 @pytest.mark.timeout(900)  # each moment is a search of its own, and a resumed one
+@pytest.mark.parametrize(("moments", "killed"), [(1, {"search"}), pytest.param(4, {"search", "runner"}, marks=pytest.mark.slow)])
 def test_a_killed_search_or_runner_leaves_the_sequence_of_an_undisturbed_run(
-    root: Path, tiny_models: dict[str, Path], tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    tiny_models: dict[str, Path],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moments: int,
+    killed: set[str],
 ) -> None:
     spec = importlib.util.spec_from_file_location("kill_moments", root / "benchmarks" / "kill_moments.py")
     assert spec is not None
@@ -21,5 +28,5 @@ def test_a_killed_search_or_runner_leaves_the_sequence_of_an_undisturbed_run(
     spec.loader.exec_module(script)
     search = [str(tiny_models["llama"]), "--knobs=bits,skip", "--set=bits.group_size=16", "--limit=linear_bytes<=0.35x", "--trials=45"]
     text = [f"--data={tiny_text}", "--windows=8", "--length=16", "--eval-windows=8", "--eval-length=16"]
-    kills = script.check(moments=2, seed=1, folder=tmp_path, arguments=search + text)
-    assert {kill.what for kill in kills} == {"search", "runner"}
+    kills = script.check(moments=moments, seed=1, folder=tmp_path, arguments=search + text)
+    assert {kill.what for kill in kills} == killed

@@ -92,6 +92,7 @@ def test_nothing_is_timed_that_nobody_asks_for(job: Callable[..., JobSpec], sett
         plan(job(target="H200"), settings)
 
 
+@pytest.mark.slow
 def test_milliseconds_of_different_devices_are_not_compared(job: Callable[..., JobSpec], settings: Settings, tmp_path: Path) -> None:
     for target in ("H200", "L4"):
         start(job(limits=["decode_ms<=0.9x"], target=target), tmp_path / target, settings)

@@ -129,7 +129,7 @@ def test_a_module_of_the_users_own_is_searched_and_reported(machine: Path, capsy
     assert "resume=True" in error
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", pytest.param("gp", marks=pytest.mark.slow), "random"])
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gp", "random"))])
 def test_all_configurations_of_a_small_space_give_the_true_front(sampler: str) -> None:
     result = search(trials=60, sampler=sampler)
     assert len({row["digest"] for row in result.rows}) == len(result.rows) == 30  # none twice, and the search ends by itself
@@ -138,7 +138,10 @@ def test_all_configurations_of_a_small_space_give_the_true_front(sampler: str) -
     assert front == {points[i] for i in non_dominated([(-g, p) for g, p in points])}
 
 
-@pytest.mark.parametrize(("sampler", "limits"), [("tpe", ["price<=30"]), ("nsga2", ["price<=30", "gain>=4"]), ("gp", ["price<=30"])])
+@pytest.mark.parametrize(
+    ("sampler", "limits"),
+    [("tpe", ["price<=30"]), ("nsga2", ["price<=30", "gain>=4"]), pytest.param("gp", ["price<=30"], marks=pytest.mark.slow)],
+)
 def test_limits_hold_for_what_is_found_and_samplers_learn_them(sampler: str, limits: list[str]) -> None:
     space = {"a": autoeff.choice(*range(5)), "b": autoeff.choice(*range(6)), "c": autoeff.choice(*range(20))}
 
