@@ -87,10 +87,12 @@ def test_verbs_refuse_the_same_here_and_there(served: Any, command: Command) -> 
     assert (code, told) == (2, "autoeff: error: there is no job of this id\n")
 
 
-def test_ls_lists_the_jobs_of_the_key(served: Any, command: Command) -> None:
-    code, out, _ = command("ls", "--format", "json", there=True)
-    assert code == 0
-    assert [row["job"] for row in json.loads(out)] == [served.job]
+def test_ls_lists_the_jobs_of_the_key(served: Any, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for who, owns in (("alice", True), ("bob", False)):
+        monkeypatch.setenv("AUTOEFF_KEY", served.keys[who])
+        code, out, _ = command("ls", "--format", "json", there=True)
+        assert code == 0
+        assert (served.job in [row["job"] for row in json.loads(out)]) == owns
 
 
 def test_a_dry_run_is_the_server_s(served: Any, command: Command) -> None:

@@ -117,6 +117,7 @@ def test_a_run_whose_values_would_differ_does_not_go_on(tiny_job: Job, settings:
         resume(tmp_path / "run", settings)
 
 
+@pytest.mark.slow
 def test_a_runner_that_is_killed_while_it_completes_text_is_replaced(
     tiny_job: Job, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
