@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.guests import DamageTable
+from autoeff.search.limits import feasible
 from autoeff.search.results import Results
 from autoeff.search.samplers.problem import OperatingPoint, Problem
 from autoeff.spaces.configuration import Level
@@ -87,11 +88,11 @@ def _of_knob(results: Results, table: DamageTable, point: OperatingPoint, knob: 
     for level in _levels(problem, mine):
         alike = {i: space.decisions[i].levels.index(level) if level in space.decisions[i].levels else 0 for i in mine}
         same = space.normalised([alike.get(i, x) for i, x in enumerate(found)])
-        if results.problem.feasible(same) and all(limit.met(problem.cost_model.exact(limit.name, same)) for limit in point.limits):
-            kept.append((_predicted(problem, table, same), Alternative(knob, level, "kept", same)))
+        if feasible((*problem.limits, *point.limits), problem.cost_model, same):
+            kept.append((table.predicted(space, same), Alternative(knob, level, "kept", same)))
         allowed = [[alike[i]] if i in alike else range(len(d.levels)) for i, d in enumerate(space.decisions)]
         if (again := allocator.solve(table.damage, allowed)) is not None:
-            solved.append((_predicted(problem, table, again), Alternative(knob, level, "solved again", again)))
+            solved.append((table.predicted(space, again), Alternative(knob, level, "solved again", again)))
     for proposed in (kept, solved):
         if proposed:
             yield min(proposed, key=lambda pair: pair[0])[1]
@@ -110,8 +111,3 @@ def _levels(problem: Problem, mine: Sequence[int]) -> list[Level]:
     if not any(decision.uniform for decision in decisions):
         return [decisions[0].levels[0]]
     return list(dict.fromkeys(level for decision in decisions for level in decision.levels))
-
-
-def _predicted(problem: Problem, table: DamageTable, indices: tuple[int, ...]) -> float:
-    active = problem.space.active(indices)
-    return sum(row[i] for row, i, on in zip(table.damage, indices, active, strict=True) if on)

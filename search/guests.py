@@ -110,6 +110,10 @@ class DamageTable:
             damage.append(_completed(decision, {level: inf if value is None else value for level, value in values.items()}))
         return cls(tuple(damage))
 
+    def predicted(self, space: SearchSpace, indices: Sequence[int]) -> float:
+        """What a configuration loses if damages add up."""
+        return sum(row[i] for row, i, on in zip(self.damage, indices, space.active(indices), strict=True) if on)
+
 
 def table_candidates(problem: Problem) -> list[Candidate]:
     """One candidate for each entry that is measured: that level alone, everything else dense."""

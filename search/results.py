@@ -163,11 +163,7 @@ class Results:
         if len(good) < 5:
             return None
         space = self.problem.space
-        predicted = []
-        for trial in good:
-            indices = space.indices(trial.configuration.levels)
-            rows = zip(table.damage, indices, space.active(indices), strict=True)
-            predicted.append(sum(row[i] for row, i, on in rows if on))
+        predicted = [table.predicted(space, space.indices(trial.configuration.levels)) for trial in good]
         return {"spearman": float(spearmanr(predicted, [self.quality(t) for t in good]).statistic), "n": len(good)}
 
     def summary(self) -> dict[str, Any]:
