@@ -133,8 +133,8 @@ def _forbidden(found: Visitor, error: Forbidden) -> None:
     except Forbidden as refusal:
         log_out(f"{sentence(refusal)} Give another one.")
         st.rerun()
-    except AutoeffError:
-        pass
+    except AutoeffError as other:  # whether the key is good cannot be asked now
+        st.warning(_markdown(other), icon=":material/cloud_off:")
     st.error(_markdown(error), icon=":material/lock:")
 
 

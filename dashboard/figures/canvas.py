@@ -8,12 +8,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from autoeff.dashboard.theme import Palette
+from autoeff.dashboard.words import axis
 from autoeff.spaces.measurements import described
 
 # Plotly looks into pandas as soon as any thread has begun to import it; here that is waited for.
 import_module("pandas")
 
-__all__ = ["LOGARITHMIC", "canvas", "scale"]
+__all__ = ["LOGARITHMIC", "canvas", "name_axes", "scale"]
 
 _FONT = '"Source Sans", "Source Sans Pro", system-ui, -apple-system, "Segoe UI", sans-serif'
 
@@ -26,7 +27,7 @@ def canvas(palette: Palette, height: int, revision: str) -> go.Figure:
         height: In pixels.
         revision: Zoom and hidden traces stay as the reader set them while this is the same.
     """
-    axis: dict[str, Any] = {
+    both: dict[str, Any] = {
         "gridcolor": palette.line, "linecolor": palette.line, "zeroline": False, "automargin": True, "title": {"standoff": 8},
         "tickfont": {"color": palette.muted, "size": 12}, "title_font": {"color": palette.ink, "size": 13},
     }  # fmt: skip
@@ -38,8 +39,8 @@ def canvas(palette: Palette, height: int, revision: str) -> go.Figure:
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": _FONT, "size": 13, "color": palette.ink},
             "margin": {"l": 8, "r": 12, "t": 28, "b": 8},
-            "xaxis": axis,
-            "yaxis": axis,
+            "xaxis": both,
+            "yaxis": both,
             "legend": {
                 "orientation": "h", "x": 0, "y": -0.16, "xanchor": "left", "yanchor": "top", "font": {"size": 12, "color": palette.muted},
                 "itemsizing": "constant", "bgcolor": "rgba(0,0,0,0)",
@@ -64,3 +65,9 @@ def scale(name: str) -> dict[str, Any]:
     if unit.startswith("FLOP"):
         return {"tickformat": "~s", "ticksuffix": "FLOP"}
     return {}
+
+
+def name_axes(chart: go.Figure, cost: str, quality: str, method: str | None, *, linear: bool) -> None:
+    """Writes what the axes of quality over a cost are, by powers of ten unless `linear`."""
+    chart.update_xaxes(title_text=axis(cost, method), **scale(cost))
+    chart.update_yaxes(title_text=axis(quality), **({} if linear else LOGARITHMIC))

@@ -8,9 +8,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autoeff.dashboard.figures.canvas import LOGARITHMIC, canvas, scale
+from autoeff.dashboard.figures.canvas import canvas, name_axes
 from autoeff.dashboard.theme import MARKS, ROLES, Palette
-from autoeff.dashboard.words import axis, chart, figure
+from autoeff.dashboard.words import chart, figure
 
 __all__ = ["Dot", "Guest", "draw_front"]
 
@@ -116,10 +116,7 @@ def draw_front(
             x=limit, line={"color": palette.guest, "width": 1.2, "dash": "dash"}, annotation_text="limit",
             annotation_font={"color": palette.guest, "size": 11}, annotation_position="top right",
         )  # fmt: skip
-    chartable.update_xaxes(title_text=axis(cost, method), **scale(cost))
-    chartable.update_yaxes(title_text=axis(quality))
-    if not linear:
-        chartable.update_yaxes(**LOGARITHMIC)
+    name_axes(chartable, cost, quality, method, linear=linear)
     return chartable
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from autoeff.dashboard.figures.canvas import LOGARITHMIC, canvas, scale
+from autoeff.dashboard.figures.canvas import canvas, name_axes
 from autoeff.dashboard.theme import Palette
-from autoeff.dashboard.words import axis, chart, figure
+from autoeff.dashboard.words import chart, figure
 
 __all__ = ["draw_fronts"]
 
@@ -39,8 +39,5 @@ def draw_fronts(
                 f"<extra>{chart(name, 40)}</extra>",
             )
         )  # fmt: skip
-    drawn.update_xaxes(title_text=axis(cost, method), **scale(cost))
-    drawn.update_yaxes(title_text=axis(quality))
-    if not linear:
-        drawn.update_yaxes(**LOGARITHMIC)
+    name_axes(drawn, cost, quality, method, linear=linear)
     return drawn
