@@ -91,5 +91,9 @@ def _settings(broker: str | None, database_url: str | None) -> Settings:
 
 
 def _until_signal(stop: Callable[[], None]) -> None:
+    def told(*_: object) -> None:
+        # In a thread: the main one may have been interrupted inside `Event.wait`, holding the lock that `Event.set` takes.
+        threading.Thread(target=stop, name="stop").start()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
+        signal.signal(number, told)
