@@ -18,22 +18,23 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Row, column, create_engine, event, inspect, make_url, select, table, text
+from sqlalchemy import URL, Connection, Double, Engine, Row, bindparam, column, create_engine, event, inspect, make_url, select, table, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InternalError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, DisconnectionError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from autoeff.errors import AutoeffError, InputError, StorageError
-from autoeff.search.storage.tables import REVISION, Base
+from autoeff.search.storage.tables import REVISION, Base, now
 from autoeff.spaces.configuration import canonical_json
 
-__all__ = ["VERSION_TABLE", "Database", "again", "insert_absent", "storable"]
+__all__ = ["VERSION_TABLE", "Database", "InTheWay", "again", "insert_absent", "storable"]
 
 VERSION_TABLE = "autoeff_alembic"
 BUSY_MS = 10_000
 """How long a writer waits for another one; a transaction takes milliseconds."""
 _JOURNAL_BYTES = 64 << 20
 _CONNECT_S = 5
+_IDLE_S = 1.0  # a connection that was not used for longer is asked whether it still is one: a whole round trip
 _SESSION = {"statement_timeout": "10s", "lock_timeout": "3s", "idle_in_transaction_session_timeout": "30s", "TimeZone": "UTC"}
 _MIGRATION_LOCK = 7_217_504_390_125  # of PostgreSQL's advisory locks: one process migrates
 _MIGRATING = threading.Lock()
@@ -117,7 +118,7 @@ class Database:
     def _translated(self, error: Exception) -> AutoeffError:
         cause = _cause(error)
         if getattr(getattr(error, "orig", None), "sqlstate", None) in _IN_THE_WAY:
-            return _InTheWay(f"database {self.name}: {cause}")
+            return InTheWay(f"database {self.name}: {cause}")
         remedy = "what was committed is kept; `autoeff resume` goes on from there"
         if "full" in cause:
             remedy = f"free some space; {remedy}"
@@ -188,7 +189,7 @@ class Database:
         partial.replace(copy)
 
 
-class _InTheWay(StorageError):
+class InTheWay(StorageError):
     """Another transaction was in the way; this one was undone and can be made again."""
 
 
@@ -202,18 +203,34 @@ def again(method: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(method)
     def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
         for _ in range(_TRIES - 1):
-            with suppress(_InTheWay):
+            with suppress(InTheWay):
                 return method(*args, **kwargs)
         return method(*args, **kwargs)
 
     return repeated
 
 
-def insert_absent(connection: Connection, into: type[Base], values: Mapping[str, Any]) -> Row[Any] | None:
-    """Inserts a row and returns its primary key; None where a unique key of it is taken."""
-    insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-    statement = insert(into).values(**values).on_conflict_do_nothing().returning(*inspect(into).primary_key)
-    return connection.execute(statement).one_or_none()
+def insert_absent(
+    connection: Connection, into: type[Base], values: Mapping[str, Any], stamped: str | None = None, after_s: float = 0.0
+) -> Row[Any] | None:
+    """Inserts a row and returns its primary key; None where a unique key of it is taken.
+
+    Args:
+        connection: Of a transaction.
+        into: The table.
+        values: By column.
+        stamped: Column that gets the present time,
+        after_s: and so many seconds more.
+    """
+    after = {} if stamped is None else {"after_s": after_s}
+    return connection.execute(_absent(connection.dialect.name, into, stamped), {**values, **after}).one_or_none()
+
+
+@functools.cache
+def _absent(dialect: str, into: type[Base], stamped: str | None) -> Any:
+    insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
+    statement = insert(into).on_conflict_do_nothing().returning(*inspect(into).primary_key)
+    return statement if stamped is None else statement.values({stamped: now() + bindparam("after_s", type_=Double)})
 
 
 def storable(told: str) -> str:
@@ -264,16 +281,29 @@ def _sqlite(url: URL, begin: str, *, foreign_keys: bool = True, **settings: Any)
 def _postgresql(url: URL) -> Engine:
     options = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
     try:
-        return create_engine(
+        engine = create_engine(
             url,
             json_serializer=canonical_json,
-            pool_pre_ping=True,
             pool_size=8,
             max_overflow=8,
             connect_args={"connect_timeout": _CONNECT_S, "application_name": "autoeff", "options": options},
         )
     except ImportError:
         raise InputError('PostgreSQL needs psycopg; install it with pip install "psycopg[binary]"') from None
+
+    @event.listens_for(engine, "checkin")
+    def _used(connection: object, record: Any) -> None:
+        record.info["used"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _alive(connection: Any, record: Any, proxy: object) -> None:
+        if time.monotonic() - record.info.get("used", 0.0) > _IDLE_S:
+            try:
+                engine.dialect.do_ping(connection)
+            except Exception as error:
+                raise DisconnectionError from error
+
+    return engine
 
 
 def _cause(error: Exception) -> str:

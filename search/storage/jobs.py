@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, or_, select, tuple_, update
+from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, or_, select, tuple_, update
 
 from autoeff.errors import Conflict, LeaseLost, NotFound, Stale
 from autoeff.search.keys import LOCAL
 from autoeff.search.storage import leases
 from autoeff.search.storage.database import Database, again, insert_absent
 from autoeff.search.storage.records import Counts, Event, Job, JobState, Reply, State
-from autoeff.search.storage.rows import COUNTS, JOB, job_of
+from autoeff.search.storage.rows import COUNTS, JOB, job_of, one_of, written
 from autoeff.search.storage.tables import EvaluationRow, EventRow, IdempotencyRow, JobRow, TrialRow, now
 
 __all__ = ["Jobs", "fenced", "move_job", "taken_over", "unknown", "versioned"]
@@ -26,6 +26,13 @@ _NEXT: Mapping[JobState, frozenset[JobState]] = {
     JobState.SUCCEEDED: frozenset(),
     JobState.CANCELLED: frozenset(),
 }
+
+_JOB = JOB.where(JobRow.id == bindparam("of"))
+_FENCED = select(JobRow.state, JobRow.trials, JobRow.coordinator, JobRow.coordinator_fence, JobRow.queue)
+_FENCED = _FENCED.where(JobRow.id == bindparam("of")).with_for_update()
+_EVENTS = select(EventRow.seq, EventRow.kind, EventRow.body, EventRow.created_at)
+_EVENTS = _EVENTS.where(EventRow.job_id == bindparam("of"), EventRow.seq > bindparam("after"))
+_EVENTS = _EVENTS.order_by(EventRow.seq).limit(bindparam("most"))
 
 
 class Jobs:
@@ -68,13 +75,13 @@ class Jobs:
         with self._database.write() as connection:
             zeros = {"trials": 0, "succeeded": 0, "failed": 0, "quarantined": 0, "cancelled": 0, "cost": 0.0, "events": 0}
             content = {"spec": dict(spec), "preflight": dict(preflight), "space": dict(space), "setup_digest": setup_digest}
-            begun = {"state": JobState.PENDING, "version": 1, "coordinator_fence": 0, "created_at": now(), "owner": owner, "queue": queue}
-            if not insert_absent(connection, JobRow, {"id": job_id, **begun, **content, **zeros}):
+            begun = {"state": JobState.PENDING, "version": 1, "coordinator_fence": 0, "owner": owner, "queue": queue}
+            if not insert_absent(connection, JobRow, {"id": job_id, **begun, **content, **zeros}, stamped="created_at"):
                 raise Conflict(f"job {job_id!r} exists already; choose another id")
             leases.note(connection, job_id, [("job.created", {})])
             if reply is not None:
                 connection.execute(delete(IdempotencyRow).where(IdempotencyRow.expires_at <= now()))
-                if not insert_absent(connection, IdempotencyRow, reply.values() | {"expires_at": now() + reply.ttl_s}):
+                if not insert_absent(connection, IdempotencyRow, reply.values(), stamped="expires_at", after_s=reply.ttl_s):
                     raise Conflict(f"the request {reply.idempotency_key!r} has an answer already")
         return self.job(job_id)
 
@@ -90,7 +97,7 @@ class Jobs:
             NotFound: There is none.
         """
         with self._database.read() as connection:
-            row = connection.execute(JOB.where(JobRow.id == job_id)).one_or_none()
+            row = connection.execute(_JOB, {"of": job_id}).one_or_none()
         if row is None or owner not in (None, row.owner or LOCAL):
             raise unknown(job_id)
         return job_of(row)
@@ -136,6 +143,7 @@ class Jobs:
             raise unknown(job_id)
         return Counts(*row)
 
+    @again
     def set_job_state(
         self, job_id: str, fence: int, state: JobState, result: Mapping[str, Any] | None = None, error: str | None = None
     ) -> None:
@@ -161,30 +169,35 @@ class Jobs:
 
     def events(self, job_id: str, after: int = 0, limit: int = 500) -> list[Event]:
         """The next `limit` events of the job with a `seq` above `after`; the first event has 1."""
-        query = select(EventRow.seq, EventRow.kind, EventRow.body, EventRow.created_at)
-        query = query.where(EventRow.job_id == job_id, EventRow.seq > after).order_by(EventRow.seq).limit(limit)
         with self._database.read() as connection:
-            return [Event(*row) for row in connection.execute(query)]
+            return [Event(*row) for row in connection.execute(_EVENTS, {"of": job_id, "after": after, "most": limit})]
 
-    def last_events(self, job_ids: Iterable[str]) -> dict[str, int]:
-        """The `seq` of the last event of each of these jobs: tells with one query which have news."""
-        query = select(JobRow.id, JobRow.events).where(JobRow.id.in_(tuple(job_ids)))
+    def heads(self, job_ids: Iterable[str]) -> dict[str, tuple[JobState, int]]:
+        """The state of each of these jobs and the `seq` of its last event: tells with one query which have news."""
+        query = select(JobRow.id, JobRow.state, JobRow.events).where(JobRow.id.in_(tuple(job_ids)))
         with self._database.read() as connection:
-            return {row.id: row.events for row in connection.execute(query)}
+            return {row.id: (row.state, row.events) for row in connection.execute(query)}
 
-    def pause(self, job_id: str, version: int | None = None) -> Job:
-        """Stops proposing for the job, what runs is finished; a paused one stays so.
+    @again
+    def pause(self, job_id: str, version: int | None = None, *, at_once: bool = False) -> Job:
+        """Stops proposing for the job; a paused one stays so.
 
         Args:
             job_id: The job.
             version: The one that the caller saw; None for any.
+            at_once: What was proposed is not finished, but given back, and waits until the job goes on.
 
         Raises:
             NotFound: No such job.
             Conflict: It has ended; `Stale` where it is of another version.
         """
-        return self._order(job_id, version, JobState.PAUSED, (JobState.PAUSED,))
+        job = self._order(job_id, version, JobState.PAUSED, (JobState.PAUSED,))
+        for evaluation_id in self._asked_for(job_id, *leases.OPEN) if at_once else ():  # each on its own, as in `_sweep`
+            with self._database.write() as connection:
+                leases.set_aside(connection, evaluation_id)
+        return self.job(job_id) if at_once else job
 
+    @again
     def resume(self, job_id: str, version: int | None = None) -> Job:
         """Has a paused or failed job go on; one that does anyway stays as it is. Raises as `pause`."""
         return self._order(job_id, version, JobState.PENDING, (JobState.PENDING, JobState.RUNNING))
@@ -227,14 +240,23 @@ class Jobs:
 
     def _sweep(self, job_id: str) -> None:
         """Drops what is queued for a job that is being cancelled, and ends it when nothing runs for it."""
-        query = select(EvaluationRow.id).join(TrialRow, TrialRow.evaluation_id == EvaluationRow.id).order_by(EvaluationRow.id)
-        with self._database.read() as connection:
-            queued = connection.execute(query.where(TrialRow.job_id == job_id, EvaluationRow.state == State.QUEUED)).scalars().all()
-        for evaluation_id in queued:  # each on its own: see `leases` for the order of locks
+        for evaluation_id in self._asked_for(job_id, State.QUEUED):  # each on its own: see `leases` for the order of locks
             with self._database.write() as connection:
                 leases.drop(connection, evaluation_id)
         with self._database.write() as connection:
             leases.settle(connection, job_id)
+
+    def _asked_for(self, job_id: str, *states: State) -> Sequence[int]:
+        """Evaluations in these states, which few are in, that trials of the job ask for."""
+        with self._database.read() as connection:
+            return [row.id for row in connection.execute(asked_for(job_id, *states))]
+
+
+def asked_for(job_id: str, *states: State) -> Select[int, str | None]:
+    """Id and queue of evaluations in these states, which few are in, that trials of the job ask for."""
+    rare = and_(EvaluationRow.state != written(State.SUCCEEDED), EvaluationRow.state.in_([written(state) for state in states]))
+    query = select(EvaluationRow.id, EvaluationRow.queue).join(TrialRow, TrialRow.evaluation_id == EvaluationRow.id)
+    return query.where(rare, one_of(job_id)).distinct().order_by(EvaluationRow.id)
 
 
 def unknown(job_id: str) -> NotFound:
@@ -249,8 +271,7 @@ def taken_over(job_id: str, coordinator: str | None) -> LeaseLost:
 
 def fenced(connection: Connection, job_id: str, fence: int) -> Row[JobState, int, str | None, int, str | None]:
     """The job, locked for this transaction, once `fence` is seen to be its newest."""
-    query = select(JobRow.state, JobRow.trials, JobRow.coordinator, JobRow.coordinator_fence, JobRow.queue)
-    row = connection.execute(query.where(JobRow.id == job_id).with_for_update()).one_or_none()
+    row = connection.execute(_FENCED, {"of": job_id}).one_or_none()
     if row is None:
         raise unknown(job_id)
     if row.coordinator_fence != fence:
@@ -275,6 +296,9 @@ def move_job(connection: Connection, job_id: str, before: JobState, state: JobSt
         raise Conflict(f"job {job_id!r} is {before} and cannot become {state}")
     moved = {"state": state, "ended_at": now() if state.terminal else None, "version": JobRow.version + 1}
     connection.execute(update(JobRow).where(JobRow.id == job_id).values(moved | dict(values)))
+    if before is JobState.PAUSED and state in (JobState.PENDING, JobState.RUNNING):
+        for evaluation_id, queue in connection.execute(asked_for(job_id, State.QUEUED)).all():  # they may have been set aside
+            leases.ring(connection, evaluation_id, queue)
     if state is not before:
         said = {"message": values["error"]} if values.get("error") else {}
         leases.note(connection, job_id, [(f"job.{state}", said)])

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, select
+from sqlalchemy import ColumnElement, Row, and_, literal, select
 
 from autoeff.errors import FailureClass
 from autoeff.search.storage.holders import holder_is_dead
-from autoeff.search.storage.records import Attempt, Claim, Counts, Failure, Job, Trial
+from autoeff.search.storage.records import Attempt, Claim, Counts, Failure, Job, State, Trial
 from autoeff.search.storage.tables import AttemptRow, ConfigurationRow, EvaluationRow, JobRow, MeasurementRow, TrialRow, now
 from autoeff.spaces.configuration import Configuration
 from autoeff.spaces.measurements import MEASURES, Measurement
@@ -29,6 +29,7 @@ __all__ = [
     "one_of",
     "trial_of",
     "values_of",
+    "written",
 ]
 
 COUNTS = select(JobRow.trials, JobRow.succeeded, JobRow.failed, JobRow.quarantined, JobRow.cost, JobRow.cancelled)
@@ -50,13 +51,30 @@ TRIAL = (
     .join(ConfigurationRow, ConfigurationRow.digest == EvaluationRow.configuration)
     .outerjoin(AttemptRow, and_(AttemptRow.evaluation_id == EvaluationRow.id, AttemptRow.fence == EvaluationRow.accepted_fence))
 )
-CLAIM = select(EvaluationRow.__table__, ConfigurationRow.canonical).join(
-    ConfigurationRow, ConfigurationRow.digest == EvaluationRow.configuration
+CLAIM = (
+    EvaluationRow.id,
+    EvaluationRow.fence,
+    EvaluationRow.attempts,
+    EvaluationRow.worker,
+    EvaluationRow.split,
+    EvaluationRow.windows,
+    EvaluationRow.queue,
+    select(ConfigurationRow.canonical)
+    .where(ConfigurationRow.digest == EvaluationRow.configuration)
+    .correlate(EvaluationRow)
+    .scalar_subquery()
+    .label("canonical"),
 )
+"""What the update that claims an evaluation returns."""
 ATTEMPT = select(AttemptRow.__table__, (EvaluationRow.accepted_fence == AttemptRow.fence).label("accepted")).join(
     EvaluationRow, EvaluationRow.id == AttemptRow.evaluation_id
 )
 MEASUREMENT = select(MeasurementRow.__table__)
+
+
+def written(state: State) -> ColumnElement[State]:
+    """A state as part of the statement: SQLite does not use a partial index for a parameter."""
+    return literal(state, EvaluationRow.state.type, literal_execute=True)
 
 
 def one_of(job_id: str) -> ColumnElement[bool]:

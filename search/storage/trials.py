@@ -6,20 +6,38 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, insert, literal, or_, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, insert, or_, select, update
 
 from autoeff.errors import Conflict, NotFound
 from autoeff.search.storage import leases
 from autoeff.search.storage.database import again, insert_absent
 from autoeff.search.storage.jobs import Jobs, fenced
 from autoeff.search.storage.records import Attempt, JobState, Proposal, State, Trial, TrialRef
-from autoeff.search.storage.rows import ATTEMPT, MEASUREMENT, TRIAL, attempt_of, measurement_of, one_of, trial_of
+from autoeff.search.storage.rows import ATTEMPT, MEASUREMENT, TRIAL, attempt_of, measurement_of, one_of, trial_of, written
 from autoeff.search.storage.tables import AttemptRow, ConfigurationRow, EvaluationRow, MeasurementRow, TrialRow, now
 
 __all__ = ["Trials", "queued"]
 
 _STANDING = (JobState.PAUSED, JobState.CANCELLING, JobState.CANCELLED)
 """States in which nothing more is proposed."""
+
+# What every proposal executes; see `leases` for why they are kept.
+_OWN = select(TrialRow.number).where(TrialRow.evaluation_id == EvaluationRow.id, TrialRow.job_id == bindparam("job")).exists()
+_EQUAL = (
+    select(EvaluationRow.id, EvaluationRow.state, EvaluationRow.queue, _OWN.label("own"))
+    .where(EvaluationRow.eval_key == bindparam("key"), or_(_OWN, EvaluationRow.state.in_((*leases.OPEN, State.SUCCEEDED))))
+    .order_by(_OWN.desc(), EvaluationRow.id.desc())
+    .limit(1)
+    .with_for_update()
+)
+_PROPOSE = insert(TrialRow).values(created_at=now())
+_ONE = TRIAL.where(TrialRow.job_id == bindparam("job"), TrialRow.number == bindparam("at"))
+_UNTOLD = (
+    TRIAL.where(TrialRow.job_id == bindparam("job"), TrialRow.told_at.is_(None), EvaluationRow.state.not_in(leases.OPEN))
+    .order_by(EvaluationRow.ended_at, TrialRow.number)
+)  # fmt: skip
+_MEASURED = MEASUREMENT.where(MeasurementRow.evaluation_id.in_(bindparam("these", expanding=True)))
+_MEASURED = _MEASURED.order_by(MeasurementRow.evaluation_id, MeasurementRow.name)
 
 
 class Trials(Jobs):
@@ -63,18 +81,18 @@ class Trials(Jobs):
             evaluation_id, state, repeated = found or _proposed_work(connection, job_id, proposal, job.queue)
             cost = 0.0 if repeated else proposal.cost
             connection.execute(
-                insert(TrialRow).values(
-                    job_id=job_id,
-                    number=proposal.number,
-                    evaluation_id=evaluation_id,
-                    origin=proposal.origin,
-                    label=proposal.label,
-                    feasible=proposal.feasible,
-                    cost=cost,
-                    costs=dict(proposal.costs),
-                    sampler_state=None if proposal.sampler_state is None else dict(proposal.sampler_state),
-                    created_at=now(),
-                )
+                _PROPOSE,
+                {
+                    "job_id": job_id,
+                    "number": proposal.number,
+                    "evaluation_id": evaluation_id,
+                    "origin": proposal.origin,
+                    "label": proposal.label,
+                    "feasible": proposal.feasible,
+                    "cost": cost,
+                    "costs": dict(proposal.costs),
+                    "sampler_state": None if proposal.sampler_state is None else dict(proposal.sampler_state),
+                },
             )
             _mark_told(connection, job_id, told)
             events = [("trial.proposed", {"trial": proposal.number, "digest": proposal.configuration.digest, "origin": proposal.origin})]
@@ -88,8 +106,7 @@ class Trials(Jobs):
 
     def untold(self, job_id: str) -> list[Trial]:
         """Finished trials whose outcome the sampler has not heard, in the order in which they finished."""
-        told = and_(TrialRow.told_at.is_(None), EvaluationRow.state.not_in(leases.OPEN))
-        return self._trials(TRIAL.where(TrialRow.job_id == job_id, told).order_by(EvaluationRow.ended_at, TrialRow.number))
+        return self._trials(_UNTOLD, {"job": job_id})
 
     def unfinished(self, job_id: str) -> list[Trial]:
         """Trials that are queued or running, by number."""
@@ -112,7 +129,7 @@ class Trials(Jobs):
         Raises:
             NotFound: There is no such job or trial.
         """
-        found = self._trials(TRIAL.where(TrialRow.job_id == job_id, TrialRow.number == number))
+        found = self._trials(_ONE, {"job": job_id, "at": number})
         if not found:
             raise NotFound(f"job {job_id!r} has no trial {number}; it has {self.counts(job_id).trials}, counted from 0")
         return found[0]
@@ -134,8 +151,8 @@ class Trials(Jobs):
         if wanted is None or State.SUCCEEDED in wanted:
             query = query.where(TrialRow.job_id == job_id)
         else:
-            written = [literal(state, EvaluationRow.state.type, literal_execute=True) for state in (State.SUCCEEDED, *wanted)]
-            rare = select(EvaluationRow.id).where(EvaluationRow.state != written[0], EvaluationRow.state.in_(written[1:]))
+            rare = select(EvaluationRow.id).where(EvaluationRow.state != written(State.SUCCEEDED))
+            rare = rare.where(EvaluationRow.state.in_([written(state) for state in wanted]))
             query = query.where(TrialRow.evaluation_id.in_(rare), one_of(job_id))
         if wanted is not None:
             query = query.where(EvaluationRow.state.in_(tuple(wanted)))
@@ -163,24 +180,24 @@ class Trials(Jobs):
         with self._database.read() as connection:
             return [attempt_of(row) for row in connection.execute(query)]
 
-    def _trials(self, query: Select[Any]) -> list[Trial]:
+    def _trials(self, query: Select[Any], values: Mapping[str, Any] | None = None) -> list[Trial]:
         with self._database.read() as connection:
-            rows = connection.execute(query).all()
+            rows = connection.execute(query, values).all()
             ids = {row.evaluation_id for row in rows}
-            of_these = MEASUREMENT.where(MeasurementRow.evaluation_id.in_(ids)).order_by(MeasurementRow.evaluation_id, MeasurementRow.name)
-            found = connection.execute(of_these).all()
+            found = connection.execute(_MEASURED, {"these": list(ids)}).all() if ids else ()
         measured = {key: [measurement_of(item) for item in group] for key, group in groupby(found, lambda item: item.evaluation_id)}
         return [trial_of(row, measured.get(row.evaluation_id, [])) for row in rows]
 
 
 def _equal_work(connection: Connection, job_id: str, eval_key: str) -> tuple[int, State, bool] | None:
     """The work of this key that a trial of the job can share: its id, its state, and whether this job had asked for it before."""
-    own = select(TrialRow.number).where(TrialRow.evaluation_id == EvaluationRow.id, TrialRow.job_id == job_id).exists()
-    reusable = or_(own, EvaluationRow.state.in_((*leases.OPEN, State.SUCCEEDED)))
-    query = select(EvaluationRow.id, EvaluationRow.state, own.label("own")).where(EvaluationRow.eval_key == eval_key, reusable)
     # Locked, or it could end between this look and the insertion of the trial, which would then never hear of it.
-    row = connection.execute(query.order_by(own.desc(), EvaluationRow.id.desc()).limit(1).with_for_update()).one_or_none()
-    return None if row is None else (row.id, row.state, row.own)
+    row = connection.execute(_EQUAL, {"job": job_id, "key": eval_key}).one_or_none()
+    if row is None:
+        return None
+    if row.state is State.QUEUED:  # it may have been set aside
+        leases.ring(connection, row.id, row.queue)
+    return row.id, row.state, row.own
 
 
 def _proposed_work(connection: Connection, job_id: str, proposal: Proposal, queue: str | None) -> tuple[int, State, bool]:
@@ -197,12 +214,11 @@ def _proposed_work(connection: Connection, job_id: str, proposal: Proposal, queu
 
 def queued(connection: Connection, work: Mapping[str, Any], queue: str | None) -> int | None:
     """The id of new work; None where another job's coordinator was faster."""
-    begun = {"state": State.QUEUED, "queue": queue, "attempts": 0, "losses": 0, "fence": 0, "created_at": now()}
-    inserted = insert_absent(connection, EvaluationRow, {**work, **begun})
+    begun = {"state": State.QUEUED, "queue": queue, "attempts": 0, "losses": 0, "fence": 0}
+    inserted = insert_absent(connection, EvaluationRow, {**work, **begun}, stamped="created_at")
     if inserted is None:
         return None
-    if queue is not None:
-        leases.ring(connection, inserted[0], queue)
+    leases.ring(connection, inserted[0], queue)
     return int(inserted[0])
 
 

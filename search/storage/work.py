@@ -21,6 +21,7 @@ __all__ = ["LOG_CHARACTERS", "Work"]
 
 LOG_CHARACTERS = 1 << 20
 """Of an attempt's log the end is kept, where the reason stands; workers send less (`Settings.log_bytes`)."""
+_MEASURED = insert(MeasurementRow).returning(MeasurementRow.name)  # asked for an answer, several rows are one round trip
 
 
 class Work(Jobs):
@@ -50,7 +51,7 @@ class Work(Jobs):
         False when the work should stop: the claim is void, or no job wants the result any more. `release` then puts things right.
         """
         with self._database.write() as connection:
-            moved = leases.move(connection, claim.evaluation_id, claim.fence, {"lease_until": now() + ttl_s})
+            moved = leases.renew(connection, claim.evaluation_id, claim.fence, ttl_s)
             return moved and leases.wanted(connection, claim.evaluation_id)
 
     @again
@@ -76,7 +77,7 @@ class Work(Jobs):
                 leases.keep_late(connection, claim, {"measurements": report} | attempt)
                 return False
             if measurements:
-                connection.execute(insert(MeasurementRow), [values_of(claim.evaluation_id, item) for item in measurements])
+                connection.execute(_MEASURED, [values_of(claim.evaluation_id, item) for item in measurements])
             leases.announce(connection, claim.evaluation_id, State.SUCCEEDED, {"seconds": seconds})
             return True
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from sqlalchemy import delete, insert, or_, select, update
 
-from autoeff.search.storage import leases
 from autoeff.search.storage.database import insert_absent
 from autoeff.search.storage.holders import holder_is_dead
 from autoeff.search.storage.jobs import Jobs
-from autoeff.search.storage.records import WorkerInfo
+from autoeff.search.storage.records import State, WorkerInfo
+from autoeff.search.storage.rows import written
 from autoeff.search.storage.tables import EvaluationRow, HardwareRow, WorkerRow, now
 from autoeff.spaces.configuration import digest_of
 
@@ -36,7 +36,7 @@ class Workers(Jobs):
         fingerprint = digest_of([kind, facts])
         row = {"id": worker, "queues": list(queues), "started_at": now(), "seen_until": now() + ttl_s}
         with self._database.write() as connection:
-            insert_absent(connection, HardwareRow, {"fingerprint": fingerprint, "kind": kind, "facts": dict(facts), "created_at": now()})
+            insert_absent(connection, HardwareRow, {"fingerprint": fingerprint, "kind": kind, "facts": dict(facts)}, stamped="created_at")
             hardware = select(HardwareRow.id).where(HardwareRow.fingerprint == fingerprint).scalar_subquery()
             connection.execute(delete(WorkerRow).where(or_(WorkerRow.id == worker, WorkerRow.seen_until < now() - _FORGOTTEN_S)))
             connection.execute(insert(WorkerRow).values(hardware_id=hardware, **row))
@@ -51,7 +51,7 @@ class Workers(Jobs):
         alive = (WorkerRow.seen_until > now()).label("alive")
         columns = WorkerRow.id, WorkerRow.queues, HardwareRow.kind, HardwareRow.facts, WorkerRow.started_at, WorkerRow.seen_until, alive
         query = select(*columns).join(HardwareRow, HardwareRow.id == WorkerRow.hardware_id).order_by(WorkerRow.started_at.desc())
-        busy = select(EvaluationRow.worker, EvaluationRow.id).where(EvaluationRow.state == leases.RUNNING)
+        busy = select(EvaluationRow.worker, EvaluationRow.id).where(EvaluationRow.state == written(State.RUNNING))
         with self._database.read() as connection:
             rows = connection.execute(query).all()
             at = {row.worker: row.id for row in connection.execute(busy)}

@@ -45,6 +45,31 @@ class TestOrders:
         assert store.resume("job").state is JobState.RUNNING
         store.propose(*job, proposal(1))
 
+    def test_job_paused_at_once_gives_back_what_runs_until_it_goes_on(
+        self, store: Store, job: tuple[str, int], proposal: Make, me: str
+    ) -> None:
+        running = store.propose(*job, proposal(0), claim_for=me, ttl_s=60)
+        queued, shared = (store.propose(*job, proposal(n, key)).evaluation_id for n, key in ((1, None), (2, "same")))
+        other = submitted(store, me, "other")
+        store.propose(*other, proposal(0, "same"))
+        for _ in range(2):  # said twice, done once
+            paused = store.pause("job", at_once=True)
+            assert (paused.state, paused.counts.open) == (JobState.PAUSED, 3)
+            assert store.waiting(["cpu"], 9) == [shared], "what a job that goes on wants is not set aside"
+        assert [trial.state for trial in store.trials("job")] == [State.QUEUED] * 3
+        assert running.claim is not None
+        assert not store.renew(running.claim, 60)
+        assert not store.complete(running.claim, [KL], 0.1)
+        assert store.claim(running.evaluation_id, me, 60) is None, "as by a message that was sent before"
+        assert store.propose(*other, proposal(1, 1)).evaluation_id == queued
+        assert store.waiting(["cpu"], 9) == [queued, shared], "another job wants it"
+        store.resume("job")
+        assert store.waiting(["cpu"], 9) == [running.evaluation_id, queued, shared]
+        claim = store.claim(running.evaluation_id, me, 60)
+        assert claim is not None
+        assert store.complete(claim, [KL], 0.1)
+        assert [attempt.outcome for attempt in store.attempts(running.evaluation_id)] == ["released", "succeeded"]
+
     def test_cancelled_job_ends_when_its_workers_have_heard(self, store: Store, job: tuple[str, int], proposal: Make, me: str) -> None:
         running = store.propose(*job, proposal(0), claim_for=me, ttl_s=60).claim
         assert running is not None
@@ -150,7 +175,7 @@ class TestSubmitting:
         store.propose(*job, proposal(1))
         assert [trial.number for trial in store.trials("job", states=[State.QUEUED])] == [1]
         assert [trial.number for trial in store.trials("job", origin="dense")] == [0]
-        assert store.last_events(["job", "nope"]) == {"job": store.events("job")[-1].seq}
+        assert store.heads(["job", "nope"]) == {"job": (store.job("job").state, store.events("job")[-1].seq)}
 
     def test_submitted_jobs_wait_until_somebody_drives_them(self, store: Store, me: str) -> None:
         for job_id in ("a", "b", "c"):
