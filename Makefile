@@ -29,7 +29,7 @@ endef
 
 demo: env
 	@mkdir -p runs
-	$(BIN)/autoeff search demo --knobs bits,skip --limit 'avg_bits<=3.5' --trials 120 --windows 8 --eval-windows 16 --seed 0 --out "runs/demo-$$(date +%Y%m%d-%H%M%S)"
+	$(BIN)/autoeff search demo --knobs bits,skip,width --limit 'avg_bits<=3.5' --trials 120 --windows 8 --eval-windows 16 --seed 0 --out "runs/demo-$$(date +%Y%m%d-%H%M%S)"
 
 # A cluster that lives for one search: Redis, PostgreSQL, the API, a coordinator, two Celery workers.
 demo-cluster: env
