@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -25,10 +26,16 @@ def bench(
     models: Annotated[str | None, typer.Option(help="Whose shapes; default all on a GPU, demo on a CPU.", show_default=False)] = None,
     phases: Annotated[str | None, typer.Option(help="decode, prefill or both; default both.", show_default=False)] = None,
     rounds: Annotated[int, typer.Option(help="Alternating rounds of a shape, at least 2.")] = 30,
-    out: Annotated[Path | None, typer.Option(help="Folder for kernels.json and kernels.md.", metavar="DIR", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for kernels.json, kernels.md and roofline.png.", metavar="DIR", show_default=False)
+    ] = None,
 ) -> None:
     """Times every operation on this device, beside the 16-bit path and what a user would pick instead."""
     _run("bench", {"ops": ops, "models": models, "phases": phases, "rounds": rounds, "out": out})
+    if out is not None:
+        from autoeff.roofline import draw_roofline
+
+        draw_roofline(json.loads((out / "kernels.json").read_text(encoding="utf-8"))).savefig(out / "roofline.png", dpi=150)
 
 
 @kernels.command()

@@ -6,7 +6,7 @@ Shapes are those of the linears, the attention and the FFN of Llama-3-8B and of 
 FFNs of that size. On a GPU the Triton kernels run; on a CPU its own paths run, and the head of the table says so: such times tell nothing
 about a GPU. The floor is the greater of bytes / bandwidth and operations / rate, both measured on this device just before; `share` is
 floor / time. On a CPU a problem that fits into the last cache has no share, since its bytes need not come from memory. 8-bit products count
-at the 16-bit rate. Prints Markdown; `--out` leaves `kernels.json` and `kernels.md`, and `benchmarks/kernel_roofline.py` draws the former.
+at the 16-bit rate. Prints Markdown; `--out` leaves `kernels.json` and `kernels.md`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from autoeff.cli import main
+from autoeff.roofline import draw_roofline
 
 
 def test_compile_prints_a_row_for_each_case(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,4 +40,11 @@ def test_bad_input_ends_with_2(capsys: pytest.CaptureFixture[str], arguments: li
 def test_bench_times_what_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["kernels", "bench", "--ops", "kv_evict", "--rounds", "2", "--out", str(tmp_path)]) == 0
     assert "| kv_evict | demo |" in capsys.readouterr().out
-    assert {row["op"] for row in json.loads((tmp_path / "kernels.json").read_text())["rows"]} == {"kv_evict"}
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert {row["op"] for row in found["rows"]} == {"kv_evict"}
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = draw_roofline(found).axes
+    points = sorted((float(x), float(y)) for drawn in axes.collections for x, y in np.asarray(drawn.get_offsets()))
+    ours = [row for row in found["rows"] if row["kind"] == "autoeff"]
+    expected = sorted((row["flops"] / row["moved_bytes"], row["flops"] / row["median_us"] / 1e3) for row in ours)
+    np.testing.assert_allclose(points, expected)
