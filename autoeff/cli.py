@@ -643,8 +643,9 @@ def _print_result(job_id: str, folder: Path, exit_code: int, summary: Mapping[st
     from autoeff.tables import print_attribution, print_from_scratch, print_latency
 
     rows, quality, costs = summary["rows"], summary["quality"], columns["columns"]
-    held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in ("perplexity_held_out", "spearman_held_out")}
-    held_out = {name: key for name, key in held_out.items() if any(row[key] is not None for row in rows)}
+    confirmed = ("perplexity_held_out", "spearman_held_out", "passkey_accuracy")
+    held_out = {f"{quality}_held_out": "held_out"} | {name: name for name in confirmed}
+    held_out = {name: key for name, key in held_out.items() if any(row.get(key) is not None for row in rows)}
     held_out |= {name: name for row in rows for name in row if name.startswith("accuracy:")}
     metrics = list(dict.fromkeys(name for row in rows for name in row.get("metrics", ())))
     print_table(

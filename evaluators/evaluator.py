@@ -30,6 +30,7 @@ from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.metrics import imported_metrics, measured_by
 from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.packed_linears import PackedLinears
+from autoeff.evaluators.passkey import passkeys
 from autoeff.evaluators.preparation import hardware_name, prepare
 from autoeff.evaluators.quality import (
     Sample,
@@ -108,6 +109,9 @@ class Evaluator:
         self.model: Any = load_model(facts, device, footprint.narrow)
         self._texts = {split: _text(passages.to(device)) for split, passages in self.preparation.passages.items()}
         self._head = self._find_head()
+        self._passkeys = None
+        if self.preparation.generates and self._head is not None:
+            self._passkeys = passkeys(load_tokenizer(facts), self._texts["held_out"].passages.inputs, setup.seed)
         self._adapters = self._trained(setup, progress)
         self._metrics = imported_metrics(setup.metrics)
         self._tasks = None if setup.tasks is None else Tasks(setup.tasks, self.model, load_tokenizer(facts), facts.context)
@@ -137,7 +141,7 @@ class Evaluator:
         self._build_bank(progress)
 
     def evaluate(self, request: EvaluationRequest) -> list[Measurement]:
-        """Quality of one configuration on one split; on the whole held-out text also its accuracy on the setup's tasks.
+        """Quality of one configuration on one split; on the whole held-out text also accuracies, see `_accuracies`.
 
         Raises:
             CandidateError: Its outputs are not finite.
@@ -415,14 +419,17 @@ class Evaluator:
         return torch.cat([self.model(pixel_values=rows[batch]).logits.argmax(-1) for batch in batches])[:images]
 
     def _accuracies(self) -> list[Measurement]:
-        """On the tasks, of the model as it stands."""
-        if self._tasks is None:
-            return []
+        """On the tasks, and where caches are decided about on passkeys, of the model as it stands."""
         hardware = hardware_name(self.preparation.device)
-        return [
+        result = [
             Measurement(f"accuracy:{found.task}", found.sample.mean, "held_out", found.documents, found.sample.spread, hardware=hardware)
-            for found in self._tasks.measure()
+            for found in ([] if self._tasks is None else self._tasks.measure())
         ]
+        if self._passkeys is not None and self._head is not None:
+            texts, tokens = self._passkeys.ids.shape
+            found = self._passkeys.found(self.model, self._forward.body, self._head, self._forward.batches(texts, texts * tokens))
+            result.append(Measurement("passkey_accuracy", found.mean, "held_out", texts, found.spread, hardware=hardware))
+        return result
 
     def _own_metrics(self, windows: int) -> list[Measurement]:
         """What the user's own functions say of the model as it stands."""

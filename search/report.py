@@ -28,6 +28,7 @@ __all__ = ["damage_maps", "picture_of", "verdict", "write_report"]
 Row = Mapping[str, Any]
 _FAILURES_SHOWN = 20
 _NOTHING = "\N{EN DASH}"
+_TELLS = 0.5  # of the passkeys: a dense model that tells fewer cannot do the task
 _ROLES = {
     "dense": "dense", "uniform": "uniform", "additive": "first additive optimum", "seed": "rule",
     "random": "best of random", "found": "found",
@@ -72,11 +73,24 @@ def write_report(folder: Path, job: Job, rows: Sequence[Row], summary: Row) -> t
 
 
 def verdict(found: Row, summary: Row, cost: str, titles: Mapping[str, str] = MappingProxyType({})) -> str:
-    """One sentence on a found row: its quality and cost, against the uniform level that tells most about it.
+    """One sentence on a found row: its quality and cost, against the uniform level that tells most about it, and its passkeys.
 
-    That is the cheapest one that costs no less, if it is beaten; else the best one that costs no more. `titles` are of costs that are
-    not exact.
+    That level is the cheapest one that costs no less, if it is beaten; else the best one that costs no more. `titles` are of costs that
+    are not exact.
     """
+    return _beside_uniform(found, summary, cost, titles) + _on_passkeys(found, summary)
+
+
+def _on_passkeys(found: Row, summary: Row) -> str:
+    own, dense = found.get("passkey_accuracy"), next((r.get("passkey_accuracy") for r in summary["rows"] if r["role"] == "dense"), None)
+    if own is None or dense is None:
+        return ""
+    if dense < _TELLS:
+        return f"; the dense model tells {dense:.0%} of the passkeys, too few to judge a cache by"
+    return f"; it tells {own:.0%} of the passkeys, the dense model {dense:.0%}"
+
+
+def _beside_uniform(found: Row, summary: Row, cost: str, titles: Mapping[str, str]) -> str:
     quality, title = summary["quality"], titles.get(cost, cost)
     text = f"trial {found['trial']}: {quality} {_text(quality, found['search'])} at {title} {_text(cost, found['costs'][cost])}"
     uniform = [row for row in summary["rows"] if row["role"] == "uniform" and row["search"]]

@@ -193,7 +193,7 @@ class Results:
         row["costs"] = {m.name: m.value for m in trial.measurements if m.is_cost or (m.own and m.name != self.problem.quality)}
         row["search"] = trial.value(self.problem.quality)
         names = {"held_out": f"{self.problem.quality}_held_out"}
-        for key in ("held_out", "perplexity_held_out", "spearman_held_out"):
+        for key in ("held_out", "perplexity_held_out", "spearman_held_out", "passkey_accuracy"):
             row[key] = None if confirmed is None else confirmed.value(names.get(key, key))
         return row | self.accuracies(trial) | {"metrics": self.own_metrics(trial)}
 

@@ -105,6 +105,7 @@ _ROWS = (
     Measure("damage_cosine", "1 - cosine", "quality", "one minus the cosine to the dense sentence embedding, search text"),
     Measure("damage_cosine_held_out", "1 - cosine", "quality", "one minus the cosine to the dense sentence embedding, held-out text"),
     Measure("spearman_held_out", "rank correlation", "quality", "Spearman of embedding cosine and score on held-out pairs", True),
+    Measure("passkey_accuracy", "share", "quality", "keys hidden in held-out text that are told at its end, with a cache knob", True),
     Measure("avg_bits", "bits/weight", "cost", "stored bits per weight of the searchable linears, scales and padding included"),
     Measure("linear_bytes", "bytes", "cost", "stored bytes of the searchable linears, scales and padding included"),
     Measure("weight_bytes", "bytes", "cost", "stored bytes of every tensor of the model"),

@@ -12,7 +12,7 @@ from autoeff.dashboard.words import NOTHING, figure, plain
 
 __all__ = ["draw", "table_of"]
 
-_CONFIRMED = ("perplexity_held_out", "spearman_held_out")
+_CONFIRMED = ("perplexity_held_out", "spearman_held_out", "passkey_accuracy")
 
 
 def draw(now: Snapshot) -> None:

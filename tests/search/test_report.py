@@ -313,5 +313,18 @@ def test_verdict_compares_with_uniform_at_no_less_or_no_more_cost(cost: int, val
     assert sentence == f"trial 9: kl {value:#.4g} at linear_bytes {cost} B; {words}"
 
 
+@pytest.mark.parametrize(
+    ("dense", "words"),
+    [
+        (0.96, "it tells 25% of the passkeys, the dense model 96%"),
+        (0.04, "the dense model tells 4% of the passkeys, too few to judge a cache by"),
+    ],
+)
+def test_verdict_says_what_a_cache_does_to_passkeys(dense: float, words: str) -> None:
+    rows = [end_row("", 0, 1000, 0.0) | {"role": "dense", "passkey_accuracy": dense}]
+    sentence = verdict(end_row("", 9, 300, 0.1) | {"passkey_accuracy": 0.25}, {"quality": "kl", "rows": rows}, COST)
+    assert sentence == f"trial 9: kl 0.1000 at linear_bytes 300 B; every uniform level costs more; {words}"
+
+
 def end_row(label: str, trial: int, cost: int, value: float) -> dict[str, Any]:
     return {"role": "uniform", "label": label, "trial": trial, "feasible": True, "costs": {COST: cost}, "search": value}
