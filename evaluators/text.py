@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +25,9 @@ from autoeff.spaces.measurements import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Passages", "TextSpec", "make_passages", "make_sentences", "make_windows"]
+    Encode = Callable[[PreTrainedTokenizerBase, Text, str], Tensor]
+
+__all__ = ["Passages", "TextSpec", "encoded", "make_passages", "make_sentences", "make_windows"]
 
 _WINDOWS = 16
 _WINDOW_LENGTH = 512
@@ -34,7 +37,8 @@ _READ_LIMIT = 64 << 20  # bytes of a source that are ever tokenised
 _READ_LEAST = 1 << 16
 _BYTES_PER_TOKEN = 16  # generous: natural text has about 4
 _SETTLED = 64  # ids before a cut in the text that the cut may change
-_DOCUMENT_END = re.compile(r"^<\|endoftext\|>\s*$", re.MULTILINE)
+_END = "<|endoftext|>"
+_DOCUMENT_END = re.compile(rf"^{re.escape(_END)}\s*$", re.MULTILINE)
 _BUNDLED = "texts.json"
 _FIFTHS = {
     ("search", False): (0, 4, "first four fifths"),
@@ -127,11 +131,13 @@ def make_passages(
     seed: int,
     *,
     tuned_on: str | None = None,
+    encode: Encode | None = None,
 ) -> dict[Split, Passages]:
     """Search and held-out passages of a job.
 
     Without a held-out source, a given search source is divided: its first four fifths are searched on, the last fifth is held out. Of
-    a source that the model is `tuned_on` the first three fifths are left to that, and the fourth is searched on.
+    a source that the model is `tuned_on` the first three fifths are left to that, and the fourth is searched on. `encode` may stand for
+    `encoded`.
 
     Raises:
         InputError: A text cannot be read, is too short, or is needed and not given.
@@ -140,12 +146,12 @@ def make_passages(
     divided = data.source is not None and (eval_data is None or eval_data.source is None)
     if divided:
         held_out = replace(held_out, source=data.source)
-    make = make_windows if facts.task == "decoder" else make_sentences
+    make = partial(make_windows, encode=encode) if facts.task == "decoder" else make_sentences
     limit = None
     if divided and _remote(data):  # one limit for both, or the parts would overlap
         limit = min(_READ_LIMIT, 5 * max(_reach(data, facts), _reach(held_out, facts)))
     if tuned_on is not None and data.source == tuned_on:
-        search = make_windows(tokenizer, facts, data, seed, "search", divided=True, limit_bytes=limit, tuned=True)
+        search = make_windows(tokenizer, facts, data, seed, "search", divided=True, limit_bytes=limit, tuned=True, encode=encode)
         return {"search": search, "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided, limit_bytes=limit)}
     return {
         "search": make(tokenizer, facts, data, seed, "search", divided=divided, limit_bytes=limit),
@@ -163,6 +169,7 @@ def make_windows(
     divided: bool = False,
     limit_bytes: int | None = None,
     tuned: bool = False,
+    encode: Encode | None = None,
 ) -> Passages:
     """Windows of a text for a decoder.
 
@@ -176,10 +183,12 @@ def make_windows(
         tuned: Of these four fifths the first three are for `tune`, the last for `search`.
         limit_bytes: How much of the source is read. None takes 64 MiB, or less of a source that is remote or read from its start:
             16 bytes a token, and more where that does not suffice.
+        encode: May stand for `encoded`, as what remembers ids does.
 
     Raises:
         InputError: The text is missing, unreadable or too short, or the windows do not fit the model.
     """
+    encode = encode or encoded
     length = _length(spec, facts, _WINDOW_LENGTH)
     bos = tokenizer.bos_token_id if spec.bos == "per_window" else None
     step = length - (bos is not None)
@@ -189,14 +198,16 @@ def make_windows(
     frugal = not divided and (_remote(spec) or spec.draw == "first")
     limit = limit_bytes or (_bytes_for(wanted) if frugal else _READ_LIMIT)
     text, notices = _read(spec, facts, split, limit)
-    ids = _encode(tokenizer, text, spec.bos)
+    ids = encode(tokenizer, text, spec.bos)
     while frugal and not text.complete and limit < _READ_LIMIT and len(ids) < wanted + _SETTLED:
         limit = min(4 * limit, _READ_LIMIT)
         text, notices = _read(spec, facts, split, limit)
-        ids = _encode(tokenizer, text, spec.bos)
+        ids = encode(tokenizer, text, spec.bos)
     if not text.complete and (limit == _READ_LIMIT or divided or spec.draw == "random"):
         notices.append(_cut_at(limit, text))
     where = text.name
+    if spec.bos == "per_window" and _has_ends(text) and _END not in tokenizer.get_vocab():
+        notices.append(f"{where} has lines {_END} between its documents, which are read as text; bos per_document divides it there")
     if divided:
         begin, end, named = _FIFTHS[split, tuned]
         ids = ids[len(ids) * begin // 5 : len(ids) * end // 5]
@@ -329,8 +340,8 @@ def _read(spec: TextSpec, facts: ModelFacts, split: str, limit_bytes: int) -> tu
     return text, notices
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
-    """All ids in order, int64 [ids]."""
+def encoded(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
+    """All ids of a text in order, int64 [ids]; `bos` as in `TextSpec`."""
     ids: list[int] = []
     for plain, group in groupby(text.documents, key=lambda document: isinstance(document, str)):
         if plain:
@@ -341,6 +352,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
                 row = rendered(tokenizer, document, text.name)
                 ids += row[1:] if bos == "per_window" and row[:1] == [tokenizer.bos_token_id] else row
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _has_ends(text: Text) -> bool:
+    return any(isinstance(document, str) and _DOCUMENT_END.search(document) for document in text.documents)
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], bos: str) -> list[int]:

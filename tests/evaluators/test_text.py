@@ -144,6 +144,11 @@ def test_documents_get_a_bos_each_and_are_cut_in_order(decoder: tuple[Any, Model
     expected = [i for d in documents for i in [0, *tokenizer(d.strip(), add_special_tokens=False)["input_ids"]]]
     found = windows(decoder, TextSpec(str(file), None, 10, "per_document", "first"))
     assert found.inputs.flatten().tolist() == expected[: len(expected) // 10 * 10]
+    assert not any("endoftext" in notice for notice in found.notices)
+    as_text = windows(decoder, TextSpec(str(file), 1, 10))
+    assert as_text.notices == (
+        f"{file} has lines <|endoftext|> between its documents, which are read as text; bos per_document divides it there",
+    )
 
 
 def test_bos_is_put_where_the_tokenizer_puts_none(decoder: tuple[Any, ModelFacts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
