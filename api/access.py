@@ -7,7 +7,7 @@ address before a key is known to be good, since looking a key up costs a query.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -16,8 +16,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
+from starlette.concurrency import run_in_threadpool
 
-from autoeff.api.context import server_of
+from autoeff.api.context import Server
 from autoeff.api.problems import ApiError
 from autoeff.search.keys import Key, fits, hash_of, prefix_of
 from autoeff.search.storage.keys import KeyRing
@@ -85,7 +86,7 @@ class Doorkeeper:
     ring: KeyRing
     _seen: dict[str, tuple[float, Key]] = field(default_factory=dict)
 
-    def key(self, text: str) -> Key | None:
+    async def key(self, text: str) -> Key | None:
         """The key that `text` is, if it is good now."""
         prefix = prefix_of(text)
         if prefix is None:
@@ -94,6 +95,9 @@ class Doorkeeper:
         until, known = self._seen.get(name, (0.0, None))
         if known is not None and time.monotonic() < until:
             return known
+        return await run_in_threadpool(self._looked_up, text, prefix, name)
+
+    def _looked_up(self, text: str, prefix: str, name: str) -> Key | None:
         found = self.ring.good(prefix)
         if found is None or not fits(text, found[1]):
             self._seen.pop(name, None)
@@ -109,9 +113,10 @@ class Doorkeeper:
         self._seen.clear()
 
 
-def caller(
+async def caller(
     request: Request,
     response: Response,
+    server: Server,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Key:
     """The key of a call, once it is seen to be good.
@@ -119,10 +124,9 @@ def caller(
     Raises:
         ApiError: 401 or 429.
     """
-    server = server_of(request)
     address = "-" if request.client is None else request.client.host
     server.rates.check_address(address)
-    key = None if credentials is None else server.doorkeeper.key(credentials.credentials)
+    key = None if credentials is None else await server.doorkeeper.key(credentials.credentials)
     if key is None:
         server.rates.refused(address)
         found = "there is no key" if credentials is None else "the key is unknown, expired or revoked"
@@ -134,14 +138,14 @@ def caller(
 Caller = Annotated[Key, Depends(caller)]
 
 
-def needs(scope: str) -> Callable[[Key], Key]:
+def needs(scope: str) -> Callable[[Key], Awaitable[Key]]:
     """A dependency that lets keys with this scope pass.
 
     Raises:
         ApiError: 403.
     """
 
-    def check(key: Caller) -> Key:
+    async def check(key: Caller) -> Key:
         if scope not in key.scopes:
             raise ApiError(403, "forbidden", f"this key may not do that: it lacks the scope {scope}")
         return key

@@ -92,7 +92,7 @@ def _routed(lifespan: Any = None) -> FastAPI:
     install(app)
     app.include_router(health.router)
 
-    def only_known_parameters(request: Request) -> None:
+    async def only_known_parameters(request: Request) -> None:
         """Refuses a query parameter that the contract does not have: a filter that is misspelt would be no filter."""
         operation = _document(app)["paths"].get(request.scope["route"].path, {}).get(request.method.lower(), {})
         known = {found["name"] for found in operation.get("parameters", ()) if found["in"] == "query"}

@@ -57,4 +57,9 @@ def server_of(request: Request) -> Context:
     return context
 
 
-Server = Annotated[Context, Depends(server_of)]
+async def _server(request: Request) -> Context:
+    """As `server_of`: what does not wait is async, or it would take a thread of every request."""
+    return server_of(request)
+
+
+Server = Annotated[Context, Depends(_server)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import ipaddress
 import logging
 import os
@@ -122,6 +123,7 @@ def run(
         )
         beside = Helpers(helpers)
         beside.start()
+        gc.freeze()  # what is loaded by now stays; to look through it again and again held requests up for half a second
         try:
             with suppress(KeyboardInterrupt):  # uvicorn has ended by then
                 uvicorn.Server(config).run(sockets=[bound])

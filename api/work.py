@@ -24,9 +24,8 @@ def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         InputError: As `plan`.
     """
     from autoeff.search.facts import plan_facts
-    from autoeff.search.model import plan
 
-    return plan_facts(plan(JobSpec.parse(job), settings, prepared=_prepared()), settings)
+    return plan_facts(_prepared().plan(JobSpec.parse(job), settings), settings)
 
 
 def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Reply | None) -> str:
@@ -44,7 +43,7 @@ def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Rep
 
     store = _store(settings.database)
     answer = None if reply is None else reply_for
-    return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=answer, prepared=_prepared()).id
+    return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=answer, planned=_prepared().plan).id
 
 
 def resolved(job_id: str, limits: Sequence[str], settings: Settings) -> dict[str, Any]:

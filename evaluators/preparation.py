@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import Structure, find_structure
 from autoeff.spaces.space import SearchSpace
 from autoeff.spaces.units import UnitKnob
+
+if TYPE_CHECKING:
+    from autoeff.evaluators.text import Encode
 
 __all__ = ["EVALUATOR_VERSION", "Preparation", "device_of", "prepare"]
 
@@ -115,12 +118,13 @@ class Preparation:
         }  # fmt: skip
 
 
-def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
+def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode | None = None) -> Preparation:
     """Reads headers, config and text; loads no weights.
 
     Args:
         setup: What is to be evaluated.
         elsewhere: For machines other than this one, which need not have the device.
+        encode: As of `make_windows`.
 
     Raises:
         InputError: Anything wrong with the model, the text, the knobs or the device.
@@ -140,7 +144,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
         structure = _with_cache(structure, setup, facts)
     space, knobs = build_space(structure, setup.space)
     trained = sorted(name for name, knob in knobs.items() if knob.kind == "trained")
-    setup, tuning = _tuning(facts, setup, trained)
+    setup, tuning = _tuning(facts, setup, trained, encode)
     latency = None
     if setup.latency is not None:
         latency = latency_of(setup.latency, facts, structure, setup.space, device)
@@ -150,7 +154,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     asked = {} if setup.tasks is None else {"tasks": check_tasks(setup.tasks)}
     if setup.metrics:
         asked["metrics"] = check_metrics(setup.metrics)
-    passages = _passages(facts, setup)
+    passages = _passages(facts, setup, encode)
     if tuning is not None:  # what the bank is told of inputs is said of the tuned model
         levels = [d.levels for d in space.decisions if d.knob in trained]
         tuned = digest_of([passages["search"].digest, tuning.digest, setup.seed, [knobs[name].settings() for name in trained], levels])
@@ -175,7 +179,9 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
     return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, seconds, digest, latency, tuning)
 
 
-def _tuning(facts: ModelFacts, setup: EvaluationSetup, trained: Sequence[str]) -> tuple[EvaluationSetup, Passages | None]:
+def _tuning(
+    facts: ModelFacts, setup: EvaluationSetup, trained: Sequence[str], encode: Encode | None
+) -> tuple[EvaluationSetup, Passages | None]:
     """The text to train on; a setup that names no search text is searched on what is left of it.
 
     Raises:
@@ -196,14 +202,14 @@ def _tuning(facts: ModelFacts, setup: EvaluationSetup, trained: Sequence[str]) -
         setup = replace(setup, data=replace(setup.data, source=spec.source))
     spec = spec if spec.windows is not None else replace(spec, windows=0)
     shared = setup.data.source == spec.source
-    return setup, make_windows(load_tokenizer(facts), facts, spec, setup.seed, "tune", divided=shared, tuned=shared)
+    return setup, make_windows(load_tokenizer(facts), facts, spec, setup.seed, "tune", divided=shared, tuned=shared, encode=encode)
 
 
-def _passages(facts: ModelFacts, setup: EvaluationSetup) -> dict[Split, Passages]:
+def _passages(facts: ModelFacts, setup: EvaluationSetup, encode: Encode | None) -> dict[Split, Passages]:
     if facts.task == "vision":
         return make_images(facts, setup.data, setup.eval_data, setup.seed)
     tuned_on = None if setup.tune_data is None else setup.tune_data.source
-    return make_passages(load_tokenizer(facts), facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on)
+    return make_passages(load_tokenizer(facts), facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on, encode=encode)
 
 
 def _with_cache(structure: Structure, setup: EvaluationSetup, facts: ModelFacts) -> Structure:

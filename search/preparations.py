@@ -1,19 +1,35 @@
-"""Preparations that are kept: tokenising a text and tracing a model take seconds, and many jobs are about the same ones."""
+"""Preparations and plans that are kept: tokenising a text and tracing a model take seconds, and many jobs are about the same ones."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from autoeff.evaluators.loading import resolve_model
 from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.evaluators.setup import EvaluationSetup
-from autoeff.evaluators.text import TextSpec
+from autoeff.evaluators.text import TextSpec, encoded
+from autoeff.search.job import JobSpec
+from autoeff.search.model import Plan, plan
+from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import digest_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from autoeff.evaluators.sources import Text
+
 __all__ = ["Preparations"]
+
+_IDS_BYTES = 64 << 20
+"""Of the ids of whole texts, which jobs of other seeds and windows draw from."""
+
+T = TypeVar("T")
 
 
 class Preparations:
@@ -23,25 +39,50 @@ class Preparations:
     the digests of what is in it.
 
     Args:
-        kept: How many.
+        kept: How many, and of the plans how many.
     """
 
     def __init__(self, kept: int = 16) -> None:
-        self._kept = kept
-        self._known: OrderedDict[str, Preparation] = OrderedDict()
-        self._lock = threading.Lock()
+        self._prepared = _Recent[Preparation](kept, lambda item: 1)
+        self._plans = _Recent[Plan](kept, lambda item: 1)
+        self._ids = _Recent["Tensor"](_IDS_BYTES, lambda ids: ids.numel() * ids.itemsize)
 
     def __call__(self, setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
         """As `prepare`."""
         key = digest_of([setup.to_json(), elsewhere, _stamps(setup)])
+        return self._prepared.get(key, lambda: prepare(setup, elsewhere=elsewhere, encode=self._encoded))
+
+    def plan(self, spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
+        """As `plan`; equal jobs share one."""
+        key = digest_of([spec.model_dump(mode="json"), queue, str(settings.home), settings.memory_cap, _stamps(spec.setup(settings.bank))])
+        return self._plans.get(key, lambda: plan(spec, settings, queue, self))
+
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
+        named = hashlib.sha256(digest_of([_stamp(Path(tokenizer.name_or_path)), bos]).encode())
+        for document in text.documents:
+            if not isinstance(document, str):
+                return encoded(tokenizer, text, bos)
+            named.update(b"\0" + document.encode("utf-8", "surrogatepass"))
+        return self._ids.get(named.hexdigest(), lambda: encoded(tokenizer, text, bos))
+
+
+class _Recent(Generic[T]):
+    """What was asked for last, up to a total size."""
+
+    def __init__(self, room: int, size: Callable[[T], int]) -> None:
+        self._room, self._size = room, size
+        self._known: OrderedDict[str, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str, make: Callable[[], T]) -> T:
         with self._lock:
-            if (known := self._known.get(key)) is not None:
+            if key in self._known:
                 self._known.move_to_end(key)
-                return known
-        found = prepare(setup, elsewhere=elsewhere)
+                return self._known[key]
+        found = make()
         with self._lock:
             self._known[key] = found
-            while len(self._known) > self._kept:
+            while sum(map(self._size, self._known.values())) > self._room:
                 self._known.popitem(last=False)
         return found
 

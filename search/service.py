@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from autoeff.errors import AutoeffError, Conflict, InputError, LeaseLost, StorageError
-from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.search.coordinator import Coordinator
 from autoeff.search.crew import Away, Stopped
 from autoeff.search.job import JobSpec
@@ -31,6 +30,7 @@ __all__ = ["queue_of", "run_coordinators", "submit"]
 
 _log = logging.getLogger(__name__)
 
+Planned = Callable[[JobSpec, Settings, str | None], Plan]
 Send = Callable[[Sequence[Message]], None]
 
 
@@ -54,7 +54,7 @@ def submit(
     *,
     owner: str | None = None,
     reply_for: Callable[[str], Reply] | None = None,
-    prepared: Callable[..., Preparation] = prepare,
+    planned: Planned = plan,
 ) -> Job:
     """Checks a job and stores it for the coordinators.
 
@@ -64,21 +64,21 @@ def submit(
         settings: Of this machine.
         owner: Whose it is.
         reply_for: From the job's id, the answer that the same request gets again.
-        prepared: As of `plan`.
+        planned: May stand for `plan`: that of `Preparations` remembers.
 
     Raises:
         InputError: As `plan`.
         Conflict: The request has an answer already.
     """
     queue = queue_of(spec)
-    planned = plan(spec, settings, queue, prepared)
+    found = planned(spec, settings, queue)
     job_id = uuid.uuid4().hex[:12]
     return store.create_job(
         job_id,
         spec.model_dump(mode="json"),
-        planned.preflight,
-        planned.space.to_json(),
-        planned.digest,
+        found.preflight,
+        found.space.to_json(),
+        found.digest,
         owner=owner,
         queue=queue,
         reply=None if reply_for is None else reply_for(job_id),
@@ -128,7 +128,7 @@ class _Office:
     def _drive(self, job_id: str) -> None:
         """Drives one job as far as it goes; what stays undone is found again by `waiting_jobs`."""
         try:
-            drive(self._store, job_id, self._settings, self._rung, self._stop, self._prepared)
+            drive(self._store, job_id, self._settings, self._rung, self._stop, self._prepared.plan)
         except (Conflict, LeaseLost, Stopped) as error:
             _log.info("job %s: %s", job_id, error)
         except StorageError as error:
@@ -170,7 +170,7 @@ def drive(
     settings: Settings,
     rung: threading.Event,
     stop: threading.Event,
-    prepared: Callable[..., Preparation] = prepare,
+    planned: Planned = plan,
 ) -> dict[str, Any]:
     """Searches for one submitted job, evaluated by workers elsewhere, to its end.
 
@@ -180,7 +180,7 @@ def drive(
         settings: Of this machine.
         rung: Set whenever work was queued.
         stop: Set when this process is to end.
-        prepared: As of `plan`.
+        planned: As of `submit`.
 
     Raises:
         Stopped: The job was paused or cancelled, or `stop` set.
@@ -190,15 +190,25 @@ def drive(
     job = store.job(job_id)
     assert job.queue is not None
     try:
-        planned = plan(JobSpec.parse(job.spec), settings, job.queue, prepared)
-        if planned.digest != job.setup_digest:
-            raise InputError("its model, its text or this version is no longer what it was when it was submitted; submit it again")
+        found = planned_again(job, settings, planned)
     except InputError as error:
         _fail(store, job_id, settings, str(error))
         raise
     crew = Away(store, job.queue, rung, stop)
-    coordinator = Coordinator(store, job_id, planned, Path(), settings, lambda progress: None, crew)
+    coordinator = Coordinator(store, job_id, found, Path(), settings, lambda progress: None, crew)
     return coordinator.run(_after)
+
+
+def planned_again(job: Job, settings: Settings, planned: Planned = plan) -> Plan:
+    """The plan of a submitted job, found to be what it was.
+
+    Raises:
+        InputError: As `plan`, or it is not.
+    """
+    found = planned(JobSpec.parse(job.spec), settings, job.queue)
+    if found.digest != job.setup_digest:
+        raise InputError("its model, its text or this version is no longer what it was when it was submitted; submit it again")
+    return found
 
 
 def _after(error: BaseException) -> tuple[JobState, str | None] | None:

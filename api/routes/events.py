@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi import APIRouter, Depends, Header, Response
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from autoeff.api.access import Reader
@@ -17,6 +19,8 @@ from autoeff.api.problems import described_problems
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/jobs", tags=["events"])
+
+_EVENT = {"type": "object", "properties": {name: {"type": "string"} for name in ("data", "event", "id")}}
 
 
 async def _counted(server: Server, key: Reader) -> AsyncIterator[None]:
@@ -29,19 +33,27 @@ async def _counted(server: Server, key: Reader) -> AsyncIterator[None]:
 
 
 @router.get(
-    "/{job_id}/events", response_class=EventSourceResponse, responses=described_problems(404, 422), dependencies=[Depends(_counted)]
+    "/{job_id}/events",
+    response_class=Response,
+    responses={200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}, **described_problems(404, 422)},
+    dependencies=[Depends(_counted)],
 )
 async def follow(
     server: Server,
     job: OwnedJob,
     last_event_id: Annotated[int, Header(ge=0, lt=2**53, description="Number of the last event that was seen.")] = 0,
-) -> AsyncIterator[ServerSentEvent]:
+) -> EventSourceResponse:
     """Every event after `Last-Event-ID`, those of the past first, until the job has ended; the last one is `end`.
 
     Each has the event's number as `id`, its kind as `event` and its body as `data`.
     """
-    async for event in server.feed.follow(job.id, last_event_id):
-        yield ServerSentEvent(data={"at": event.at.isoformat(), **event.body}, event=event.kind, id=str(event.seq))
-    state = (await run_in_threadpool(server.store.job, job.id)).state
-    if state.terminal:  # else this client was too slow, or the server stops
-        yield ServerSentEvent(data={"state": str(state)}, event="end")
+
+    async def stream() -> AsyncIterator[bytes]:
+        async with aclosing(server.feed.follow(job.id, last_event_id)) as batches:
+            async for batch in batches:
+                yield b"".join(told.data for told in batch) or KEEPALIVE_COMMENT
+        state, _ = (await run_in_threadpool(server.store.heads, [job.id]))[job.id]
+        if state.terminal:  # else this client was too slow, or the server stops
+            yield format_sse_event(event="end", data_str=json.dumps({"state": state}))
+
+    return EventSourceResponse(stream(), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

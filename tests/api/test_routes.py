@@ -290,7 +290,7 @@ def test_followers_miss_nothing_and_are_told_the_end(served: Any) -> None:
     feed = Feed(served.store, every_s=0.01)
 
     async def follow(after: int) -> list[int]:
-        return [event.seq async for event in feed.follow(job, after)]
+        return [told.seq async for batch in feed.follow(job, after) for told in batch]
 
     async def all_of_them() -> list[list[int]]:
         followers = [asyncio.create_task(follow(0)), asyncio.create_task(follow(1))]
@@ -317,17 +317,17 @@ def test_a_stream_that_comes_later_takes_nothing_from_an_earlier_one(served: Any
 
     async def both() -> list[int]:
         early = feed.follow(job, 0)
-        seen = [(await anext(early)).seq]
+        seen = [told.seq for told in await anext(early)]
         waiting = asyncio.create_task(anext(early))
         await asyncio.sleep(0.1)  # the reader has looked and sleeps
         await asyncio.to_thread(served.store.pause, job)
         late = feed.follow(job, 0)
-        assert [(await anext(late)).seq for _ in range(2)] == [1, 2]
+        assert [told.seq for told in await anext(late)] == [1, 2]
         further = asyncio.create_task(anext(late))
         await asyncio.sleep(0.05)
         await asyncio.to_thread(served.store.cancel, job)
-        seen.append((await asyncio.wait_for(waiting, 5)).seq)
-        seen += [event.seq async for event in early]
+        seen += [told.seq for told in await asyncio.wait_for(waiting, 5)]
+        seen += [told.seq async for batch in early for told in batch]
         await asyncio.wait_for(further, 5)
         await feed.close()
         return seen

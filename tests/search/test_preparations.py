@@ -41,4 +41,4 @@ def test_a_preparation_is_made_once_until_a_file_changes(
     assert prepared(setup(), elsewhere=True) is not second
     prepared(replace(setup(), hardware="cpu"), elsewhere=True)
     prepared(replace(setup(), hardware="gpu.any"), elsewhere=True)
-    assert len(prepared._known) == 2
+    assert len(prepared._prepared._known) == 2
