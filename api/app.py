@@ -62,6 +62,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
         yield
         await context.feed.close()
         context.backroom.close()
+        context.measuring.close()
         if store is None:
             opened.close()
 
@@ -131,6 +132,7 @@ def _context(settings: Settings, store: Store) -> Context:
         standings=Standings(store),
         exports=Exports(settings, backroom),
         backroom=backroom,
+        measuring=Backroom(),
         metrics=Metrics(lambda: _plant(store)),
     )
 

@@ -34,6 +34,7 @@ class Context:
         ring: Keys.
         replies: What was answered to requests that may be repeated.
         backroom: Processes for what takes seconds.
+        measuring: A process for what waits for workers.
     """
 
     settings: Settings
@@ -48,6 +49,7 @@ class Context:
     standings: Standings
     exports: Exports
     backroom: Backroom
+    measuring: Backroom
     metrics: Metrics
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "OwnJob",
     "OwnedJob",
     "TrialNumber",
+    "check_driven_here",
     "etag",
     "link_next",
     "same_version",
@@ -88,6 +89,18 @@ def same_version(request: Request, job: Job) -> int:
     if job.version not in versions:
         raise ApiError(412, "precondition-failed", "the job has changed since; get it again", {"ETag": etag(job)})
     return job.version
+
+
+def check_driven_here(job: Job) -> None:
+    """Refuses to go on with a job that no coordinator of a server drives.
+
+    Raises:
+        ApiError: 409.
+    """
+    if job.queue is None:
+        raise ApiError(
+            409, "conflict", f"job {job.id} was begun without a server; `autoeff resume` goes on with it where its run directory is"
+        )
 
 
 def link_next(request: Request, response: Response, cursor: str | None) -> str | None:

@@ -228,6 +228,9 @@ class ResolveRequest(_Request):
     """A new limit to answer from what was measured."""
 
     limits: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=16)]
+    measure: bool = Field(
+        default=False, description="Have workers measure up to 24 proposals and keep them as trials of the job, which must have ended."
+    )
 
 
 class ResolutionRow(_Answer):

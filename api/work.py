@@ -46,15 +46,26 @@ def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Rep
     return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=answer, planned=_prepared().plan).id
 
 
-def resolved(job_id: str, limits: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """The best configuration of a job within new limits.
+def resolved(job_id: str, limits: Sequence[str], settings: Settings, *, measure: bool = False) -> dict[str, Any]:
+    """The best configuration of a job within new limits, from what was measured or what workers `measure` besides.
 
     Raises:
         InputError: As `resolve`.
     """
     from autoeff.search.resolve import resolve
 
-    return resolve(job_id, limits, settings).to_json()
+    return resolve(job_id, limits, settings, measure=measure).to_json()
+
+
+def compared(jobs: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Jobs side by side.
+
+    Raises:
+        InputError: As `compare`.
+    """
+    from autoeff.search.compare import compare
+
+    return compare(jobs, settings).to_json()
 
 
 def warmed() -> None:

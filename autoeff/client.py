@@ -219,9 +219,9 @@ class Client:
         """Ends a job; Conflict where it has ended otherwise."""
         return self._ask(JobDetail, "POST", f"/v1/jobs/{_part(job_id)}/cancel")
 
-    def pause(self, job_id: str) -> JobDetail:
-        """Stops proposing; what runs is finished. Conflict where the job has ended."""
-        return self._ask(JobDetail, "POST", f"/v1/jobs/{_part(job_id)}/pause")
+    def pause(self, job_id: str, *, at_once: bool = False) -> JobDetail:
+        """Stops proposing; what runs is finished, or with `at_once` given back. Conflict where the job has ended."""
+        return self._ask(JobDetail, "POST", f"/v1/jobs/{_part(job_id)}/pause", params={"mode": "now" if at_once else "finish"})
 
     def resume(self, job_id: str) -> JobDetail:
         """Has a paused or failed job go on. Conflict where it has ended otherwise."""
@@ -303,9 +303,23 @@ class Client:
         answer: dict[str, Any] = self._send("GET", f"/v1/jobs/{_part(job_id)}/result").json()
         return answer
 
-    def resolve(self, job_id: str, limits: Sequence[str]) -> ResolutionRow:
-        """The best configuration for a new budget, from what was measured."""
-        return self._ask(ResolutionRow, "POST", f"/v1/jobs/{_part(job_id)}/resolve", json={"limits": list(limits)})
+    def resolve(self, job_id: str, limits: Sequence[str], *, measure: bool = False) -> ResolutionRow:
+        """The best configuration for a new budget, from what was measured.
+
+        With `measure`, workers measure proposals first, which become trials of the job; that is waited for up to an hour, and asked again
+        it goes on. Conflict where the job was begun without a server.
+        """
+        body = {"limits": list(limits), "measure": measure}
+        return self._ask(ResolutionRow, "POST", f"/v1/jobs/{_part(job_id)}/resolve", json=body)
+
+    def compare(self, jobs: Sequence[str]) -> ComparisonRow:
+        """Jobs that searched the same, side by side.
+
+        Raises:
+            InputError: They did not; the message says in what they differ.
+            NotFound: There is no such job, or it is somebody else's.
+        """
+        return self._ask(ComparisonRow, "GET", "/v1/jobs:compare", params={"job": list(jobs)})
 
     # Files
 

@@ -290,11 +290,9 @@ class Remote:
     def resolve(self, run: str, limits: Sequence[str], *, measure: bool, watch: Callable[[Progress], None]) -> Resolution:
         from autoeff.search.resolve import Resolution
 
-        if measure:
-            raise InputError("--measure needs the model, and is not done by a server yet; run it where the run directory is")
         if not limits:
             raise InputError("name the new budget with --limit, for example --limit 'linear_bytes<=0.22x'")
-        found = self.client.resolve(self.job(run), limits)
+        found = self.client.resolve(self.job(run), limits, measure=measure)
         return Resolution(
             found.job, found.quality, tuple(found.limits), found.answer, found.predicted, found.measured, tuple(found.proposals)
         )

@@ -170,6 +170,7 @@ class Coordinator:
                 self._wait()
             self._phase = "measuring"
             yield lambda candidate, split: self._evaluate([candidate], split)[0]
+            self._store.mark_told(self._job_id, self._fence, self._told)
         finally:
             self._crew.close()
             self._store.release_coordinator(self._job_id, self._fence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, overload
 
 from autoeff.errors import ExitCode, InputError
 from autoeff.search.coordinator import Coordinator, Progress
+from autoeff.search.crew import Away
 from autoeff.search.exporter import export_trial
 from autoeff.search.job import JobSpec
 from autoeff.search.model import Plan, plan
@@ -20,6 +22,7 @@ from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
 from autoeff.search.runs import new_run, open_run
 from autoeff.search.samplers.problem import Candidate
+from autoeff.search.service import planned_again
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import Job, Trial
 from autoeff.search.storage.store import Store
@@ -102,11 +105,18 @@ def adding(
 ) -> Iterator[Callable[[Candidate, Split], Trial]]:
     """Yields what measures a further configuration with the model of a finished job and stores it as a trial of that job.
 
+    Of a job that was submitted, the workers of its queue measure it.
+
     Raises:
         InputError: As `resume`; also a job that has not ended.
     """
-    planned, folder = _planned_again(job, run, folder, settings)
-    with Coordinator(store, job.id, planned, folder, settings, watch).adding() as evaluate:
+    if job.queue is None:
+        planned, folder = _planned_again(job, run, folder, settings)
+        coordinator = Coordinator(store, job.id, planned, folder, settings, watch)
+    else:
+        crew = Away(store, job.queue, threading.Event(), threading.Event())
+        coordinator = Coordinator(store, job.id, planned_again(job, settings), Path(), settings, watch, crew)
+    with coordinator.adding() as evaluate:
         yield evaluate
 
 

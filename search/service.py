@@ -19,14 +19,14 @@ from autoeff.errors import AutoeffError, Conflict, InputError, LeaseLost, Storag
 from autoeff.search.coordinator import Coordinator
 from autoeff.search.crew import Away, Stopped
 from autoeff.search.job import JobSpec
-from autoeff.search.model import plan
+from autoeff.search.model import Plan, plan
 from autoeff.search.preparations import Preparations
 from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
 from autoeff.search.storage.records import Job, JobState, Message, Reply
 from autoeff.search.storage.store import Store
 
-__all__ = ["queue_of", "run_coordinators", "submit"]
+__all__ = ["planned_again", "queue_of", "run_coordinators", "submit"]
 
 _log = logging.getLogger(__name__)
 

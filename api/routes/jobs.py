@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -12,7 +12,7 @@ from autoeff.api import work
 from autoeff.api.access import Reader, Writer
 from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Context, Server
-from autoeff.api.dependencies import Cursor, Limit, OwnedJob, OwnJob, etag, link_next, same_version, unchanged
+from autoeff.api.dependencies import Cursor, Limit, OwnedJob, OwnedJobs, OwnJob, check_driven_here, etag, link_next, same_version, unchanged
 from autoeff.api.problems import ApiError, ProblemItem, described_problems
 from autoeff.api.schemas import Accepted, Budgets, JobDetail, JobPage, Preflight
 from autoeff.errors import Conflict, FailureClass
@@ -81,6 +81,16 @@ async def validate(server: Server, key: Writer, spec: Body) -> Any:
     return server.roots.hide(await server.backroom.ask(name, work.preflight, fields, server.settings))
 
 
+@router.get("/v1/jobs:compare", response_model=ComparisonRow, responses=described_problems(404, 422, 503))
+async def compare(server: Server, jobs: OwnedJobs) -> Any:
+    """What several jobs found, the best of each at common budgets, and in what they differ. They must have searched the same.
+
+    Jobs are named by repeating `job`.
+    """
+    name = f"compare {[(job.id, job.events) for job in jobs]}"
+    return server.roots.hide(await server.backroom.ask(name, work.compared, [job.id for job in jobs], server.settings))
+
+
 @router.get("/v1/jobs", response_model=JobPage, responses=described_problems(422))
 def list_jobs(
     server: Server,
@@ -147,15 +157,20 @@ def cancel(server: Server, job: OwnJob, response: Response) -> Any:
 
 
 @router.post("/v1/jobs/{job_id}/pause", response_model=JobDetail, responses=described_problems(404, 409, 422))
-def pause(server: Server, job: OwnJob, response: Response) -> Any:
-    """Stops proposing; what runs is finished."""
-    return _changed(server, server.store.pause(job.id), response)
+def pause(
+    server: Server,
+    job: OwnJob,
+    response: Response,
+    mode: Annotated[Literal["finish", "now"], Query(description="Whether what runs is finished, or given back at once.")] = "finish",
+) -> Any:
+    """Stops proposing. What is given back is evaluated anew when the job goes on."""
+    return _changed(server, server.store.pause(job.id, at_once=mode == "now"), response)
 
 
 @router.post("/v1/jobs/{job_id}/resume", response_model=JobDetail, responses=described_problems(404, 409, 422))
 def resume(server: Server, job: OwnJob, response: Response) -> Any:
     """Has a paused or failed job go on."""
-    _check_driven_here(job)
+    check_driven_here(job)
     return _changed(server, server.store.resume(job.id), response)
 
 
@@ -169,15 +184,8 @@ def retry_failed(
     ] = None,
 ) -> Any:
     """Has the failed trials of a job that has not ended tried again, and the job go on. What failed stays with its attempts."""
-    _check_driven_here(job)
+    check_driven_here(job)
     return _changed(server, server.store.retry_failed(job.id, classes or ()), response)
-
-
-def _check_driven_here(job: Job) -> None:
-    if job.queue is None:
-        raise ApiError(
-            409, "conflict", f"job {job.id} was begun without a server; `autoeff resume` goes on with it where its run directory is"
-        )
 
 
 def _checked(server: Context, spec: JobSpec) -> JobSpec:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from autoeff.api import work
+from autoeff.api.access import Reader, needs
 from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Server
-from autoeff.api.dependencies import OwnedJob, unchanged
+from autoeff.api.dependencies import OwnedJob, check_driven_here, unchanged
 from autoeff.api.problems import described_problems
 from autoeff.api.schemas import Front, Points, ResolutionRow, ResolveRequest
 from autoeff.search.facts import columns_of
@@ -70,16 +70,21 @@ def get_points(
     columns = columns_of(job)
     x, y = x or columns["judged_cost"], y or columns["quality"]
     points = points_of(server.store, job, server.standings.of(job), x, y, most)
-    return {"x": x, "y": y, "total": job.counts.trials, "items": [asdict(point) for point in points]}
+    return {"x": x, "y": y, "total": job.counts.trials, "items": [vars(point) for point in points]}
 
 
 @router.post(
     "/resolve",
     response_model=ResolutionRow,
-    responses=described_problems(404, 408, 413, 415, 422, 503),
+    responses=described_problems(404, 408, 409, 413, 415, 422, 503),
     openapi_extra=documented_body(ResolveRequest),
 )
-async def resolve(server: Server, job: OwnedJob, asked: Annotated[ResolveRequest, Depends(body_of(ResolveRequest))]) -> Any:
-    """The best configuration for a new budget, from what was measured; no model is loaded."""
-    name = f"resolve {job.id} {job.events} {asked.limits}"
-    return server.roots.hide(await server.backroom.ask(name, work.resolved, job.id, asked.limits, server.settings))
+async def resolve(server: Server, key: Reader, job: OwnedJob, asked: Annotated[ResolveRequest, Depends(body_of(ResolveRequest))]) -> Any:
+    """The best configuration for a new budget, from what was measured; no model is loaded, unless workers are to measure more."""
+    if not asked.measure:
+        name = f"resolve {job.id} {job.events} {asked.limits}"
+        return server.roots.hide(await server.backroom.ask(name, work.resolved, job.id, asked.limits, server.settings))
+    await needs("jobs:write")(key)
+    check_driven_here(job)
+    name = f"measure {job.id} {asked.limits}"
+    return server.roots.hide(await server.measuring.ask(name, work.resolved, job.id, asked.limits, server.settings, measure=True))

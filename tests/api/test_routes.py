@@ -130,7 +130,7 @@ def test_a_job_is_steered(served: Any) -> None:
     job = submitted(served)
     path = f"/v1/jobs/{job}"
     assert served.ask("GET", path).json()["state"] == "pending"
-    assert [served.ask("POST", f"{path}/pause").json()["state"] for _ in range(2)] == ["paused", "paused"]
+    assert [served.ask("POST", f"{path}/pause{mode}").json()["state"] for mode in ("", "?mode=now")] == ["paused", "paused"]
     assert served.ask("POST", f"{path}/resume").json()["state"] == "pending"
     seen = served.ask("GET", path)
     assert served.refused(served.ask("PATCH", path, json={"trials": 50}), 428, "precondition-required")["status"] == 428
@@ -183,6 +183,9 @@ def test_open_jobs_of_an_owner_are_counted(served: Any, monkeypatch: pytest.Monk
 
 def test_a_new_budget_is_resolved(served: Any) -> None:
     path = f"/v1/jobs/{served.job}/resolve"
+    measuring = {"limits": ["linear_bytes<=0.4x"], "measure": True}
+    assert served.refused(served.ask("POST", path, who="reader", json=measuring), 403, "forbidden")["status"] == 403
+    assert "begun without a server" in served.refused(served.ask("POST", path, json=measuring), 409, "conflict")["detail"]
     found = served.ask("POST", path, who="reader", json={"limits": ["linear_bytes<=0.4x"]}).json()
     assert (found["job"], found["limits"]) == (served.job, ["linear_bytes<=0.4x"])
     assert found[found["answer"]]["configuration"]

@@ -18,12 +18,13 @@ import torch
 
 from autoeff.errors import FailureClass, InputError
 from autoeff.search.job import JobSpec
+from autoeff.search.resolve import resolve
 from autoeff.search.service import queue_of, run_coordinators, submit
 from autoeff.search.settings import Settings
 from autoeff.search.station import Station, check_queues
 from autoeff.search.storage import Job, JobState, State, Store, Trial
 
-LOOSE = "linear_bytes<=0.35x"
+LOOSE, TIGHT = "linear_bytes<=0.35x", "linear_bytes<=0.30x"
 Make = Callable[..., JobSpec]
 
 
@@ -100,8 +101,9 @@ def story(trials: list[Trial], quality: str = "kl") -> list[tuple[Any, ...]]:
 
 @pytest.mark.timeout(900)
 def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_server_asks(
-    tiny_job: Make, searched: Any, settings: Settings, store: Store, redis: Any
+    tiny_job: Make, searched: Any, settings: Settings, store: Store, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And its workers measure what a new budget is answered with, when it has ended."""
     with searched.opened() as other:
         (alone,) = [other.trials(job.id) for job in other.jobs() if job.spec["limits"] == [LOOSE]]
     job = submit(store, tiny_job(limits=[LOOSE]), settings, owner="ada")
@@ -113,12 +115,18 @@ def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_ser
     celery = settings.model_copy(update={"broker_url": redis.url, "resend_s": 1.0})
     with coordinating(celery), celery_working(celery):
         job = until(store, job.id, ended)
+        searched_for = store.counts(job.id).trials
+        monkeypatch.setattr("autoeff.search.resolve._MEASURED", 2)
+        resolution = resolve(job.id, [TIGHT], settings, measure=True)
     assert (job.state, job.error) == (JobState.SUCCEEDED, None)
     workers = {attempt.worker for trial in store.trials(job.id) for attempt in store.attempts(trial.evaluation_id) if attempt.accepted}
     assert len(workers) == 2
-    found = store.trials(job.id)
+    trials = store.trials(job.id)
+    found, added = trials[:searched_for], trials[searched_for:]
     assert story(found) == story(alone)
-    assert all(trial.told for trial in found)
+    assert [trial.origin for trial in added if trial.split == "search"] == ["given"] * len(resolution.proposals)
+    assert len(resolution.proposals) > 0
+    assert all(trial.told and trial.state is State.SUCCEEDED for trial in trials)
     assert job.result is not None
     assert job.result["found"] is not None
     assert store.waiting(["cpu"]) == []
