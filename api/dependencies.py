@@ -20,6 +20,7 @@ __all__ = [
     "Limit",
     "OwnJob",
     "OwnedJob",
+    "OwnedJobs",
     "TrialNumber",
     "check_driven_here",
     "etag",
@@ -55,10 +56,22 @@ def _writable(job_id: JobId, server: Server, key: Writer) -> Job:
     return _found(job_id, server, key)
 
 
+def _compared(
+    server: Server,
+    key: Reader,
+    job: Annotated[list[str], Query(min_length=2, max_length=8, description="Id of a job; two to eight of them.")],
+) -> list[Job]:
+    return [_found(one, server, key) for one in job]
+
+
 OwnedJob = Annotated[Job, Depends(_readable)]
 """A job of the caller's, to read."""
 OwnJob = Annotated[Job, Depends(_writable)]
 """A job of the caller's, to change."""
+
+
+OwnedJobs = Annotated[list[Job], Depends(_compared)]
+"""Several of them."""
 
 
 def etag(job: Job) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "AttemptPage",
     "AttemptRow",
     "Budgets",
+    "ComparisonRow",
     "DataFile",
     "DataPage",
     "ExportRequest",
@@ -244,6 +245,21 @@ class ResolutionRow(_Answer):
     predicted: dict[str, Any]
     measured: dict[str, Any] | None
     proposals: list[dict[str, Any]]
+
+
+class ComparisonRow(_Answer):
+    """Jobs side by side. Lists with an item for every job have the order of `runs`."""
+
+    quality: str
+    cost: str = Field(description="Over which the fronts are.")
+    method: str | None = Field(description="How values of the cost came about, where they are not exact.")
+    own: bool = Field(description="Whether the user's own code was searched.")
+    runs: list[dict[str, Any]]
+    budgets: list[dict[str, Any]] = Field(description="Common budgets, the best of each job within them, and the winner.")
+    settings: dict[str, list[Any]] = Field(description="Settings that differ.")
+    decisions: dict[str, list[Any]] = Field(description="Levels of what was found, where they differ.")
+    fronts: list[list[dict[str, Any]]] = Field(description="Of each job the non-dominated trials, limits left aside.")
+    notices: list[str]
 
 
 class Preflight(_Answer):

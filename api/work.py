@@ -14,7 +14,7 @@ from autoeff.search.storage.store import Store
 if TYPE_CHECKING:  # the engine, which a server loads after it has begun to listen
     from autoeff.search.preparations import Preparations
 
-__all__ = ["preflight", "resolved", "submitted", "warmed"]
+__all__ = ["compared", "preflight", "resolved", "submitted", "warmed"]
 
 
 def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

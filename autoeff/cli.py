@@ -375,17 +375,17 @@ def allocate(
 
 @app.command()
 def compare(
+    ctx: typer.Context,
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run directories or job ids.")],
     out: Annotated[Path | None, _option("Run", "New folder for a picture of the fronts.", metavar="DIR")] = None,
     form: Format = Form.TABLE,
 ) -> None:
     """Compares searches of one model on one text: what they found, the best of each at common budgets, settings that differ."""
-    from autoeff.search.compare import compare as compare_runs
     from autoeff.search.compare import write_fronts
-    from autoeff.search.settings import Settings
     from autoeff.tables import print_comparison
 
-    comparison = compare_runs(runs, Settings.read())
+    with _source(ctx) as source:
+        comparison = source.compare(runs)
     picture = None if out is None else str(write_fronts(comparison, out))
     if form is Form.JSON:
         print_json(comparison.to_json() | {"picture": picture})

@@ -34,6 +34,7 @@ from autoeff.api.schemas import (
     ArtifactPage,
     AttemptPage,
     AttemptRow,
+    ComparisonRow,
     DataPage,
     Front,
     HardwarePage,
@@ -191,13 +192,15 @@ class Client:
         """One page of `jobs`; its `next` is the cursor of the following one."""
         return self._page(JobPage, "/v1/jobs", {"state": list(states)}, limit, cursor)
 
-    def job(self, job_id: str) -> JobDetail:
-        """A job.
+    def job(self, job_id: str, known: JobDetail | None = None) -> JobDetail:
+        """A job; `known` itself where nothing has happened to it since that was seen, which costs both sides little.
 
         Raises:
             NotFound: There is none of this id, or it is somebody else's.
         """
-        return self._ask(JobDetail, "GET", f"/v1/jobs/{_part(job_id)}")
+        headers = {} if known is None else {"If-None-Match": _etag(known)}
+        answer = self._send("GET", f"/v1/jobs/{_part(job_id)}", headers=headers)
+        return known if known is not None and answer.status_code == 304 else self._read(JobDetail, answer)
 
     def space(self, job_id: str) -> dict[str, Any]:
         """What a job searches, as `autoeff.spaces.space.SearchSpace.from_json` takes it."""
@@ -212,7 +215,7 @@ class Client:
             Conflict: It has ended.
         """
         body = {name: value for name, value in (("trials", trials), ("seconds", seconds)) if value is not None}
-        headers = {"If-Match": f'"{job.version}.{job.events}"'}
+        headers = {"If-Match": _etag(job)}
         return self._ask(JobDetail, "PATCH", f"/v1/jobs/{_part(job.job)}", json=body, headers=headers, again=False)
 
     def cancel(self, job_id: str) -> JobDetail:
@@ -441,9 +444,11 @@ class Client:
         return self._ask(model, "GET", path, params={**query, "limit": str(limit), **following})
 
     def _ask(self, model: type[Answer], method: str, path: str, *, again: bool = True, **options: Any) -> Answer:
-        content = self._send(method, path, again=again, **options).content
+        return self._read(model, self._send(method, path, again=again, **options))
+
+    def _read(self, model: type[Answer], answer: httpx2.Response) -> Answer:
         try:
-            return model.model_validate_json(content)
+            return model.model_validate_json(answer.content)
         except ValidationError:
             raise AutoeffError(
                 f"what the server at {self.server} answers is of another version; run the same version of autoeff on both sides"
@@ -461,7 +466,7 @@ class Client:
             answer = self._http.request(method, path, **options)
         except httpx2.TransportError as error:
             raise _Again(self._unreached(error)) from None
-        if answer.is_success:
+        if answer.is_success or answer.status_code == 304:
             return answer
         refusal, wait = _problem(answer), _retry_after(answer)
         if answer.status_code in _BUSY and wait <= _WAIT_S:
@@ -496,6 +501,10 @@ def _wait(state: RetryCallState) -> float:
 
 def _body(job: JobSpec | Mapping[str, Any]) -> Mapping[str, Any]:
     return job.model_dump(mode="json", exclude_unset=True) if isinstance(job, JobSpec) else job
+
+
+def _etag(job: JobDetail) -> str:
+    return f'"{job.version}.{job.events}"'
 
 
 def _part(text: str) -> str:

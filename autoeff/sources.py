@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from autoeff.api.schemas import Front, JobDetail
     from autoeff.client import Client
+    from autoeff.search.compare import Comparison
     from autoeff.search.coordinator import Progress
     from autoeff.search.job import JobSpec
     from autoeff.search.resolve import Resolution
@@ -103,6 +104,9 @@ class Source(Protocol):
     def resolve(self, run: str, limits: Sequence[str], *, measure: bool, watch: Callable[[Progress], None]) -> Resolution:
         """The answer for a new budget."""
 
+    def compare(self, runs: Sequence[str]) -> Comparison:
+        """Runs side by side."""
+
     def export(self, run: str, trial: str, folder: Path, format_name: str) -> Row:
         """Writes a trial out."""
 
@@ -167,6 +171,12 @@ class Local:
         from autoeff.search.settings import Settings
 
         return resolve(run, limits, Settings.read(), measure=measure, watch=watch)
+
+    def compare(self, runs: Sequence[str]) -> Comparison:
+        from autoeff.search.compare import compare
+        from autoeff.search.settings import Settings
+
+        return compare(runs, Settings.read())
 
     def export(self, run: str, trial: str, folder: Path, format_name: str) -> Row:
         from autoeff.search.run import export
@@ -296,6 +306,13 @@ class Remote:
         return Resolution(
             found.job, found.quality, tuple(found.limits), found.answer, found.predicted, found.measured, tuple(found.proposals)
         )
+
+    def compare(self, runs: Sequence[str]) -> Comparison:
+        from autoeff.search.compare import Comparison
+
+        if len(runs) < 2:
+            raise InputError("name at least two runs to compare")
+        return Comparison(**self.client.compare([self.job(run) for run in runs]).model_dump())
 
     def export(self, run: str, trial: str, folder: Path, format_name: str) -> Row:
         job_id = self.job(run)

@@ -14,7 +14,7 @@ from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Context, Server
 from autoeff.api.dependencies import Cursor, Limit, OwnedJob, OwnedJobs, OwnJob, check_driven_here, etag, link_next, same_version, unchanged
 from autoeff.api.problems import ApiError, ProblemItem, described_problems
-from autoeff.api.schemas import Accepted, Budgets, JobDetail, JobPage, Preflight
+from autoeff.api.schemas import Accepted, Budgets, ComparisonRow, JobDetail, JobPage, Preflight
 from autoeff.errors import Conflict, FailureClass
 from autoeff.search.facts import columns_of, job_facts
 from autoeff.search.job import JobSpec
