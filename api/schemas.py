@@ -206,6 +206,7 @@ class PointRow(_Answer):
     x: float | None
     y: float | None
     front: bool = Field(description="Whether it is on the job's front.")
+    feasible: bool = Field(description="Whether its costs keep the job's limits.")
     seconds: float | None = Field(description="From the job's beginning to the end of its evaluation; null before that.")
 
 

@@ -204,7 +204,11 @@ def _ignoring(table: Any, connection: Any) -> Any:
 def state_of(store: Store, job_id: str, state: JobState) -> None:
     """Puts a filled job into a state, without whoever would drive it."""
     with store.database.write() as connection:
-        connection.execute(update(JobRow).where(JobRow.id == job_id).values(state=state, coordinator=None, coordinator_until=None))
+        connection.execute(
+            update(JobRow)
+            .where(JobRow.id == job_id)
+            .values(state=state, coordinator=None, coordinator_until=None, version=JobRow.version + 1)
+        )
 
 
 app = typer.Typer(add_completion=False)

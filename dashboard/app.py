@@ -7,6 +7,7 @@ from collections.abc import Callable
 import streamlit as st
 
 from autoeff.dashboard import visit
+from autoeff.dashboard.live_theme import follow_theme
 from autoeff.dashboard.views import budget, compare, configuration, hardware, job, jobs, keys, login, submit
 from autoeff.dashboard.words import markdown, plain
 
@@ -56,6 +57,7 @@ def main() -> None:
     page.run()
     if found is not None:
         _foot(found)
+        follow_theme(visit.colours().name)
 
 
 def _foot(found: visit.Visitor) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,15 +105,14 @@ def snapshot(client: Client, job_id: str, before: Snapshot | None = None) -> Sna
     Raises:
         AutoeffError: The server refuses, or is not reached.
     """
-    job = client.job(job_id)
-    if before is not None and before.job.job == job_id and (before.job.events, before.job.version) == (job.events, job.version):
-        return replace(before, job=job)
+    before = before if before is not None and before.job.job == job_id else None
+    job = client.job(job_id, None if before is None else before.job)
+    if before is not None and job is before.job:
+        return before
     result = None
     if job.state == "succeeded":
-        try:
+        with suppress(NotFound):  # of a search that ended before summaries were kept
             result = client.result(job_id)
-        except NotFound:  # it is written a moment later
-            result = None
     uniform = client.trial_page(job_id, origin="uniform", limit=100).items
     front = client.pareto(job_id)
     best = next((row for row in front.items if row.trial == front.best), None)

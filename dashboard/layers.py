@@ -11,7 +11,19 @@ from autoeff.dashboard.fetch import Terrain
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.space import Decision
 
-__all__ = ["Cell", "Grid", "Share", "changes", "damage_grids", "damage_of_rows", "grids_of", "place_of", "saved_by_block", "shares_of"]
+__all__ = [
+    "Cell",
+    "Grid",
+    "Share",
+    "changes",
+    "damage_grids",
+    "damage_of_rows",
+    "grids_of",
+    "place_name",
+    "place_of",
+    "saved_by_block",
+    "shares_of",
+]
 
 Place = tuple[str, ...]
 _DECADES = 7
@@ -40,11 +52,13 @@ class Grid:
 
     Attributes:
         places: Paths inside a block; in maps of damage with a level behind each.
+        names: What is written for each path.
         cells: By block and place; what is not there has no such decision.
     """
 
     knob: str
     places: tuple[Place, ...]
+    names: Mapping[str, str]
     blocks: tuple[int, ...]
     cells: Mapping[tuple[int, Place], Cell]
 
@@ -58,8 +72,8 @@ class Share:
         saved: By measurement: how much less it is than with the dense level, everything else as it is.
     """
 
-    decision: str
     block: int
+    place: str
     knob: str
     level: Level
     alone: float | None
@@ -70,6 +84,11 @@ def place_of(decision: Decision) -> str:
     """The path of a site inside its block: `self_attn.o_proj`."""
     parts, number = decision.site.split("."), str(decision.block)
     return ".".join(parts[parts.index(number) + 1 :] if number in parts else parts)
+
+
+def place_name(path: str) -> str:
+    """The end of a path, without what all linears are called: `q+k+v` for `self_attn.q_proj+k_proj+v_proj`."""
+    return "+".join(part.removesuffix("_proj") for part in path.rpartition(".")[2].split("+"))
 
 
 def grids_of(ground: Terrain, configuration: Mapping[str, Level]) -> list[Grid]:
@@ -144,7 +163,7 @@ def shares_of(ground: Terrain, configuration: Mapping[str, Level], damage: Mappi
         change = decision.costs[context][i]
         level = decision.levels[i]
         saved = {name: 0.0 - float(measures[name].change(change)) for name in names}
-        found.append(Share(decision.key, decision.block, decision.knob, level, damage.get(decision.key, {}).get(str(level)), saved))
+        found.append(Share(decision.block, place_of(decision), decision.knob, level, damage.get(decision.key, {}).get(str(level)), saved))
     return sorted(found, key=lambda share: -share.saved["weight_bytes"])
 
 
@@ -159,7 +178,17 @@ def saved_by_block(shares: Sequence[Share], name: str) -> dict[str, dict[int, fl
 
 def _grids(ground: Terrain, cells: Mapping[str, Mapping[tuple[int, Place], Cell]]) -> list[Grid]:
     blocks = tuple(sorted({decision.block for decision in ground.space.decisions}))
-    return [Grid(knob, tuple(dict.fromkeys(place for _, place in found)), blocks, found) for knob, found in cells.items()]
+    grids = []
+    for knob, found in cells.items():
+        places = tuple(dict.fromkeys(place for _, place in found))
+        grids.append(Grid(knob, places, _names([place[0] for place in places]), blocks, found))
+    return grids
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """Short names, whole paths where two would agree."""
+    short = {path: place_name(path) for path in paths}
+    return short if len(set(short.values())) == len(short) else {path: path for path in paths}
 
 
 def _short(value: float) -> str:

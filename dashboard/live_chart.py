@@ -6,6 +6,8 @@ did while the figure's `uirevision` is the same. The script is the one that the 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -37,10 +39,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
     chart.setAttribute("role", "figure");
     parentElement.appendChild(chart);
   }
-  chart.setAttribute("aria-label", data.alt);
-  chart.style.height = data.height + "px";
-  const figure = JSON.parse(data.figure);
-  load(data.plotly).then(() => Plotly.react(chart, figure.data, figure.layout, data.config)).then(() => {
+  const { figure, config, alt, plotly } = JSON.parse(new TextDecoder().decode(data));
+  chart.setAttribute("aria-label", alt);
+  chart.style.height = figure.layout.height + "px";
+  load(plotly).then(() => Plotly.react(chart, figure.data, figure.layout, config)).then(() => {
     if (chart.watched) return;
     chart.watched = new ResizeObserver(() => chart.offsetParent && Plotly.Plots.resize(chart));  // what is hidden has no size
     chart.watched.observe(chart);
@@ -54,27 +56,23 @@ export default function ({ data, parentElement, setTriggerValue }) {
 """
 
 
-def live_chart(figure: go.Figure, key: str, config: dict[str, Any], alt: str) -> int | None:
-    """Draws the chart; the number of the trial whose point was clicked just now, if one was.
+def live_chart(draw: Callable[[], go.Figure], state: Hashable, key: str, config: dict[str, Any], alt: str) -> int | None:
+    """Shows the chart; the number of the trial whose point was clicked just now, if one was.
 
     Args:
-        figure: With a height, and with the trial first in the `customdata` of its points.
+        draw: Makes the figure, with a height, and with the trial first in the `customdata` of its points. Called where `state` is new.
+        state: Of what the figure shows.
         key: Names the chart on the page.
         config: Of Plotly.
         alt: What the chart shows, for those who do not see it.
     """
+    script = get_instance().media_file_mgr.add(_plotly(), "text/javascript", "plotly")
+    kept: tuple[Hashable, bytes] | None = st.session_state.get(f"{key}_drawn")
+    if kept is None or kept[0] != state:
+        rest = json.dumps({"config": {**config, "responsive": True}, "alt": alt, "plotly": script})
+        kept = st.session_state[f"{key}_drawn"] = (state, f'{{"figure": {draw().to_json()}, {rest[1:]}'.encode())
     with st.container(key=key):
-        drawn = _mount()(
-            key=f"{key}_chart",
-            data={
-                "figure": figure.to_json(),
-                "height": figure.layout.height,
-                "config": {**config, "responsive": True},
-                "alt": alt,
-                "plotly": get_instance().media_file_mgr.add(_plotly(), "text/javascript", "plotly"),
-            },
-            on_trial_change=_nothing,
-        )
+        drawn = _mount()(key=f"{key}_chart", data=kept[1], on_trial_change=_nothing)
     return None if drawn.trial is None else int(drawn.trial)
 
 

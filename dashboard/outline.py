@@ -9,12 +9,15 @@ from typing import Any
 
 from autoeff.dashboard.fetch import OPEN, Snapshot, Terrain
 from autoeff.dashboard.figures.front import Dot, Guest
-from autoeff.dashboard.figures.progress import Step, steps_of
+from autoeff.dashboard.figures.progress import Step, bests_of, steps_of
+from autoeff.dashboard.theme import ROLES
 from autoeff.dashboard.words import moment
 from autoeff.errors import InputError
 from autoeff.search.limits import parse_limit
 
-__all__ = ["Pace", "dots_of", "front_of", "guests_of", "is_open", "limit_of", "pace_of", "steps_by_time", "steps_by_trial", "verdict"]
+__all__ = [
+    "Pace", "bests_over", "bounds_of", "dominated_over", "dots_of", "front_of", "guests_of", "is_open", "pace_of", "rivals_of", "verdict",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,58 +77,75 @@ def guests_of(snapshot: Snapshot) -> list[Guest]:
     return found
 
 
-def limit_of(snapshot: Snapshot, terrain: Terrain | None) -> float | None:
-    """The tightest of the job's limits on the cost that is drawn."""
+def bounds_of(snapshot: Snapshot, terrain: Terrain | None) -> dict[str, float]:
+    """The tightest upper bound of the job's limits on each cost, in the order of the limits."""
+    bounds: dict[str, float] = {}
     if terrain is None:
-        return None
-    bounds = []
+        return bounds
     for text in snapshot.job.limits:
         try:
             limit = parse_limit(text, terrain.costs, snapshot.job.quality)
         except InputError:  # of a newer server
             continue
-        if limit.name == snapshot.job.judged_cost and not limit.lower:
-            bounds.append(float(limit.bound))
-    return min(bounds, default=None)
+        if limit.name in terrain.costs.measures and not limit.lower:
+            bounds[limit.name] = min(float(limit.bound), bounds.get(limit.name, float("inf")))
+    return bounds
 
 
-def steps_by_trial(snapshot: Snapshot) -> list[Step]:
-    """The dominated share over the number of trials."""
-    return steps_of([(point.trial, point.x, point.y) for point in snapshot.whole if point.origin != "dense"], linear=snapshot.own)
+def rivals_of(snapshot: Snapshot) -> dict[str, float]:
+    """The best quality of each kind of baseline within the limits, by its name; what is not measured yet is missing."""
+    found: dict[str, tuple[float, str]] = {}
+    for point in snapshot.whole:
+        if point.origin in ("uniform", "additive", "seed", "random") and point.feasible:
+            label = f"{snapshot.uniform.get(point.trial, 'one level')} everywhere" if point.origin == "uniform" else ROLES[point.origin]
+            found[point.origin] = min(found.get(point.origin, (float("inf"), "")), (point.y, label))
+    return {label: value for value, label in found.values()}
 
 
-def steps_by_time(snapshot: Snapshot) -> tuple[list[Step], str]:
-    """The same over the time since the job began, and the unit of that time."""
-    timed = sorted((point.seconds, point.x, point.y) for point in snapshot.whole if point.origin != "dense" and point.seconds is not None)
-    longest = timed[-1][0] if timed else 0.0
-    size, unit = next(
-        (size, unit)
-        for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-        if longest >= 2 * size or size == 1.0
-    )
-    return steps_of([(at / size, x, y) for at, x, y in timed], linear=snapshot.own), unit
-
-
-def verdict(snapshot: Snapshot) -> tuple[str, Mapping[str, float]] | None:
-    """How the found configuration stands beside the cheapest uniform level that costs no less; None before there is something to say.
+def verdict(snapshot: Snapshot) -> list[tuple[str, float]]:
+    """How what was found stands beside the best baseline within the limits, and the cheapest uniform level that costs no less.
 
     Returns:
-        The label of that level, and the shares that are saved: `quality` and `cost`.
+        The name of each, and the share of its loss that is avoided: negative where it is better than what was found.
     """
-    guests = guests_of(snapshot)
-    found = next((guest for guest in guests if guest.role == "found"), None)
-    if found is None:
-        return None
-    uniform = [guest for guest in guests if guest.role == "uniform"]
-    above = min((g for g in uniform if g.cost >= found.cost and g.quality > found.quality), key=lambda g: g.cost, default=None)
-    if above is None or above.quality <= 0 or above.cost <= 0:
-        return None
-    return above.label, {"quality": 1 - found.quality / above.quality, "cost": 1 - found.cost / above.cost}
+    found = next((guest for guest in guests_of(snapshot) if guest.role == "found"), None)
+    if found is None or not snapshot.front.feasible:
+        return []
+    rivals = rivals_of(snapshot)
+    against = dict(sorted(rivals.items(), key=lambda item: item[1])[:1])
+    uniform = [guest for guest in guests_of(snapshot) if guest.role == "uniform" and guest.cost >= found.cost]
+    for level in sorted(uniform, key=lambda guest: guest.cost)[:1]:
+        against.setdefault(f"{level.label} everywhere", level.quality)
+    shares = {name: 1 - found.quality / quality for name, quality in against.items() if quality > 0}
+    return [(name if name.endswith("everywhere") else f"the {name}", share) for name, share in shares.items()]
+
+
+def bests_over(snapshot: Snapshot, over: str) -> tuple[list[Step], str]:
+    """The best within the limits after each trial or, over `time`, by the time since the job began; and the unit of that."""
+    series, unit = _series(snapshot, over)
+    return bests_of([(at, point.y) for at, point in series if point.feasible]), unit
+
+
+def dominated_over(snapshot: Snapshot, over: str) -> tuple[list[Step], str]:
+    """The same of the share of the picture that the front dominates."""
+    series, unit = _series(snapshot, over)
+    return steps_of([(at, point.x, point.y) for at, point in series], linear=snapshot.own), unit
 
 
 def is_open(job: Any) -> bool:
     """Whether it may still find something."""
     return job.state in OPEN
+
+
+def _series(snapshot: Snapshot, over: str) -> tuple[list[tuple[float, Any]], str]:
+    points = [point for point in snapshot.whole if point.origin != "dense"]
+    if over != "time":
+        return [(point.trial, point) for point in points], "trial"
+    timed = sorted(((point.seconds, point) for point in points if point.seconds is not None), key=lambda pair: pair[0])
+    longest = timed[-1][0] if timed else 0.0
+    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+    size, unit = next((size, unit) for size, unit in units if longest >= 2 * size or size == 1.0)
+    return [(at / size, point) for at, point in timed], unit
 
 
 def _label(snapshot: Snapshot, row: Mapping[str, Any]) -> str:

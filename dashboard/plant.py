@@ -44,16 +44,22 @@ def workers_of(items: Sequence[Any], now: datetime) -> list[dict[str, Any]]:
             {
                 "state": ("busy" if worker.busy else "idle") if worker.alive else "lost",
                 "device": plain(facts.get("name") or worker.kind, 60),
-                "kind": plain(worker.kind, 40),
                 "takes": plain(", ".join(worker.queues), 80),
                 "memory": file_bytes(facts.get("memory_bytes")),
                 "cores": str(facts.get("cores") or ""),
                 "torch": plain(facts.get("torch") or "", 40),
                 "since": age(worker.started, now),
-                "worker": plain(worker.worker, 60),
+                "worker": _process(worker.worker),
             }
         )
     return rows
+
+
+def _process(worker: str) -> str:
+    """A worker for people: its machine and its process, without what only tells restarts of the machine apart."""
+    host, _, rest = worker.partition("/")
+    number = rest.split("/")[1:2]
+    return plain(f"{host}, process {number[0]}" if number else worker, 60)
 
 
 def queues_of(items: Sequence[Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """One set of colours for every chart, on light and on dark pages.
 
 Those of knobs are Okabe and Ito's (jfly.uni-koeln.de/color), which people with any of the common forms of colour blindness tell apart; on
-dark pages they are lighter. Those of origins are what `front.png` has, and no chart tells origins apart by colour alone.
+dark pages they are lighter. No chart tells roles apart by colour alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Palette:
         found: What the search found, and its front.
         guest: Baselines and limits.
         harm: From harmless to the worst, at equal steps of a logarithm.
-        origins: Of trials by who proposed them.
+        searched: Trials that the sampler proposed.
+        trial: Other trials.
         runs: Jobs over each other; dashes tell apart what comes after the last.
     """
 
@@ -40,7 +41,8 @@ class Palette:
     good: str
     bad: str
     harm: tuple[str, ...]
-    origins: Mapping[str, str]
+    searched: str
+    trial: str
     runs: tuple[str, ...]
     _knobs: Mapping[str, str]
     _others: tuple[str, ...]
@@ -50,7 +52,6 @@ class Palette:
         return self._knobs.get(name) or self._others[sha256(name.encode()).digest()[0] % len(self._others)]
 
 
-_ORIGINS = {"table": "#9aa3b2", "random": "#c9b458", "additive": "#57a773", "seed": "#5aa9b8", "searched": "#6f9ceb", "given": "#b08cc9"}
 LIGHT = Palette(
     name="light",
     page="#ffffff",
@@ -62,7 +63,8 @@ LIGHT = Palette(
     good="#1c7a44",
     bad="#b3261e",
     harm=("#fdf6f1", "#f6d7c3", "#d98a58", "#b4531a", "#5a2408"),
-    origins=MappingProxyType(_ORIGINS),
+    searched="#6f9ceb",
+    trial="#9aa3b2",
     runs=("#1d63d8", "#b4531a", "#2e8b57", "#8e44ad", "#b8860b", "#6b7382"),
     _knobs=MappingProxyType(
         {
@@ -84,7 +86,8 @@ DARK = Palette(
     good="#6fd39a",
     bad="#ff8a80",
     harm=("#1d1a1a", "#4a2a1a", "#8f4a22", "#f0925a", "#ffd9c2"),
-    origins=MappingProxyType(_ORIGINS),
+    searched="#6f9ceb",
+    trial="#9aa3b2",
     runs=("#7aabff", "#f0925a", "#6fd39a", "#c39bd3", "#e0b94f", "#98a1b2"),
     _knobs=MappingProxyType(
         {

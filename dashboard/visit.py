@@ -17,7 +17,7 @@ from autoeff.dashboard.theme import Palette, palette
 from autoeff.dashboard.words import sentence
 from autoeff.errors import AutoeffError, Forbidden, NotFound, Unavailable
 
-__all__ = ["Visitor", "colours", "guarded", "log_in", "log_out", "open_job", "server", "visitor"]
+__all__ = ["Visitor", "colours", "guarded", "log_in", "log_out", "open_job", "open_trial", "server", "visitor"]
 
 _DEFAULT_SERVER = "http://127.0.0.1:8423"
 _TIMEOUT_S = 60.0
@@ -119,6 +119,12 @@ def open_job(job_id: str, page: str = "job") -> None:
     """Goes to a page about this job."""
     st.session_state["job"] = job_id
     st.switch_page(st.session_state["pages"][page], query_params={"job": job_id})
+
+
+def open_trial(job_id: str, number: int) -> None:
+    """Goes to the configuration of this trial."""
+    st.session_state["job"] = job_id
+    st.switch_page(st.session_state["pages"]["configuration"], query_params={"job": job_id, "trial": str(number)})
 
 
 def colours() -> Palette:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import plotly.graph_objects as go
 import streamlit as st
 
 from autoeff.dashboard.fetch import Snapshot, Terrain, snapshot, terrain
 from autoeff.dashboard.visit import Visitor
 from autoeff.errors import Unavailable
 
-__all__ = ["CHART", "ground_of", "trial_of", "watched"]
+__all__ = ["CHART", "ground_of", "mark_of", "show", "trial_of", "watched"]
 
 CHART: dict[str, Any] = {
     "displaylogo": False,
@@ -42,6 +44,23 @@ def watched(found: Visitor, job_id: str) -> Snapshot:
         return before
     st.session_state["snapshot"] = now
     return now
+
+
+def mark_of(found: Visitor, job_id: str) -> str:
+    """Changes with whatever is to be seen of a job: its state, its trials, the minutes, or that the server does not answer."""
+    before: Snapshot | None = st.session_state.get("snapshot")
+    known = before.job if before is not None and before.job.job == job_id else None
+    try:
+        job = found.client.job(job_id, known)
+    except Unavailable:
+        return "away"
+    return f"{job.job} {job.version} {job.events} {time.time() // 60:.0f}"
+
+
+def show(drawn: go.Figure, key: str, alt: str) -> None:
+    """Shows a chart that needs not keep what the reader did to it; one that has a width of its own keeps that."""
+    width: Any = "stretch" if drawn.layout.width is None else "content"
+    st.plotly_chart(drawn, theme=None, key=key, config=CHART, width=width, alt=alt)
 
 
 def ground_of(found: Visitor, job: Any) -> Terrain | None:

@@ -29,6 +29,7 @@ class Point:
         x: Its value on this axis; None where there is none.
         y: As `x`.
         front: Whether it is on the job's front.
+        feasible: Whether its costs keep the job's limits.
         seconds: From the job's beginning to the end of its evaluation: 0 for what another job had measured, None before it ended.
     """
 
@@ -39,6 +40,7 @@ class Point:
     x: float | None
     y: float | None
     front: bool
+    feasible: bool
     seconds: float | None
 
 
@@ -81,9 +83,11 @@ def points_of(store: Store, job: Job, standing: Standing, x: str, y: str, most: 
 
     on_front = set(front)
     return [
-        Point(one.number, one.origin, one.state, one.windows, value(one, x), value(one, y), one.number in on_front, since(one))
+        Point(
+            one.number, one.origin, one.state, one.windows, value(one, x), value(one, y), one.number in on_front, one.feasible, since(one)
+        )
         for one in found
-    ]
+    ]  # fmt: skip
 
 
 def evenly(total: int, room: int) -> list[int]:

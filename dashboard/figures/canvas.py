@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
 import plotly.graph_objects as go
 
 from autoeff.dashboard.theme import Palette
-from autoeff.dashboard.words import axis
+from autoeff.dashboard.words import axis, chart
 from autoeff.spaces.measurements import described
 
 # Plotly looks into pandas as soon as any thread has begun to import it; here that is waited for.
 import_module("pandas")
 
-__all__ = ["LOGARITHMIC", "canvas", "name_axes", "scale"]
+__all__ = ["canvas", "logarithmic", "name_axes", "pointed", "scale"]
 
 _FONT = '"Source Sans", "Source Sans Pro", system-ui, -apple-system, "Segoe UI", sans-serif'
 
@@ -53,8 +54,11 @@ def canvas(palette: Palette, height: int, revision: str) -> go.Figure:
     )  # fmt: skip
 
 
-LOGARITHMIC: dict[str, Any] = {"type": "log", "tickformat": "~g", "dtick": 1, "minor": {"showgrid": False}}
-"""An axis with a line for each power of ten."""
+def logarithmic(values: Iterable[float], tickformat: str = "~g") -> dict[str, Any]:
+    """An axis for positive values by powers of ten: a line for each, and for 2 and 5 between where there are few."""
+    positive = [value for value in values if value > 0]
+    narrow = bool(positive) and max(positive) < 300 * min(positive)
+    return {"type": "log", "tickformat": tickformat, "dtick": "D2" if narrow else 1, "minor": {"showgrid": False}}
 
 
 def scale(name: str) -> dict[str, Any]:
@@ -67,7 +71,14 @@ def scale(name: str) -> dict[str, Any]:
     return {}
 
 
-def name_axes(chart: go.Figure, cost: str, quality: str, method: str | None, *, linear: bool) -> None:
+def name_axes(drawn: go.Figure, cost: str, quality: str, method: str | None, *, linear: bool) -> None:
     """Writes what the axes of quality over a cost are, by powers of ten unless `linear`."""
-    chart.update_xaxes(title_text=axis(cost, method), **scale(cost))
-    chart.update_yaxes(title_text=axis(quality), **({} if linear else LOGARITHMIC))
+    drawn.update_xaxes(title_text=axis(cost, method), **scale(cost))
+    values = [value for trace in drawn.data for value in trace.y]
+    drawn.update_yaxes(title_text=axis(quality), **({} if linear else logarithmic(values)))
+
+
+def pointed(cost: str, quality: str) -> str:
+    """What a pointer is told of a point of quality over a cost."""
+    prefixed = "s" if scale(cost) else "g"
+    return f"{chart(quality)} %{{y:.4~g}}<br>{chart(cost)} %{{x:.4~{prefixed}}}{scale(cost).get('ticksuffix', '')}"

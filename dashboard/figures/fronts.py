@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from autoeff.dashboard.figures.canvas import canvas, name_axes
+from autoeff.dashboard.figures.canvas import canvas, name_axes, pointed
 from autoeff.dashboard.theme import Palette
-from autoeff.dashboard.words import chart, figure
+from autoeff.dashboard.words import chart
 
 __all__ = ["draw_fronts"]
 
@@ -34,9 +34,8 @@ def draw_fronts(
             go.Scatter(
                 x=[x for x, _, _ in shown], y=[y for _, y, _ in shown], mode="lines+markers", name=chart(name, 80),
                 line={"color": colour, "width": 1.8, "shape": "hv", "dash": dash}, marker={"size": 6},
-                customdata=[[trial, figure(cost, x), figure(quality, y)] for x, y, trial in shown],
-                hovertemplate=f"trial %{{customdata[0]}}<br>{chart(quality)} %{{customdata[2]}}<br>{chart(cost)} %{{customdata[1]}}"
-                f"<extra>{chart(name, 40)}</extra>",
+                customdata=[[trial] for _, _, trial in shown],
+                hovertemplate=f"trial %{{customdata[0]}}<br>{pointed(cost, quality)}<extra>{chart(name, 40)}</extra>",
             )
         )  # fmt: skip
     name_axes(drawn, cost, quality, method, linear=linear)

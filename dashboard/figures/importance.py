@@ -11,6 +11,7 @@ import optuna
 import plotly.graph_objects as go
 
 from autoeff.dashboard.figures.canvas import canvas
+from autoeff.dashboard.layers import place_name
 from autoeff.dashboard.theme import Palette, mixed
 from autoeff.dashboard.words import chart
 from autoeff.spaces.space import SearchSpace
@@ -78,22 +79,35 @@ def draw_importance(study: optuna.Study, palette: Palette, *, shown: int, revisi
     drawn.update_layout(canvas(palette, 120 + 26 * len(ranked), revision).layout.to_plotly_json(), title_text="", showlegend=False)
     drawn.update_traces(marker_color=[palette.knob(_knob(str(name))) for name in drawn.data[0].y], textfont={"color": palette.muted})
     drawn.update_xaxes(title_text="share of what is explained", title_font={"size": 13})
-    drawn.update_yaxes(title_text="", tickvals=list(drawn.data[0].y), ticktext=[chart(name, 60) for name in drawn.data[0].y])
+    drawn.update_yaxes(title_text="", tickvals=list(drawn.data[0].y), ticktext=[_words(str(name)) for name in drawn.data[0].y])
     return ranked, drawn
 
 
-def draw_parallel(study: optuna.Study, names: Sequence[str], palette: Palette, *, quality: str, revision: str = "") -> go.Figure:
-    """The paths of the best configurations through these decisions, the better the stronger the colour."""
+def draw_parallel(
+    study: optuna.Study, names: Sequence[str], palette: Palette, *, quality: str, logarithm: bool, revision: str = ""
+) -> go.Figure:
+    """The paths of the best configurations through these decisions, the better the stronger the colour.
+
+    Args:
+        study: As of `study_of`.
+        names: Of decisions.
+        palette: Of the page.
+        quality: Name of what is minimised.
+        logarithm: Whether the study holds logarithms of it.
+        revision: As of `canvas`.
+    """
     best = optuna.create_study(direction="minimize", storage=optuna.storages.InMemoryStorage())
     best.add_trials(sorted(study.trials, key=lambda trial: trial.values[0])[:_LINES])
     values = [trial.values[0] for trial in best.trials]
     low, high = min(values), max(values)
     drawn = optuna.visualization.plot_parallel_coordinate(best, params=list(names), target_name=quality)
     axis = {name: drawn.layout.xaxis[name] for name in ("tickvals", "range")}
-    labels = [f"log {quality}" if i == 0 else _short(str(name)) for i, name in enumerate(drawn.layout.xaxis.ticktext)]
+    labels = [chart(quality, 40), *map(_words, sorted(names))]  # Optuna's own are cut
+    for one in drawn.layout.annotations if logarithm else ():
+        if one.x == axis["tickvals"][0]:
+            one.text = f"{10 ** float(one.text):.2g}"
     drawn.update_layout(canvas(palette, 460, revision).layout.to_plotly_json(), title_text="", showlegend=False)
-    drawn.update_layout(margin={"l": 70, "r": 40, "t": 28, "b": 150})
-    labels = [chart(label, 40) for label in labels]
+    drawn.update_layout(margin={"l": 70, "r": 40, "t": 28, "b": 110})
     drawn.update_xaxes(**axis, ticktext=labels, tickangle=-40, automargin=False, tickfont={"size": 11, "color": palette.muted})
     drawn.update_yaxes(visible=False, range=(-0.08, 1.08))
     drawn.update_annotations(font={"size": 10, "color": palette.muted})
@@ -104,8 +118,7 @@ def draw_parallel(study: optuna.Study, names: Sequence[str], palette: Palette, *
             trace.line.color = mixed(palette.found, palette.muted, share)
             trace.opacity = 0.75 - 0.5 * share
         else:
-            trace.marker.colorscale, trace.marker.reversescale = [[0.0, palette.found], [1.0, palette.muted]], False
-            trace.marker.colorbar.title.text, trace.marker.colorbar.tickfont.color = "", palette.muted
+            trace.marker.showscale = False  # the first axis says it
     return drawn
 
 
@@ -123,8 +136,8 @@ def _knob(name: str) -> str:
     return name.rpartition(":")[2] if ":" in name else ""
 
 
-def _short(name: str) -> str:
-    """The end of a decision's name, from its block on."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return ".".join(parts[at:])
+def _words(name: str) -> str:
+    """A decision for people: its block, the end of its place, its knob."""
+    site, _, knob = name.rpartition(":")
+    block = next((part for part in site.split(".") if part.isdecimal()), "")
+    return chart(" ".join(part for part in (block, place_name(site), knob) if part), 60)

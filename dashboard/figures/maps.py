@@ -16,14 +16,20 @@ __all__ = ["draw_damage", "draw_levels"]
 
 _HIGH, _WIDE = 26, 46
 """Pixels of a cell."""
-_TOP, _LEFT = 180, 90
+_FEW = 4
+"""Places of a map that would only be stretched by the width of a page."""
+_TOP, _LEFT = 110, 90
 """Pixels for the names around the cells."""
+_LETTER = 6
+"""Pixels that a letter of a slanted name takes downwards."""
 
 
 def draw_levels(grids: Sequence[Grid], palette: Palette, *, revision: str = "") -> go.Figure:
     """Levels: each knob in its own colour, the stronger the further from dense."""
     ends = [[mixed(palette.page, palette.knob(grid.knob), share) for share in (0.06, 0.72)] for grid in grids]
-    return _draw(grids, palette, revision, ends)
+    drawn = _draw(grids, palette, revision, ends)
+    cells = sum(len(grid.places) for grid in grids)
+    return drawn if cells > _FEW else drawn.update_layout(width=_LEFT + 2 * _WIDE * cells)
 
 
 def draw_damage(grid: Grid, palette: Palette, *, revision: str = "") -> go.Figure:
@@ -37,10 +43,11 @@ def _draw(grids: Sequence[Grid], palette: Palette, revision: str, scales: Sequen
         rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.012, column_widths=[max(2, len(grid.places)) for grid in grids],
         subplot_titles=[chart(grid.knob or "decisions", 40) for grid in grids],
     )  # fmt: skip
-    figure.update_layout(canvas(palette, _TOP + _HIGH * len(grids[0].blocks), revision).layout.to_plotly_json())
+    longest = max(len(name) for grid in grids for name in grid.names.values())
+    figure.update_layout(canvas(palette, _TOP + _LETTER * longest + _HIGH * len(grids[0].blocks), revision).layout.to_plotly_json())
     for number, (grid, colours) in enumerate(zip(grids, scales, strict=True), start=1):
         cells = [[grid.cells.get((block, place)) for place in grid.places] for block in grid.blocks]
-        names = [[chart(part, 60) for part in parts] for parts in zip(*grid.places, strict=True)]
+        names = [[chart(grid.names.get(part, part), 60) for part in parts] for parts in zip(*grid.places, strict=True)]
         figure.add_trace(
             go.Heatmap(
                 z=[[None if cell is None else cell.share for cell in row] for row in cells],

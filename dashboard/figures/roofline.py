@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from autoeff.dashboard.figures.canvas import LOGARITHMIC, canvas
+from autoeff.dashboard.figures.canvas import canvas, logarithmic
 from autoeff.dashboard.plant import Operation
 from autoeff.dashboard.theme import Palette
 from autoeff.dashboard.words import chart
@@ -42,6 +42,6 @@ def draw_roofline(operations: Sequence[Operation], palette: Palette, *, revision
                 hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4g} µs<br>%{y:.3s}FLOP/s<extra></extra>",
             )
         )  # fmt: skip
-    drawn.update_xaxes(title_text="FLOP per byte moved", **LOGARITHMIC)
-    drawn.update_yaxes(title_text="FLOP/s", **LOGARITHMIC | {"tickformat": "~s"})
+    drawn.update_xaxes(title_text="FLOP per byte moved", **logarithmic(xs))
+    drawn.update_yaxes(title_text="FLOP/s", **logarithmic([], "~s"))
     return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import streamlit as st
@@ -32,26 +33,41 @@ def draw(now: Snapshot) -> None:
         return
     st.dataframe(table_of(now), hide_index=True, height="content")
     st.caption(
-        "Lower is better, except for Spearman. Quality is measured against the dense model; finalists are confirmed on held-out text."
+        "Lower is better, except for Spearman. Quality is measured against the dense model; finalists are confirmed on held-out text. "
+        "Times found: the loss as a multiple of that of what was found."
     )
 
 
 def table_of(now: Snapshot) -> list[dict[str, Any]]:
-    """The end table for people."""
+    """The end table for people: what was found first, then the baselines."""
     result: Any = now.result
-    quality, columns = str(result["quality"]), now.job.columns
-    confirmed = [name for name in _CONFIRMED if any(row.get(name) is not None for row in result["rows"])]
-    asked = [name for name in dict.fromkeys(name for row in result["rows"] for name in row) if str(name).startswith("accuracy:")]
-    rows = []
-    for row in result["rows"]:
-        role = "reference" if now.own and row["role"] == "dense" else ROLES.get(row["role"], row["role"])
-        words = " · ".join(plain(part, 60) for part in (row["label"], row["point"]) if part)
-        shown = {"configuration": f"{role} {words}".strip() + ("" if row["feasible"] else " (over the limit)"), "trial": row["trial"]}
-        shown |= {plain(title, 60): figure(name, row["costs"].get(name)) for name, title in columns.items()}
-        shown |= {quality: figure(quality, row["search"])}
+    quality, columns, rows = str(result["quality"]), now.job.columns, result["rows"]
+    confirmed = [name for name in _CONFIRMED if any(row.get(name) is not None for row in rows)]
+    asked = [name for name in dict.fromkeys(name for row in rows for name in row) if str(name).startswith("accuracy:")]
+    several = len({row["point"] for row in rows if row["point"]}) > 1
+    found = next((row["search"] for row in rows if row["role"] == "found"), None)
+    shown = []
+    for row in sorted(rows, key=lambda row: row["role"] != "found"):
+        cells = {"configuration": _title(row, own=now.own, several=several), "trial": str(row["trial"])}
+        cells["limits"] = "kept" if row["feasible"] else "not kept"
+        cells |= {plain(title, 60): figure(name, row["costs"].get(name)) for name, title in columns.items()}
+        cells[quality] = figure(quality, row["search"])
+        if found and not now.own:
+            times = (row["search"] or 0.0) / found
+            cells["times found"] = NOTHING if not times or row["role"] == "found" else f"{times:.2f}x" if times >= 0.01 else "< 0.01x"
         if not now.own:
-            shown |= {f"{quality} held out": figure(quality, row["held_out"])}
-        shown |= {name.replace("_held_out", " held out"): figure(name, row[name]) for name in confirmed}
-        shown |= {plain(name, 60): NOTHING if row.get(name) is None else f"{row[name]:.1%}" for name in asked}
-        rows.append(shown | {plain(name, 60): f"{value:.4g}" for name, value in row["metrics"].items()})
-    return rows
+            cells[f"{quality} held out"] = figure(quality, row["held_out"])
+        cells |= {name.replace("_held_out", " held out"): figure(name, row[name]) for name in confirmed}
+        cells |= {plain(name, 60): NOTHING if row.get(name) is None else f"{row[name]:.1%}" for name in asked}
+        shown.append(cells | {plain(name, 60): f"{value:.4g}" for name, value in row["metrics"].items()})
+    if not now.job.limits:
+        for cells in shown:
+            del cells["limits"]
+    return shown
+
+
+def _title(row: Mapping[str, Any], *, own: bool, several: bool) -> str:
+    if row["role"] == "uniform":
+        return f"{plain(row['label'] or 'one level', 60)} everywhere"
+    role = "reference" if own and row["role"] == "dense" else ROLES.get(row["role"], row["role"])
+    return " · ".join([role, *(plain(part, 60) for part in (row["label"], row["point"] if several else None) if part)])

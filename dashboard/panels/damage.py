@@ -12,7 +12,7 @@ from autoeff.dashboard.fetch import Snapshot, Terrain
 from autoeff.dashboard.figures.maps import draw_damage
 from autoeff.dashboard.layers import damage_grids, damage_of_rows
 from autoeff.dashboard.visit import Visitor
-from autoeff.dashboard.watching import CHART
+from autoeff.dashboard.watching import show
 from autoeff.dashboard.words import markdown
 
 __all__ = ["damage_of", "draw"]
@@ -34,14 +34,7 @@ def draw(found: Visitor, now: Snapshot, ground: Terrain | None) -> None:
     st.caption(f"{markdown(now.job.quality)} lost by each level alone, everything else dense; colours are on one logarithmic scale.")
     for number, grid in enumerate(grids):
         drawn = draw_damage(grid, visit.colours(), revision=now.job.job)
-        st.plotly_chart(
-            drawn,
-            theme=None,
-            key=f"damage_{number}",
-            config=CHART,
-            width="content",
-            alt=f"Damage of the levels of {grid.knob} by block and place",
-        )
+        show(drawn, f"damage_{number}", f"Damage of the levels of {grid.knob} by block and place")
 
 
 def damage_of(found: Visitor, now: Snapshot, ground: Terrain) -> Mapping[str, Mapping[str, float | None]]:

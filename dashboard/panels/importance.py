@@ -10,7 +10,7 @@ from autoeff.dashboard import visit
 from autoeff.dashboard.fetch import Snapshot, Terrain, trial_rows
 from autoeff.dashboard.figures.importance import draw_importance, draw_parallel, study_of
 from autoeff.dashboard.visit import Visitor
-from autoeff.dashboard.watching import CHART
+from autoeff.dashboard.watching import show
 from autoeff.dashboard.words import markdown
 
 __all__ = ["draw"]
@@ -38,13 +38,8 @@ def draw(found: Visitor, now: Snapshot, ground: Terrain | None) -> None:
     ranked, drawn = draw_importance(study, palette, shown=_SHOWN, revision=now.job.job)
     st.caption(
         f"From {len(study.trials)} trials: how much of {markdown(now.job.quality)} each decision explains (PED-ANOVA), "
-        "and the paths of configurations through those that explain the most."
+        "and the paths of configurations through those that explain the most. Names: block, place, knob."
     )
-    st.plotly_chart(drawn, theme=None, key="importance", config=CHART, alt="Importance of decisions")
-    st.plotly_chart(
-        draw_parallel(study, ranked, palette, quality=now.job.quality, revision=now.job.job),
-        theme=None,
-        key="parallel",
-        config=CHART,
-        alt="Parallel coordinates",
-    )
+    show(drawn, "importance", "Importance of decisions")
+    paths = draw_parallel(study, ranked, palette, quality=now.job.quality, logarithm=not now.own, revision=now.job.job)
+    show(paths, "parallel", "Parallel coordinates")

@@ -8,10 +8,9 @@ from typing import Any
 import streamlit as st
 
 from autoeff.dashboard.fetch import Snapshot
-from autoeff.dashboard.tables import column
-from autoeff.dashboard.visit import Visitor
+from autoeff.dashboard.visit import Visitor, open_trial
 from autoeff.dashboard.watching import trial_of
-from autoeff.dashboard.words import duration, markdown, plain
+from autoeff.dashboard.words import duration, figure, markdown, plain
 
 __all__ = ["draw", "plain_log", "rows_of"]
 
@@ -41,7 +40,6 @@ def draw(found: Visitor, now: Snapshot) -> None:
         height=420,
         on_select="rerun",
         selection_mode="single-row",
-        column_config={name: column(name, title) for name, title in columns_of(now).items()},
     )
     st.caption(f"Trials {page.items[0].trial} to {page.items[-1].trial} of {now.job.trials:,}. Choose a row to see its attempts and logs.")
     chosen = [page.items[i] for i in state["selection"]["rows"] if i < len(page.items)]
@@ -50,13 +48,21 @@ def draw(found: Visitor, now: Snapshot) -> None:
 
 
 def rows_of(items: Sequence[Any], now: Snapshot) -> list[dict[str, Any]]:
-    """The table: one row a trial, texts as plain text."""
-    return [
-        {"trial": row.trial, "proposed by": row.origin, "label": plain(row.label or "", 60), "state": row.state}
-        | {name: _value(row, name) for name in columns_of(now)}
-        | {"failure": "" if row.failure is None else plain(f"{row.failure.kind}: {row.failure.message}", 200)}
-        for row in items
-    ]
+    """The table: one row a trial, texts as plain text; no column that is empty."""
+    labelled, failed = any(row.label for row in items), any(row.failure for row in items)
+    rows = []
+    for row in items:
+        cells: dict[str, Any] = {"trial": row.trial, "proposed by": row.origin}
+        if labelled:
+            cells["label"] = plain(row.label or "", 60)
+        cells["state"] = row.state
+        cells |= {
+            title: figure(name, None if (m := row.measurements.get(name)) is None else m.value) for name, title in columns_of(now).items()
+        }
+        if failed:
+            cells["failure"] = "" if row.failure is None else plain(f"{row.failure.kind}: {row.failure.message}", 200)
+        rows.append(cells)
+    return rows
 
 
 def _place(filters: object) -> list[str]:
@@ -79,7 +85,7 @@ def _one(found: Visitor, now: Snapshot, number: int) -> None:
         with st.container(horizontal=True, vertical_alignment="center"):
             st.markdown(f"**Trial {number}**, {markdown(trial.origin)}, {markdown(trial.state)}", width="content")
             if st.button("Open its configuration", icon=":material/grid_on:", key="trials_open"):
-                st.switch_page(st.session_state["pages"]["configuration"], query_params={"job": now.job.job, "trial": str(number)})
+                open_trial(now.job.job, number)
         st.caption(f"Digest {trial.digest}")
         if trial.failure is not None:
             st.error(markdown(f"{trial.failure.kind}: {trial.failure.message}", 800), icon=":material/error:")
@@ -103,8 +109,3 @@ def columns_of(now: Snapshot) -> dict[str, str]:
     quality = now.job.quality
     held_out = {} if now.own else {f"{quality}_held_out": f"{quality} held out"}
     return {**{name: plain(title, 60) for name, title in now.job.columns.items()}, quality: quality, **held_out}
-
-
-def _value(row: Any, name: str) -> float | None:
-    measured = row.measurements.get(name)
-    return None if measured is None else measured.value

@@ -16,8 +16,9 @@ from autoeff.dashboard.figures.front import Guest, draw_front
 from autoeff.dashboard.figures.maps import draw_levels
 from autoeff.dashboard.layers import grids_of
 from autoeff.dashboard.outline import dots_of, front_of, guests_of
-from autoeff.dashboard.visit import Visitor
-from autoeff.dashboard.watching import CHART, ground_of, watched
+from autoeff.dashboard.theme import ROLES
+from autoeff.dashboard.visit import Visitor, open_trial
+from autoeff.dashboard.watching import ground_of, show, watched
 from autoeff.dashboard.words import NOTHING, figure, markdown, plain, sentence
 from autoeff.errors import InputError, UnreachableLimit
 
@@ -64,13 +65,8 @@ def draw(found: Visitor) -> None:
     with st.container(border=True):
         chosen = answer.predicted if answer.answer == "predicted" or answer.measured is None else answer.measured
         st.subheader("Its configuration")
-        st.plotly_chart(
-            draw_levels(grids_of(ground, chosen["configuration"]), visit.colours(), revision="answer"),
-            theme=None,
-            key="answer_levels",
-            config=CHART,
-            alt="Levels of the answer by block and place",
-        )
+        levels = draw_levels(grids_of(ground, chosen["configuration"]), visit.colours(), revision="answer")
+        show(levels, "answer_levels", "Levels of the answer by block and place")
     _way_out(found, now, answer, chosen, limits)
 
 
@@ -135,21 +131,13 @@ def _answer(now: Snapshot, answer: Any, limits: Sequence[str], sliders: Sequence
             )
     limit = next((values[s.name] * s.factor for s in sliders if s.name == cost and values[s.name] < s.most), None)
     front = draw_front(
-        dots_of(now),
-        front_of(now),
-        guests,
-        visit.colours(),
-        quality=quality,
-        cost=cost,
-        limit=limit,
-        method=now.method,
-        revision=now.job.job,
-        height=400,
-    )
-    st.plotly_chart(front, theme=None, key="budget_front", config=CHART, alt="The front with the answer in it")
+        dots_of(now), front_of(now), guests, visit.colours(),
+        quality=quality, cost=cost, limit=limit, method=now.method, revision=now.job.job, height=400,
+    )  # fmt: skip
+    show(front, "budget_front", "The front with the answer in it")
     names = list(dict.fromkeys([*(text.partition("<=")[0] for text in limits), cost, "weight_bytes", quality, f"{quality}_held_out"]))
     rows = []
-    for role, row in (("expected to be best", answer.predicted), ("best measured", answer.measured)):
+    for role, row in ((ROLES["expected"], None if same else answer.predicted), (ROLES["measured"], answer.measured)):
         if row is not None:
             found = row["measurements"]
             rows.append(
@@ -163,13 +151,11 @@ def _way_out(found: Visitor, now: Snapshot, answer: Any, chosen: Mapping[str, An
     with st.container(horizontal=True, vertical_alignment="center"):
         if "trial" in chosen:
             if st.button(f"Open trial {chosen['trial']}", type="primary", icon=":material/grid_on:", key="open_answer"):
-                st.switch_page(st.session_state["pages"]["configuration"], query_params={"job": now.job.job, "trial": str(chosen["trial"])})
+                open_trial(now.job.job, chosen["trial"])
         elif answer.measured is not None and st.button(
             f"Open the measured one, trial {answer.measured['trial']}", icon=":material/grid_on:", key="open_measured"
         ):
-            st.switch_page(
-                st.session_state["pages"]["configuration"], query_params={"job": now.job.job, "trial": str(answer.measured["trial"])}
-            )
+            open_trial(now.job.job, answer.measured["trial"])
         st.download_button(
             "Configuration as JSON", json.dumps(dict(chosen["configuration"]), indent=1), f"{now.job.job}-answer.json", "application/json",
             icon=":material/download:", key="answer_json", on_click="ignore",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import streamlit as st
 
 from autoeff.dashboard import visit
-from autoeff.dashboard.comparison import best_within, budgets_of, front_of, names_of, settings_of, why_not
-from autoeff.dashboard.fetch import Snapshot, snapshot
 from autoeff.dashboard.figures.fronts import draw_fronts
 from autoeff.dashboard.visit import Visitor
-from autoeff.dashboard.watching import CHART
-from autoeff.dashboard.words import NOTHING, age, figure, markdown, plain, short_model
+from autoeff.dashboard.watching import show
+from autoeff.dashboard.words import NOTHING, age, figure, markdown, plain, sentence, short_model
+from autoeff.errors import InputError
 
 __all__ = ["draw"]
 
@@ -40,68 +38,67 @@ def draw(found: Visitor) -> None:
         with st.container(border=True):
             st.write("Choose two jobs or more, here or in the list of jobs. They must have searched the same model on the same text.")
         return
-    shown = [_known(found, name) for name in chosen]
-    reason = why_not(shown)
-    if reason is not None:
-        st.warning(markdown(reason, 600), icon=":material/difference:")
+    try:
+        with st.spinner("Reading trials …", show_time=True):
+            compared = _compared(found, [jobs[name] for name in chosen])
+    except InputError as error:
+        st.warning(markdown(sentence(error), 600), icon=":material/difference:")
         return
-    shown = _on_one_cost(found, shown)
-    names, first = names_of(shown), shown[0]
-    fronts = {names[s.job.job]: front_of(s) for s in shown}
+    names = [f"{run['job'][:6]} · {', '.join(run['limits']) or 'no limits'}" for run in compared.runs]
     with st.container(border=True):
-        st.markdown(f"**Fronts**, limits left aside: {markdown(first.job.quality)} over {markdown(first.points.x)}")
+        st.markdown(f"**Fronts**, limits left aside: {markdown(compared.quality)} over {markdown(compared.cost)}")
+        fronts = {
+            name: [(point["cost"], point["quality"], point["trial"]) for point in front]
+            for name, front in zip(names, compared.fronts, strict=True)
+        }
         drawn = draw_fronts(
-            fronts,
-            visit.colours(),
-            quality=first.job.quality,
-            cost=first.points.x,
-            method=first.method,
-            linear=first.own,
+            fronts, visit.colours(), quality=compared.quality, cost=compared.cost, method=compared.method, linear=compared.own,
             revision="-".join(chosen),
-        )
-        st.plotly_chart(drawn, theme=None, key="fronts", config=CHART, alt=f"Fronts of {len(shown)} jobs")
-    _budgets(shown, fronts)
-    _settings(shown, names)
-
-
-def _budgets(shown: Sequence[Snapshot], fronts: Any) -> None:
-    quality, cost = shown[0].job.quality, shown[0].points.x
-    rows = []
-    for label, bound in budgets_of(shown):
-        best = {name: best_within(front, bound) for name, front in fronts.items()}
-        values = [one[1] for one in best.values() if one is not None]
-        winners = [name for name, one in best.items() if one is not None and one[1] == min(values)]
-        row = {"within": plain(f"{cost} of {label}"), cost: figure(cost, bound)}
-        row |= {plain(name, 60): NOTHING if one is None else figure(quality, one[1]) for name, one in best.items()}
-        rows.append(row | {"best": plain(winners[0], 60) if len(winners) == 1 else "equal" if winners else NOTHING})
-    if rows:
-        st.subheader(f"Best {markdown(quality)} at common budgets")
-        st.dataframe(rows, hide_index=True, height="content")
-
-
-def _settings(shown: Sequence[Snapshot], names: Any) -> None:
+        )  # fmt: skip
+        show(drawn, "fronts", f"Fronts of {len(names)} jobs")
+    for notice in compared.notices:
+        st.caption(markdown(notice, 400))
+    budgets = _budgets(compared, names)
+    if budgets:
+        st.subheader(f"Best {markdown(compared.quality)} at common budgets")
+        st.dataframe(budgets, hide_index=True, height="content")
     st.subheader("Settings that differ")
-    differing = settings_of(shown)
-    if not differing:
+    _differing(compared.settings, names, "setting")
+    st.subheader("Levels that differ in what was found")
+    _differing(compared.decisions, names, "decision")
+
+
+def _budgets(compared: Any, names: Sequence[str]) -> list[dict[str, str]]:
+    winners = {run["run"]: name for run, name in zip(compared.runs, names, strict=True)}
+    rows = []
+    for budget in compared.budgets:
+        best = [NOTHING if one is None else figure(compared.quality, one[compared.quality]) for one in budget["best"]]
+        row = {"within": plain(budget["budget"], 80)}
+        if budget["bound"] is not None:
+            row[compared.cost] = figure(compared.cost, budget["bound"])
+        row |= {plain(name, 60): text for name, text in zip(names, best, strict=True)}
+        rows.append(row | {"best": plain(winners.get(budget["winner"], "equal" if any(budget["best"]) else NOTHING), 60)})
+    return rows
+
+
+def _differing(values: Mapping[str, Sequence[Any]], names: Sequence[str], what: str) -> None:
+    if not values:
         st.write("None.")
         return
     rows = [
-        {"setting": name} | {plain(names[s.job.job], 60): plain(_text(v), 80) for s, v in zip(shown, values, strict=True)}
-        for name, values in differing.items()
+        {what: plain(key)} | {plain(name, 60): plain(_text(value), 80) for name, value in zip(names, found, strict=True)}
+        for key, found in values.items()
     ]
-    st.dataframe(rows, hide_index=True, height="content")
+    st.dataframe(rows, hide_index=True, height="content" if len(rows) < 12 else 420)
 
 
-def _known(found: Visitor, name: str) -> Snapshot:
-    kept: dict[str, Snapshot] = st.session_state.setdefault("snapshots", {})
-    kept[name] = snapshot(found.client, name, kept.get(name))
-    return kept[name]
-
-
-def _on_one_cost(found: Visitor, shown: Sequence[Snapshot]) -> list[Snapshot]:
-    """All over the cost at which the first is judged."""
-    cost = shown[0].points.x
-    return [s if s.points.x == cost else replace(s, points=found.client.points(s.job.job, x=cost)) for s in shown]
+def _compared(found: Visitor, jobs: Sequence[Any]) -> Any:
+    """Asked again only once something has happened to one of the jobs."""
+    key = [(job.job, job.state, job.used) for job in jobs]
+    kept: tuple[Any, Any] | None = st.session_state.get("comparison")
+    if kept is None or kept[0] != key:
+        kept = st.session_state["comparison"] = (key, found.client.compare([job.job for job in jobs]))
+    return kept[1]
 
 
 def _words(job: Any) -> str:

@@ -14,14 +14,17 @@ from autoeff.dashboard.fetch import Snapshot, Terrain
 from autoeff.dashboard.figures.blocks import draw_blocks
 from autoeff.dashboard.figures.latency import Timed, draw_latency
 from autoeff.dashboard.figures.maps import draw_levels
-from autoeff.dashboard.layers import changes, grids_of, saved_by_block, shares_of
+from autoeff.dashboard.layers import changes, grids_of, place_of, saved_by_block, shares_of
 from autoeff.dashboard.outline import guests_of
 from autoeff.dashboard.tables import column
 from autoeff.dashboard.visit import Visitor
-from autoeff.dashboard.watching import CHART, ground_of, trial_of, watched
+from autoeff.dashboard.watching import ground_of, show, trial_of, watched
 from autoeff.dashboard.words import NOTHING, figure, markdown, plain
 
 __all__ = ["draw", "timed_of"]
+
+_FIGURES = 5
+"""Measurements that stand above the maps; the others are one click away."""
 
 
 def draw(found: Visitor) -> None:
@@ -31,27 +34,33 @@ def draw(found: Visitor) -> None:
         return
     now = watched(found, job_id)
     st.title("Configuration")
-    number = _chosen_trial(now)
-    if number is None:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        number = _chosen_trial(now)
+        trial = None if number is None else trial_of(found, now.job, number)
+        beside = None if trial is None else _beside(now, trial)
+    if trial is None:
         with st.container(border=True):
             st.write("Nothing is measured yet. Once the first trial has ended, its configuration can be seen here.")
         return
-    trial = trial_of(found, now.job, number)
     ground = ground_of(found, now.job)
-    beside = _beside(now, number, trial)
     other = None if beside is None else trial_of(found, now.job, beside)
-    _measured(now, trial, other)
+    _figures(now, trial, other)
+    if trial.failure is not None:
+        st.error(markdown(f"{trial.failure.kind}: {trial.failure.message}", 800), icon=":material/error:")
     if ground is None:
         st.dataframe([{"choice": plain(k), "value": plain(v)} for k, v in trial.configuration.items()], hide_index=True)
     else:
         _maps(ground, trial, other)
-        _layers(now, ground, trial)
-        _earned(now, number)
-    _latency(now)
+    with st.expander("Every measurement", icon=":material/table_rows:"):
+        st.dataframe(_measured(now, trial, other), hide_index=True, height="content")
+    _earned(now, trial.trial)
     if trial.state == "succeeded":
         with st.container(border=True):
             st.subheader("Export")
-            export(found, now.job, number)
+            export(found, now.job, trial.trial)
+    if ground is not None:
+        _layers(now, ground, trial)
+    _latency(now)
 
 
 def _chosen_trial(now: Snapshot) -> int | None:
@@ -72,12 +81,11 @@ def _chosen_trial(now: Snapshot) -> int | None:
     def pick(key: str) -> None:
         st.query_params["trial"] = str(st.session_state[key])
 
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.selectbox(
-            "Configuration", names, key="trial_picked", format_func=lambda n: _words(now, n, rows.get(n)), on_change=pick,
-            args=("trial_picked",), width=420,
-        )  # fmt: skip
-        st.number_input("or trial", 0, max(0, now.job.trials - 1), key="trial_number", on_change=pick, args=("trial_number",), width=150)
+    st.selectbox(
+        "Trial of the front", names, key="trial_picked", format_func=lambda n: _words(now, n, rows.get(n)), on_change=pick,
+        args=("trial_picked",), width=400,
+    )  # fmt: skip
+    st.number_input("or any trial", 0, max(0, now.job.trials - 1), key="trial_number", on_change=pick, args=("trial_number",), width=130)
     return wanted
 
 
@@ -89,9 +97,9 @@ def _words(now: Snapshot, number: int, row: Any) -> str:
     return plain(f"trial {number} · {values}" + (" · best" if number == now.front.best else ""), 120)
 
 
-def _beside(now: Snapshot, number: int, trial: Any) -> int | None:
+def _beside(now: Snapshot, trial: Any) -> int | None:
     """What to compare with: the best uniform level that costs no more, unless the reader wants another."""
-    cost = _value(trial, now.job.judged_cost)
+    number, cost = trial.trial, _value(trial, now.job.judged_cost)
     guests = {guest.trial: guest for guest in guests_of(now) if guest.trial != number}
     uniform = [guest for guest in guests.values() if guest.role == "uniform"]
     nearest = min((g for g in uniform if g.cost <= cost), key=lambda g: g.quality, default=min(uniform, key=lambda g: g.cost, default=None))
@@ -104,26 +112,45 @@ def _beside(now: Snapshot, number: int, trial: Any) -> int | None:
         return f"trial {option}" if guest is None else plain(f"{guest.label} · trial {option}", 80)
 
     index = options.index(nearest.trial) if nearest is not None else 0
-    return st.selectbox("Beside", options, index=index, format_func=words, key=f"beside_{now.job.job}_{number}", width=420)
+    return st.selectbox("Beside", options, index=index, format_func=words, key=f"beside_{now.job.job}_{number}", width=230)
 
 
-def _measured(now: Snapshot, trial: Any, other: Any) -> None:
+def _figures(now: Snapshot, trial: Any, other: Any) -> None:
+    """What the trial loses and costs, and by how much that differs from what stands beside it."""
+    quality = now.job.quality
+    names = [name for name in dict.fromkeys([quality, f"{quality}_held_out", *now.job.columns]) if name in trial.measurements][:_FIGURES]
+    if not names:
+        return
+    for place, name in zip(st.columns(len(names)), names, strict=True):
+        change = _difference(trial, other, name)
+        place.metric(
+            markdown(name.replace("_held_out", " held out")), figure(name, trial.measurements[name].value),
+            change and f"{change} against trial {other.trial}", delta_color="inverse", delta_arrow="off",
+        )  # fmt: skip
+
+
+def _difference(trial: Any, other: Any, name: str) -> str | None:
+    one, two = trial.measurements.get(name), None if other is None else other.measurements.get(name)
+    if one is None or two is None or not two.value or abs(one.value / two.value - 1) < 0.0005:
+        return None
+    return f"{one.value / two.value - 1:+.1%}"
+
+
+def _measured(now: Snapshot, trial: Any, other: Any) -> list[dict[str, str]]:
     names = list({**(other.measurements if other else {}), **trial.measurements})
     names.sort(key=lambda name: (name != now.job.quality, name != now.job.judged_cost))
     rows = []
     for name in names:
         one, two = trial.measurements.get(name), None if other is None else other.measurements.get(name)
+        known = one or two
         row = {"measurement": plain(name), f"trial {trial.trial}": NOTHING if one is None else figure(name, one.value)}
         if other is not None:
             row[f"beside: trial {other.trial}"] = NOTHING if two is None else figure(name, two.value)
-            change = None if one is None or two is None or not two.value else one.value / two.value - 1
-            row["difference"] = NOTHING if change is None else f"{change:+.1%}"
-        row["text"] = NOTHING if one is None or one.split is None else one.split.replace("_", "-")
-        row["how"] = NOTHING if one is None or one.method is None else one.method
+            row["difference"] = _difference(trial, other, name) or NOTHING
+        row["text"] = NOTHING if known is None or known.split is None else known.split.replace("_", "-")
+        row["how"] = NOTHING if known is None or known.method is None else known.method
         rows.append(row)
-    if trial.failure is not None:
-        st.error(markdown(f"{trial.failure.kind}: {trial.failure.message}", 800), icon=":material/error:")
-    st.dataframe(rows, hide_index=True, height="content")
+    return rows
 
 
 def _maps(ground: Terrain, trial: Any, other: Any) -> None:
@@ -133,20 +160,15 @@ def _maps(ground: Terrain, trial: Any, other: Any) -> None:
         with place, st.container(border=True):
             st.markdown(f"**Trial {one.trial}**" + (f", {markdown(one.label)}" if one.label else f", {markdown(one.origin)}"))
             levels = draw_levels(grids_of(ground, one.configuration), palette, revision=str(one.trial))
-            st.plotly_chart(
-                levels,
-                theme=None,
-                key=f"levels_{'one' if one is trial else 'other'}",
-                config=CHART,
-                alt=f"Levels of trial {one.trial} by block and place",
-            )
+            show(levels, f"levels_{'one' if one is trial else 'other'}", f"Levels of trial {one.trial} by block and place")
     if other is None:
         return
     differ = changes(ground, trial.configuration, other.configuration)
     with st.expander(f"What changed: {len(differ)} of {len(ground.space.decisions)} decisions", icon=":material/difference:"):
         st.dataframe(
             [
-                {"decision": plain(d.key), "block": d.block, f"trial {other.trial}": str(b), f"trial {trial.trial}": str(a)}
+                {"block": d.block, "place": plain(place_of(d)), "knob": plain(d.knob)}
+                | {f"trial {other.trial}": str(b), f"trial {trial.trial}": str(a)}
                 for d, a, b in differ
             ],
             hide_index=True,
@@ -164,12 +186,12 @@ def _layers(now: Snapshot, ground: Terrain, trial: Any) -> None:
         names = [name for name in shares[0].saved if any(share.saved[name] for share in shares)]
         cost = st.segmented_control("Cost", names, default=names[0], key="saved_cost", label_visibility="collapsed", required=True)
         method = ground.costs.measures[cost].method
-        blocks = draw_blocks(
-            saved_by_block(shares, cost), visit.colours(), cost=cost, method=None if method == "exact" else method, revision=cost
-        )
-        st.plotly_chart(blocks, theme=None, key="blocks", config=CHART, alt=f"What each block saves of {cost}")
+        saved = {knob: blocks for knob, blocks in saved_by_block(shares, cost).items() if any(blocks.values())}
+        blocks = sorted({decision.block for decision in ground.space.decisions})
+        drawn = draw_blocks(saved, blocks, visit.colours(), cost=cost, method=None if method == "exact" else method, revision=cost)
+        show(drawn, "blocks", f"What each block saves of {cost}")
         rows = [
-            {"decision": plain(s.decision), "block": s.block, "knob": plain(s.knob), "level": str(s.level)}
+            {"block": s.block, "place": plain(s.place), "knob": plain(s.knob), "level": str(s.level)}
             | {f"{name} saved": s.saved[name] for name in names}
             | {f"{now.job.quality} alone": s.alone}
             for s in shares
@@ -194,42 +216,31 @@ def _earned(now: Snapshot, number: int) -> None:
     with st.container(border=True):
         st.subheader("What each knob earned")
         rows = [
-            {"without": plain(row["knob"], 60), "instead": plain(row["level"], 60), "trial": row["trial"]}
-            | {f"{quality} held out": figure(quality, row["held_out"]), "earned": figure(quality, row["earned"])}
+            {"knob": plain(row["knob"], 60), "one level everywhere": plain(row["level"], 60), "trial": str(row["trial"])}
+            | {f"{quality} held out then": figure(quality, row["held_out"]), "earned": f"{row['earned']:+.3g}"}
             for row in earned["rows"]
         ]
         st.dataframe(rows, hide_index=True)
         st.caption(
-            "The best confirmed configuration within the limits where the knob is one level everywhere; earned is what it loses more."
+            "The best confirmed configuration within the limits in which the knob has one level everywhere, and how much more that loses "
+            f"than trial {number}: what choosing the knob place by place earned. Below zero, the search would have done better without."
         )
 
 
 def _latency(now: Snapshot) -> None:
+    """Of finalists timed end to end, where the search was about time."""
     latency = (now.result or {}).get("latency") or {}
+    timed = timed_of(latency)
+    if not timed and latency.get("method") != "estimated":
+        return
     with st.container(border=True):
         st.subheader("Predicted and measured time")
-        timed = timed_of(latency)
         if not timed:
-            estimated = latency.get("method") == "estimated"
-            st.caption(
-                "These times are estimated for a device that is not here, and nothing was measured on it."
-                if estimated
-                else "A search with a limit or an objective on decode_ms or prefill_ms times its finalists end to end when it ends."
-            )
+            st.caption("These times are estimated for a device that is not here, and nothing was measured on it.")
             return
-        st.plotly_chart(
-            draw_latency(timed, visit.colours(), revision=now.job.job),
-            theme=None,
-            key="latency",
-            config=CHART,
-            alt="Predicted over measured time",
-        )
-        st.caption(
-            markdown(
-                f"{latency['device']}, batch {latency['batch']}, context {latency['context']}. Bars: half the distance of the quartiles.",
-                300,
-            )
-        )
+        show(draw_latency(timed, visit.colours(), revision=now.job.job), "latency", "Predicted over measured time")
+        where = f"{latency['device']}, batch {latency['batch']}, context {latency['context']}"
+        st.caption(markdown(f"{where}. Bars: half the distance of the quartiles.", 300))
 
 
 def timed_of(latency: Mapping[str, Any]) -> list[Timed]:

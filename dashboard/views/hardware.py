@@ -11,7 +11,7 @@ from autoeff.dashboard import visit
 from autoeff.dashboard.figures.roofline import draw_roofline
 from autoeff.dashboard.plant import operation_of, queues_of, workers_of
 from autoeff.dashboard.visit import Visitor
-from autoeff.dashboard.watching import CHART
+from autoeff.dashboard.watching import show
 from autoeff.dashboard.words import markdown, plain
 
 __all__ = ["draw"]
@@ -72,13 +72,8 @@ def _latencies(found: Visitor) -> None:
     if operations:
         with st.container(border=True):
             st.markdown(f"**Roofline** of the linears on {markdown(table.device)}")
-            st.plotly_chart(
-                draw_roofline(operations, visit.colours(), revision=str(picked)),
-                theme=None,
-                key="roofline",
-                config=CHART,
-                alt="Speed of operations over operations per byte",
-            )
+            roofline = draw_roofline(operations, visit.colours(), revision=str(picked))
+            show(roofline, "roofline", "Speed of operations over operations per byte")
     wanted = st.text_input("Only operations with", placeholder="linear_wq bits=4", key="latency_filter")
     rows = [
         {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import plotly.graph_objects as go
 import streamlit as st
 
 from autoeff.dashboard import visit
@@ -13,18 +14,35 @@ from autoeff.dashboard.choosing import chosen_job
 from autoeff.dashboard.exporting import files
 from autoeff.dashboard.fetch import Snapshot
 from autoeff.dashboard.figures.front import draw_front
-from autoeff.dashboard.figures.progress import draw_progress
+from autoeff.dashboard.figures.progress import draw_best, draw_progress
 from autoeff.dashboard.form import yaml_of
 from autoeff.dashboard.live_chart import live_chart
-from autoeff.dashboard.outline import dots_of, front_of, guests_of, is_open, limit_of, pace_of, steps_by_time, steps_by_trial, verdict
+from autoeff.dashboard.live_news import tell
+from autoeff.dashboard.outline import (
+    Pace,
+    bests_over,
+    bounds_of,
+    dominated_over,
+    dots_of,
+    front_of,
+    guests_of,
+    is_open,
+    pace_of,
+    rivals_of,
+    verdict,
+)
 from autoeff.dashboard.panels import baselines, damage, importance, trials
 from autoeff.dashboard.steering import buttons
-from autoeff.dashboard.visit import Visitor
-from autoeff.dashboard.watching import CHART, ground_of, watched
+from autoeff.dashboard.theme import Palette
+from autoeff.dashboard.visit import Visitor, open_trial
+from autoeff.dashboard.watching import CHART, ground_of, mark_of, watched
 from autoeff.dashboard.words import STATES, axis, duration, figure, markdown, plain, short_model
+from autoeff.spaces.measurements import described
 
 __all__ = ["draw"]
 
+_COSTS = 2
+"""Limited costs that are shown above the charts."""
 _LOOK_S = 2.0
 _SELDOM_S = 60.0
 """Of a paused job, which only somebody's resuming it can change."""
@@ -37,10 +55,9 @@ def draw(found: Visitor) -> None:
         return
     with st.container():
         now = watched(found, job_id)
-        _head(found, now)
-    often = (_SELDOM_S if now.job.state == "paused" else _LOOK_S) if is_open(now.job) else None
+    _head(found, now)
 
-    @st.fragment(run_every=often)
+    @st.fragment(key="picture")
     def picture() -> None:
         with visit.guarded(found):
             with st.container():  # what comes and goes has a place, so that the charts keep theirs and are not made anew
@@ -50,6 +67,14 @@ def draw(found: Visitor) -> None:
                 st.rerun()
 
     picture()
+    if is_open(now.job):
+
+        @st.fragment(run_every=_SELDOM_S if now.job.state == "paused" else _LOOK_S)
+        def look() -> None:
+            with visit.guarded(found):
+                tell("picture", mark_of(found, job_id))
+
+        look()
     _panels(found, now)
 
 
@@ -108,9 +133,10 @@ _COLOURS: dict[str, Any] = {
 
 
 def _picture(found: Visitor, now: Snapshot) -> None:
-    job, palette = now.job, visit.colours()
-    pace = pace_of(job, datetime.now(UTC))
-    _figures(now, pace)
+    job, palette, ground = now.job, visit.colours(), ground_of(found, now.job)
+    pace, bounds = pace_of(job, datetime.now(UTC)), bounds_of(now, ground)
+    _summary(now)
+    _figures(now, pace, bounds)
     with st.container():
         if is_open(job):
             st.progress(pace.share)
@@ -120,52 +146,91 @@ def _picture(found: Visitor, now: Snapshot) -> None:
             if job.driven_by is None and job.state in ("pending", "running"):
                 st.write("Nobody drives this job yet: is a coordinator running? `autoeff serve` starts one.")
         return
-    ground = ground_of(found, job)
+    state = (job.job, job.version, job.events, palette.name)
+
+    def front() -> go.Figure:
+        return draw_front(
+            dots_of(now), front_of(now), guests_of(now), palette, quality=job.quality, cost=job.judged_cost,
+            limit=bounds.get(job.judged_cost), method=now.method, linear=now.own, revision=job.job,
+        )  # fmt: skip
+
     left, right = st.columns([5, 3])
     with left, st.container(border=True):
         st.markdown(f"**The front**: {markdown(job.quality)} over {markdown(job.judged_cost)}")
-        front = draw_front(
-            dots_of(now), front_of(now), guests_of(now), palette,
-            quality=job.quality, cost=job.judged_cost, limit=limit_of(now, ground), method=now.method, linear=now.own, revision=job.job,
-        )  # fmt: skip
-        clicked = live_chart(front, "front", CHART, _alt(now))
+        clicked = live_chart(front, state, "front", CHART, _alt(now))
         if clicked is not None:
             st.session_state["clicked"] = clicked
         if (trial := st.session_state.get("clicked")) is not None:
             if st.button(f"Open trial {trial}", icon=":material/grid_on:", key="open_clicked"):
                 del st.session_state["clicked"]
-                st.switch_page(st.session_state["pages"]["configuration"], query_params={"job": job.job, "trial": str(trial)})
+                open_trial(job.job, trial)
         else:
             st.caption("Click a point to open its configuration; drag to zoom, double-click to see everything again.")
     with right, st.container(border=True):
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown("**Progress**", width="stretch")
-            over = st.segmented_control(
-                "Over", ["trials", "time"], default="trials", key="progress_over", label_visibility="collapsed", required=True
-            )
-        steps, unit = (steps_by_trial(now), "trial") if over == "trials" else steps_by_time(now)
-        live_chart(
-            draw_progress(steps, palette, title=unit, revision=f"{job.job} {over}"), "progress", CHART, f"Dominated share over {over}"
-        )
+        _progress(now, palette, state, limited=job.judged_cost in bounds or (now.own and bool(job.limits)))
 
 
-def _figures(now: Snapshot, pace: Any) -> None:
+def _progress(now: Snapshot, palette: Palette, state: Hashable, *, limited: bool) -> None:
+    """What was found by then: within limits the best counts, without them the front as a whole."""
+    job, best = now.job, "best so far"
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown("**Progress**", width="stretch")
+        shown = st.segmented_control(
+            "Shown", [best, "dominated"], default=best, key="progress_of", label_visibility="collapsed", required=True,
+            help="Of the picture, the share that the front dominates.",
+        ) if limited else "dominated"  # fmt: skip
+    over = st.session_state.get("progress_over", "trials")
+
+    def chart() -> go.Figure:
+        revision = f"{job.job} {shown} {over}"
+        if shown == best:
+            steps, unit = bests_over(now, over)
+            if steps:
+                return draw_best(steps, rivals_of(now), palette, quality=job.quality, title=unit, linear=now.own, revision=revision)
+        steps, unit = dominated_over(now, over)
+        return draw_progress(steps, palette, title=unit, revision=revision)
+
+    live_chart(chart, (state, shown, over), "progress", CHART, plain(f"{shown} over {over}"))
+    st.segmented_control("Over", ["trials", "time"], default="trials", key="progress_over", label_visibility="collapsed", required=True)
+
+
+def _summary(now: Snapshot) -> None:
+    """What was found and whether it is better than what anybody has without a search; and the ways on."""
     job, front = now.job, now.front
-    columns = st.columns(5)
-    against = verdict(now)
-    title = f"best {job.quality}" if front.feasible or front.best is None else f"closest {job.quality}"
-    columns[0].metric(
-        markdown(title), figure(job.quality, front.best_quality),
-        f"-{against[1]['quality']:.0%} against {markdown(against[0])}" if against and against[1]["quality"] > 0 else None,
-        delta_color="inverse", delta_arrow="down",
-    )  # fmt: skip
-    best = now.best
-    cost = None if best is None or job.judged_cost not in best.measurements else best.measurements[job.judged_cost].value
-    columns[1].metric(markdown(f"its {job.judged_cost}"), figure(job.judged_cost, cost))
-    columns[2].metric("trials", f"{job.trials:,}", f"{job.failed} failed" if job.failed else None, delta_color="off", delta_arrow="off")
-    columns[3].metric("evaluations", f"{job.used:.4g} of {job.budget}")
+    if front.best is None:
+        return
+    ended = not is_open(job)
+    title = ("Found" if ended else "Best so far") if front.feasible else "The closest to the limits"
+    compared = [
+        f"{share:.0%} less{'' if i else ' ' + job.quality} than {name}" if share >= 0.005 else f"no better than {name}"
+        for i, (name, share) in enumerate(verdict(now))
+    ]
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        text = f"**{title}: trial {front.best}**" + (f", {markdown(' and '.join(compared), 300)}" if compared else "")
+        st.markdown(text, width="stretch")
+        if st.button("Open it", type="primary", icon=":material/grid_on:", key="open_best", help="Layer by layer, and its export."):
+            open_trial(job.job, front.best)
+
+
+def _figures(now: Snapshot, pace: Pace, bounds: Mapping[str, float]) -> None:
+    """The best's quality, its costs beside their limits, and the effort."""
+    job, best = now.job, now.best
+    names = list(bounds)[:_COSTS] or [job.judged_cost]
+    columns = iter(st.columns(3 + len(names)))
+    next(columns).metric(markdown(_titled(job.quality)), figure(job.quality, now.front.best_quality))
+    for name in names:
+        cost = None if best is None or name not in best.measurements else best.measurements[name].value
+        said = f"of {figure(name, bounds[name])} allowed" if name in bounds else None
+        next(columns).metric(markdown(_titled(name)), figure(name, cost), said, delta_color="off", delta_arrow="off")
+    trials = f"{job.trials:,} trials" + (f", {job.failed} failed" if job.failed else "")
+    next(columns).metric("evaluations", f"{job.used:.4g} of {job.budget}", trials, delta_color="off", delta_arrow="off")
     left = f"about {duration(pace.left_s)} left" if pace.left_s else None
-    columns[4].metric("time", duration(pace.elapsed_s), left, delta_color="off", delta_arrow="off")
+    next(columns).metric("time", duration(pace.elapsed_s), left, delta_color="off", delta_arrow="off")
+
+
+def _titled(name: str) -> str:
+    unit = described(name).unit
+    return f"{name}, {unit}" if unit and not unit.startswith(("bytes", "FLOP")) else name
 
 
 def _alt(now: Snapshot) -> str:

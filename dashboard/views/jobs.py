@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from autoeff.dashboard import visit
-from autoeff.dashboard.fetch import OPEN, Best, bests
+from autoeff.dashboard.fetch import Best, bests
 from autoeff.dashboard.outline import pace_of
 from autoeff.dashboard.steering import buttons
 from autoeff.dashboard.visit import Visitor
@@ -21,6 +21,8 @@ __all__ = ["draw", "rows_of"]
 _PAGE = 25
 _MOST = 500
 _LOOK_S = 4.0
+_MOVING = frozenset({"pending", "running", "cancelling"})
+"""States that change without anybody's doing."""
 
 
 def draw(found: Visitor) -> None:
@@ -39,7 +41,7 @@ def draw(found: Visitor) -> None:
     if not jobs:
         _empty(found, bool(states))
         return
-    live = any(job.state in OPEN for job in jobs)
+    live = any(job.state in _MOVING for job in jobs)
 
     @st.fragment(run_every=_LOOK_S if live else None)
     def table() -> None:
@@ -67,7 +69,7 @@ def _table(found: Visitor, states: Sequence[str]) -> None:
         selection_mode="multi-row",
         column_config={
             "progress": st.column_config.ProgressColumn("progress", format="percent", min_value=0, max_value=1, width="small"),
-            "job": st.column_config.TextColumn("job", help="Its id, as the command line takes it."),
+            "job": st.column_config.TextColumn("job", help="Its id, as the command line takes it.", width=110),
         },
     )
     chosen = [shown[i] for i in state["selection"]["rows"] if i < len(shown)]
@@ -100,8 +102,7 @@ def rows_of(jobs: Sequence[Any], best: Mapping[str, Best], now: datetime) -> lis
                 "best": NOTHING
                 if one is None or one.value is None
                 else f"{plain(one.quality, 20)} {figure(one.quality, one.value)}" + ("" if one.feasible else " (over the limit)"),
-                "ETA": duration(pace.left_s) if job.state == "running" else NOTHING,
-                "time": duration(pace.elapsed_s),
+                "time": duration(pace.elapsed_s) + (f", about {duration(pace.left_s)} left" if pace.left_s else ""),
                 "submitted": age(job.created, now),
                 "job": job.job,
             }

@@ -71,6 +71,7 @@ def test_verbs_print_the_same_here_and_there(served: Any, command: Command) -> N
         ["best", served.job],
         ["show", served.job, "3"],
         ["resolve", served.job, "--limit", "linear_bytes<=0.4x"],
+        ["compare", served.job, served.job],
     ):
         for form in ("table", "json"):
             here, there = (command(*words, "--format", form, there=there) for there in (False, True))

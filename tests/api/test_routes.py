@@ -193,6 +193,16 @@ def test_a_new_budget_is_resolved(served: Any) -> None:
     assert served.refused(served.ask("POST", path, json={"limits": []}), 422, "invalid-input")["status"] == 422
 
 
+def test_jobs_are_compared_by_whom_they_belong_to(served: Any) -> None:
+    path = f"/v1/jobs:compare?job={served.job}"
+    found = served.ask("GET", f"{path}&job={served.job}", who="reader").json()
+    assert [run["job"] for run in found["runs"]] == [served.job, served.job]
+    assert found["fronts"][0] == found["fronts"][1] != []
+    assert all(budget["best"][0] == budget["best"][1] and budget["winner"] is None for budget in found["budgets"])
+    assert served.refused(served.ask("GET", f"{path}&job={served.job}", who="bob"), 404, "not-found")["status"] == 404
+    assert served.refused(served.ask("GET", path), 422, "invalid-input")["status"] == 422
+
+
 def test_an_export_that_cannot_be_is_refused_at_once(served: Any) -> None:
     path = f"/v1/jobs/{served.job}/trials"
     assert served.refused(served.ask("POST", f"{path}/0/export", json={"format": "nothing"}), 422, "invalid-input")["status"] == 422

@@ -28,8 +28,9 @@ SCOPES = {
     "reader": ("jobs:read",),
     "stranger": ("jobs:read", "jobs:write"),
     "eve": ("jobs:read", "jobs:write"),
+    "carol": ("jobs:read", "jobs:write"),
 }
-OWNERS = {"stranger": "bob", "eve": "eve"}
+OWNERS = {"stranger": "bob", "eve": "eve", "carol": "carol"}
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Plant:
 
     Attributes:
         home: Its folder.
-        keys: Texts: `all` may do everything, `reader` only read, `stranger` owns nothing, `eve` what tests add.
+        keys: Texts: `all` may do everything, `reader` only read, `stranger` owns nothing, `eve` and `carol` what tests add.
         job: Id of the finished search.
         visitors: Who has looked so far, by key.
     """
@@ -111,6 +112,32 @@ def ground(shown: Snapshot, client: Client) -> Terrain:
     found = terrain(client, shown.job)
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="session")
+def twins(plant: Plant) -> tuple[str, str, str]:
+    """Carol's: the finished search; one of another seed and limit that failed early, its last trial too; one of another text."""
+    ids = ("aaaa0000ca20", "bbbb0000ca20", "cccc0000ca20")
+    with closing(sqlite3.connect(plant.home / "autoeff.db")) as base, base:
+        base.row_factory = sqlite3.Row
+
+        def copy(table: str, where: str, **changed: Any) -> None:
+            for row in base.execute(f"SELECT * FROM {table} WHERE {where}").fetchall():
+                values = {**dict(row), **changed}
+                base.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
+
+        mine = f"id = '{plant.job}'"
+        spec = json.loads(base.execute(f"SELECT spec FROM job WHERE {mine}").fetchone()[0]) | {"seed": 7, "limits": ["avg_bits<=4"]}
+        preflight = json.loads(base.execute(f"SELECT preflight FROM job WHERE {mine}").fetchone()[0])
+        preflight["text"]["search"]["digest"] = "0"
+        copy("job", mine, id=ids[0], owner="carol")
+        copy("job", mine, id=ids[2], owner="carol", preflight=json.dumps(preflight), result=None)
+        copy("job", mine, id=ids[1], owner="carol", spec=json.dumps(spec), state="failed", result=None, queue="cpu", trials=151, failed=1)
+        copy("trial", f"job_id = '{plant.job}'", job_id=ids[0])
+        copy("trial", f"job_id = '{plant.job}' AND number < 150", job_id=ids[1])
+        copy("evaluation", "id = 1", id=10**6, eval_key="f" * 64, state="failed")
+        copy("trial", f"job_id = '{plant.job}' AND number = 150", job_id=ids[1], evaluation_id=10**6)
+    return ids
 
 
 View = Callable[..., AppTest]

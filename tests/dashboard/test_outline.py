@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from autoeff.dashboard.outline import dots_of, front_of, guests_of, limit_of, pace_of, steps_by_time, steps_by_trial, verdict
+from autoeff.dashboard.outline import bests_over, bounds_of, dominated_over, dots_of, front_of, guests_of, pace_of, rivals_of, verdict
 
 CREATED = "2026-01-02T12:00:00+00:00"
 
@@ -45,27 +45,37 @@ def test_baselines_stand_beside_what_was_found(shown: Any) -> None:
     assert (found.trial, found.quality) == (shown.front.best, shown.front.best_quality)
 
 
-def test_the_limit_is_in_the_units_of_the_axis(shown: Any, ground: Any) -> None:
-    assert limit_of(shown, ground) == 3.5
-    assert limit_of(shown, None) is None
+def test_limits_are_in_the_units_of_the_axes(shown: Any, ground: Any) -> None:
+    assert bounds_of(shown, ground) == {"avg_bits": 3.5, "kv_bytes": float(ground.costs.dense("kv_bytes")) / 2}
+    assert bounds_of(shown, None) == {}
 
 
-def test_the_verdict_names_the_uniform_level_that_costs_no_less(shown: Any) -> None:
-    told = verdict(shown)
-    assert told is not None
-    label, saved = told
+def test_rivals_are_the_best_baselines_within_the_limits(shown: Any) -> None:
+    rows = {row["role"]: row for row in shown.result["rows"] if row["feasible"]}
+    assert rivals_of(shown) == {"additive optimum": rows["additive"]["search"], "best of random": rows["random"]["search"]}
+
+
+def test_the_verdict_names_the_best_rival_and_the_uniform_level_that_costs_no_less(shown: Any) -> None:
     guests = {guest.label: guest for guest in guests_of(shown)}
-    assert saved["quality"] == pytest.approx(1 - shown.front.best_quality / guests[label].quality)
-    assert guests[label].cost >= shown.best.measurements["avg_bits"].value
+    (rival, share), (label, saved) = verdict(shown)
+    assert (rival, label) == ("the additive optimum", "bits=3 everywhere")
+    assert share == pytest.approx(1 - shown.front.best_quality / rivals_of(shown)["additive optimum"])
+    assert saved == pytest.approx(1 - shown.front.best_quality / guests["bits=3"].quality)
+    assert guests["bits=3"].cost >= shown.best.measurements["avg_bits"].value
+    assert verdict(replace(shown, front=shown.front.model_copy(update={"feasible": False}))) == []
 
 
 def test_progress_over_time_ends_where_that_over_trials_does(shown: Any) -> None:
-    steps, unit = steps_by_time(shown)
-    assert steps[-1].share == pytest.approx(steps_by_trial(shown)[-1].share)
-    assert (unit, 0 < steps[-1].at * 60 < 3600) == ("minutes", True)
+    for over in (bests_over, dominated_over):
+        (timed, unit), (numbered, number) = over(shown, "time"), over(shown, "trials")
+        assert timed[-1].value == pytest.approx(numbered[-1].value)
+        assert (unit, number, 0 < timed[-1].at * 60 < 3600) == ("minutes", "trial", True)
 
 
-def test_progress_only_rises(shown: Any) -> None:
-    shares = [step.share for step in steps_by_trial(shown)]
+def test_the_best_only_falls_and_the_dominated_share_only_rises(shown: Any) -> None:
+    bests = [step.value for step in bests_over(shown, "trials")[0]]
+    assert bests == sorted(bests, reverse=True)
+    assert bests[-1] == min(point.y for point in shown.whole if point.feasible)
+    shares = [step.value for step in dominated_over(shown, "trials")[0]]
     assert shares == sorted(shares)
     assert 0 < shares[-1] <= 1

@@ -25,7 +25,10 @@ def test_workers_that_live_come_first() -> None:
     lost = SimpleNamespace(
         worker="w1", kind="cpu", queues=["cpu"], alive=False, busy=True, started="2026-01-01T00:00:00+00:00", facts=facts
     )
-    busy = SimpleNamespace(**vars(lost) | {"worker": "w2", "alive": True})
+    busy = SimpleNamespace(**vars(lost) | {"worker": "box/0-1.2/345/67.8", "alive": True})
     rows = workers_of([lost, busy], datetime(2026, 1, 1, 1, tzinfo=UTC))
-    assert [(row["worker"], row["state"], row["device"]) for row in rows] == [("w2", "busy", "<i>gpu</i>"), ("w1", "lost", "<i>gpu</i>")]
+    assert [(row["worker"], row["state"], row["device"]) for row in rows] == [
+        ("box, process 345", "busy", "<i>gpu</i>"),
+        ("w1", "lost", "<i>gpu</i>"),
+    ]
     assert queues_of([lost, busy]) == [{"queue": "cpu", "workers": 1, "busy": 1}]

@@ -12,7 +12,7 @@ GUESTS = [Guest("dense", "dense", 0, 16.0, 0.0), Guest("found", "<b>best</b>", 1
 def test_points_front_and_guests_are_drawn() -> None:
     drawn = draw_front(DOTS, [DOTS[0], DOTS[1]], GUESTS, LIGHT, quality="kl", cost="avg_bits", limit=3.5, revision="job")
     traces = {trace.name: trace for trace in drawn.data}
-    assert list(traces) == ["searched trials", "random trials", "Pareto front", "dense", "found"]
+    assert list(traces) == ["other trials", "searched trials", "Pareto front", "dense", "found"]
     assert [row[0] for row in traces["searched trials"].customdata] == [1, 2]  # a logarithm has no zero
     assert (list(traces["Pareto front"].x), list(traces["Pareto front"].y)) == ([2.0, 3.0], [0.9, 0.5])
     assert traces["found"].text == ("&lt;b&gt;best&lt;/b&gt;",)

@@ -16,7 +16,7 @@ def test_each_knob_has_its_part_and_its_colour(ground: Any, shown: Any) -> None:
     skip, bits = parts["skip"], parts["bits"]
     assert (len(skip.x), len(bits.x), len(bits.y)) == (2, 4, 8)
     level = shown.best.configuration["model.layers.3.mlp.down_proj:bits"]
-    assert bits.text[3][list(bits.x).index("mlp.down_proj")] == str(level)
+    assert bits.text[3][list(bits.x).index("down")] == str(level)
     assert bits.colorscale[1][1] != skip.colorscale[1][1]
     assert drawn.layout.yaxis.autorange == "reversed"
 
@@ -26,6 +26,6 @@ def test_damage_is_the_table(ground: Any, shown: Any) -> None:
     drawn = draw_damage(grid, DARK)
     places, levels = drawn.data[0].x
     assert set(levels) == {"8", "6", "4", "3", "2"}
-    column = next(i for i, pair in enumerate(zip(places, levels, strict=True)) if pair == ("mlp.down_proj", "2"))
+    column = next(i for i, pair in enumerate(zip(places, levels, strict=True)) if pair == ("down", "2"))
     value = shown.result["table"]["damage"]["model.layers.5.mlp.down_proj:bits"]["2"]
     assert drawn.data[0].customdata[5][column] == f"model.layers.5.mlp.down_proj:bits = 2: {value:.3g}"

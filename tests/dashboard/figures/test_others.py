@@ -15,10 +15,11 @@ from autoeff.dashboard.theme import LIGHT
 
 
 def test_blocks_are_bars_in_the_colour_of_their_knob() -> None:
-    drawn = draw_blocks({"bits": {1: 10.0, 0: 30.0}, "skip": {0: 5.0}}, LIGHT, cost="weight_bytes")
+    drawn = draw_blocks({"bits": {1: 10.0, 0: 30.0}, "skip": {0: 5.0}}, [0, 1, 2], LIGHT, cost="weight_bytes")
     assert [(bar.name, list(bar.x), list(bar.y)) for bar in drawn.data] == [("bits", [0, 1], [30.0, 10.0]), ("skip", [0], [5.0])]
     assert drawn.data[0].marker.color == LIGHT.knob("bits")
     assert drawn.layout.yaxis.ticksuffix == "B"
+    assert drawn.layout.xaxis.range[1] > 2  # a block that saves nothing has its place
 
 
 def test_fronts_have_a_line_each() -> None:
@@ -59,7 +60,8 @@ def test_importance_and_paths_come_from_the_trials(client: Any, shown: Any, grou
     ranked, bars = draw_importance(study, LIGHT, shown=5)
     assert len(ranked) == len(bars.data[0].y) == 5
     assert set(bars.data[0].marker.color) <= {LIGHT.knob(knob) for knob in ("bits", "skip", "kv_bits")}
-    paths = draw_parallel(study, ranked, LIGHT, quality="kl")
+    paths = draw_parallel(study, ranked, LIGHT, quality="kl", logarithm=True)
     assert len([trace for trace in paths.data if trace.mode == "lines"]) == min(150, len(study.trials))
     assert len(paths.layout.xaxis.ticktext) == 6
+    assert all(" " in name and "." not in name for name in bars.layout.yaxis.ticktext)  # block, place, knob
     assert study_of([], "kl", tokens, ground.space) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoeff.dashboard.figures.progress import draw_progress, steps_of
+from autoeff.dashboard.figures.progress import bests_of, draw_best, draw_progress, steps_of
 from autoeff.dashboard.theme import LIGHT
 
 
@@ -14,7 +14,7 @@ def test_the_share_is_that_of_the_drawn_box() -> None:
     whole = 1.02 * 1.02
     expected = [0.02 * 1.02 / whole, (0.02 * 1.02 + 1.02 * 0.02 - 0.02 * 0.02) / whole, 1.0, 1.0]
     assert [step.at for step in steps] == [0, 1, 2, 2]
-    assert [step.share for step in steps] == pytest.approx(expected)
+    assert [step.value for step in steps] == pytest.approx(expected)
 
 
 def test_what_has_no_place_is_left_out() -> None:
@@ -24,6 +24,17 @@ def test_what_has_no_place_is_left_out() -> None:
 
 
 def test_the_line_ends_at_the_last_trial() -> None:
-    drawn = draw_progress(steps_of([(3, 1.0, 1.0), (9, 2.0, 2.0)]), LIGHT, title="trial")
+    drawn = draw_progress(steps_of([(3, 1.0, 1.0), (9, 2.0, 2.0)]), LIGHT, title="trial", revision="")
     assert list(drawn.data[0].x) == [3, 9]
     assert drawn.layout.xaxis.title.text == "trial"
+
+
+def test_the_best_is_drawn_beside_the_baselines_that_are_near() -> None:
+    steps = bests_of([(2, 9.0), (3, 1.0), (5, 1.5), (7, 0.5), (9, 0.8)])
+    assert [(step.at, step.value) for step in steps] == [(2, 9.0), (3, 1.0), (7, 0.5), (9, 0.5)]
+    assert bests_of([]) == []
+    drawn = draw_best(steps, {"near": 0.75, "far": 8.0}, LIGHT, quality="kl", title="trial", linear=False, revision="")
+    assert [line.y0 for line in drawn.layout.shapes] == [0.75]
+    low, high = drawn.layout.yaxis.range
+    assert low < 0.5
+    assert 2.5 < high < 9.0  # the first steps are cut

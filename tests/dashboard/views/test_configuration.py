@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
+
 
 def test_the_best_stands_beside_the_nearest_uniform_level(view: Any, shown: Any, ground: Any) -> None:
     page = view("configuration")
     assert not page.exception
     assert page.selectbox(key="trial_picked").value == shown.front.best
-    frame = page.dataframe[0].value
+    (frame,) = (one.value for one in page.dataframe if "measurement" in one.value)
     assert len([column for column in frame.columns if column.startswith("beside")]) == 1
     assert frame[frame["measurement"] == "kl"]["difference"].iloc[0].startswith("-")
+    assert page.metric[0].delta == f"{frame['difference'].iloc[0]} against trial 7"
+    (earned,) = (one.value for one in page.dataframe if "earned" in one.value)
+    rows = shown.result["attribution"]["rows"]
+    assert list(zip(earned["knob"], map(float, earned["earned"]), strict=True)) == [
+        (row["knob"], pytest.approx(row["earned"], rel=1e-2)) for row in rows
+    ]
     assert len(page.get("plotly_chart")) == 3  # two maps and the blocks
     assert any(re.fullmatch(rf"What changed: \d+ of {len(ground.space.decisions)} decisions", one.label) for one in page.expander)
 

@@ -10,19 +10,20 @@ import pytest
 def test_a_finished_search_shows_what_it_found(view: Any, words: Any, shown: Any) -> None:
     page = view("job")
     assert not page.exception
-    values = {metric.label: metric.value for metric in page.metric}
-    assert values["trials"] == f"{shown.job.trials:,}"
-    assert values["best kl"] == f"{shown.front.best_quality:#.4g}".removesuffix(".")
+    values = {metric.label.replace("\\", ""): metric.value for metric in page.metric}
+    assert f"{shown.job.trials:,} trials" in words(page)
+    assert values["kl, nats/token"] == f"{shown.front.best_quality:#.4g}".removesuffix(".")
+    assert f"Found: trial {shown.front.best}" in words(page)
     assert page.query_params["job"] in (shown.job.job, [shown.job.job])
     frame = page.dataframe[0].value
-    assert any(text.startswith("found") for text in frame["configuration"])
-    assert [button.label for button in page.button] == ["Clone"]
+    assert list(frame.loc[frame["limits"] == "kept", "configuration"]) == ["found", "additive optimum", "best of random"]
+    assert [button.label for button in page.button] == ["Clone", "Open it"]
 
 
-def test_a_key_that_reads_only_sees_no_button(view: Any) -> None:
+def test_a_key_that_reads_only_sees_no_button_that_changes_anything(view: Any) -> None:
     page = view("job", "reader")
     assert not page.exception
-    assert not page.button
+    assert [button.label for button in page.button] == ["Open it"]
 
 
 @pytest.mark.parametrize("tab", ["Damage map", "Importance", "Job file"])
@@ -51,6 +52,20 @@ def test_trials_are_shown_in_pages_and_by_filter(view: Any, client: Any, shown: 
     page.selectbox(key="trial_origin").set_value("uniform").run()
     labels = dict(zip(page.dataframe[0].value["trial"], page.dataframe[0].value["label"], strict=True))
     assert shown.uniform.items() <= labels.items()
+
+
+def test_failed_trials_are_tried_again(view: Any, plant: Any, twins: tuple[str, str, str]) -> None:
+    page = view("job", "carol", job=twins[1])
+    assert not page.exception
+    assert {"Resume", "Retry failed", "Clone"} <= {button.label for button in page.button}
+    page.button(key="steer_retry_failed").click().run()
+    assert not page.exception
+    assert [toast.value for toast in page.toast] == ["Failed trials are tried again."]
+    client = plant.visitor("carol").client
+    job = client.job(twins[1])
+    assert (job.state, job.failed) == ("pending", 0)
+    assert client.trial(twins[1], 150).state == "queued"
+    assert "Retry failed" not in {button.label for button in page.button}
 
 
 def test_a_job_that_is_not_there_is_said_to_be_gone(view: Any, words: Any) -> None:
