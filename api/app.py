@@ -129,7 +129,7 @@ def _context(settings: Settings, store: Store) -> Context:
         rates=RateLimits(settings.calls_per_minute),
         doorkeeper=Doorkeeper(ring),
         feed=feed,
-        standings=Standings(store),
+        standings=Standings(store, settings.job_folder),
         exports=Exports(settings, backroom),
         backroom=backroom,
         measuring=Backroom(),

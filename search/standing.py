@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 from autoeff.search.limits import parse_limit
 from autoeff.search.own_job import OwnJob, is_own
@@ -81,6 +82,16 @@ class Tally:
         if self._best is None:
             return Standing(quality, front, None, None, feasible=False)
         return Standing(quality, front, self._best[1], self._best[2], feasible=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `restore` takes up again."""
+        return {"front": [[*point, key] for point, key in zip(self._front.points, self._front.keys, strict=True)], "best": self._best}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Goes on from what another tally of the same job held."""
+        for *point, key in value["front"]:
+            self._front.add(point, key)
+        self._best = None if value["best"] is None else tuple(value["best"])
 
     def _add(self, trials: Iterable[Brief]) -> None:
         problem = self._problem
