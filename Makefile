@@ -2,6 +2,7 @@
 # make demo-cluster  the same over REST, with Redis, PostgreSQL and two workers
 # make test    set up and run every check
 # make faults  set up and break a running service part by part
+# make faults-storm  the same, twenty times each
 # make kernels-compile  set up and compile every kernel for sm_90: minutes, and no GPU
 #
 # PYTHON chooses the interpreter (3.11 to 3.13), WORKERS the number of test processes, TESTS what pytest runs.
@@ -25,7 +26,7 @@ define timed
 	@echo "== $(1)"; since=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - since )) s"
 endef
 
-.PHONY: demo demo-cluster env faults kernels-compile lint test types
+.PHONY: demo demo-cluster env faults faults-storm kernels-compile lint test types
 
 demo: env
 	@mkdir -p runs
@@ -38,6 +39,10 @@ demo-cluster: env
 # Breaks every part of a running service, three times each, and audits what is left.
 faults: env
 	$(BIN)/python benchmarks/faults.py --moments 3
+
+# Twenty times each, which takes most of an hour, and keeps what it saw.
+faults-storm: env
+	$(BIN)/python benchmarks/faults.py --moments 20 --out benchmarks/results/faults.json
 
 kernels-compile: env
 	$(BIN)/autoeff kernels compile --target sm_90

@@ -2,8 +2,9 @@
 
     python benchmarks/faults.py [--moments 3] [--seed 0] [--out FILE]
 
-Throw-away PostgreSQL and Redis, two coordinators and two Celery workers evaluate one search of the bundled model. At every fault the
-search must go on by itself; at the end the tables must tell one story, and the values must be those of a process of its own.
+Throw-away PostgreSQL and Redis, two coordinators and two Celery workers evaluate searches of the bundled model, one after the other. At
+every fault the search must go on by itself; at the end the tables must tell one story, and the values must be those of a process of its
+own. The file is written anew after every round of all faults.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from sqlalchemy import func, select
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.setup import EvaluationRequest
 from autoeff.search.job import JobSpec
+from autoeff.search.results import all_trials
 from autoeff.search.service import submit
 from autoeff.search.settings import Settings
 from autoeff.search.storage import State, Store
 from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, OutboxRow, TrialRow
 
-LEASE_S = 4.0
+LEASE_S = 3.0
+TEXT = str(Path(__file__).parents[1] / "docs" / "service.md")  # any text does, and a short one is tokenised soon, in every process
 JOB = {
-    "model": "demo", "data": {"windows": 8, "length": 64}, "eval_data": {"windows": 8, "length": 64}, "knobs": {"bits": {}, "skip": {}},
+    "model": "demo", "data": {"source": TEXT, "windows": 8, "length": 64}, "knobs": {"bits": {}, "skip": {}},
     "limits": ["linear_bytes<=0.25x"], "budget": {"trials": 45}, "sampler": "nsga2",
 }  # fmt: skip
 WAIT_S = 300.0
@@ -235,50 +238,63 @@ class Moment:
 
 @contextlib.contextmanager
 def running(folder: Path, postgres: Any, redis: Any, database: str) -> Iterator[Cluster]:
-    """A cluster with two coordinators and two workers."""
+    """A cluster with two coordinators and two workers.
+
+    Raises:
+        AssertionError: At the end a runner is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(folder, postgres, redis, database)
     try:
         for verb in ("coordinator", "worker", "coordinator", "worker"):
             cluster.start(verb)
         yield cluster
+        runners = cluster.children(2)
     finally:
         cluster.stop()
+    assert not [runner for runner in runners if runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE], "runners are left"
 
 
-def break_everything(cluster: Cluster, spec: JobSpec, faults: Sequence[str], seed: int) -> tuple[str, list[Moment]]:
-    """Searches while these faults happen, one after the other; returns the job and what they were like.
+def break_everything(cluster: Cluster, spec: JobSpec, faults: Sequence[str], seed: int) -> tuple[list[str], list[Moment]]:
+    """Searches while these faults happen, one after the other; returns the jobs and what the faults were like.
+
+    A search that has ended is followed by one of another seed: there is always one to break.
 
     Raises:
-        AssertionError: The search did not go on after one of them, or did not end well.
+        AssertionError: A search did not go on after one of them, or did not end well.
     """
     rng = random.Random(seed)
+    jobs: list[str] = []
     moments = []
-    with Store.open(cluster.settings.database) as store:
-        job_id = submit(store, spec, cluster.settings).id
-    ended(cluster, job_id, 2, "the start")
     for fault in faults:
         time.sleep(rng.uniform(0.0, 0.5))
-        before = ended(cluster, job_id, 0, fault)
+        with Store.open(cluster.settings.database) as store:
+            if not jobs or store.job(jobs[-1]).state.terminal:
+                jobs.append(submit(store, spec.model_copy(update={"seed": rng.randrange(1 << 30)}), cluster.settings).id)
+                ended(store, jobs[-1], 2, "the start")
+            before = ended(store, jobs[-1], 0, fault)
         FAULTS[fault](cluster, rng)
         started = time.monotonic()
-        ended(cluster, job_id, before + 2, fault)
-        moments.append(Moment(fault, before, round(time.monotonic() - started, 2)))
-    ended(cluster, job_id, sys.maxsize, "the last fault")
-    return job_id, moments
+        with Store.open(cluster.settings.database) as store:
+            ended(store, jobs[-1], before + 2, fault)
+            moments.append(Moment(fault, before, round(time.monotonic() - started, 2)))
+    with Store.open(cluster.settings.database) as store:
+        for job_id in jobs:
+            ended(store, job_id, sys.maxsize, "the last fault")
+    return jobs, moments
 
 
-def ended(cluster: Cluster, job_id: str, count: int, what: str) -> int:
+def ended(store: Store, job_id: str, count: int, what: str) -> int:
     """Waits until so many trials, or the job, have ended; returns how many trials have."""
     deadline = time.monotonic() + WAIT_S
-    with Store.open(cluster.settings.database) as store:
-        while True:
-            job = store.job(job_id)
-            done = job.counts.trials - job.counts.open
-            if done >= count or job.state.terminal:
-                assert job.error is None, job.error
-                return done
-            assert time.monotonic() < deadline, f"{what}: {done} of {count} trials ended in {WAIT_S:g} s; {job.state}, {job.counts}"
-            time.sleep(0.1)
+    while True:
+        job = store.job(job_id)
+        done = job.counts.trials - job.counts.open
+        if done >= count or job.state.terminal:
+            assert job.error is None, job.error
+            return done
+        assert time.monotonic() < deadline, f"{what}: {done} of {count} trials ended in {WAIT_S:g} s; {job.state}, {job.counts}"
+        time.sleep(0.1)
 
 
 def audit(store: Store) -> list[str]:
@@ -333,7 +349,7 @@ def same_values(store: Store, job_id: str, settings: Settings, count: int) -> No
         AssertionError: A value differs.
     """
     evaluator = Evaluator(JobSpec.parse(store.job(job_id).spec).setup(settings.bank))
-    trials = store.trials(job_id)
+    trials = all_trials(store, job_id)
     for trial in trials[:: max(1, len(trials) // count)]:
         found = evaluator.evaluate(EvaluationRequest(trial.configuration.levels, trial.split, trial.windows))
         for item in found:
@@ -341,25 +357,19 @@ def same_values(store: Store, job_id: str, settings: Settings, count: int) -> No
             assert abs(item.value - stored.value) <= 1e-6 * abs(stored.value) + 1e-9, (trial.number, item, stored)
 
 
-def check(
-    spec: JobSpec, faults: Sequence[str], seed: int, folder: Path, postgres: Any, redis: Any, database: str
-) -> tuple[list[Moment], Counter[str]]:
-    """One search with these faults; returns their moments, and the evaluations of each worker.
+def check(cluster: Cluster, spec: JobSpec, faults: Sequence[str], seed: int) -> tuple[list[Moment], Counter[str]]:
+    """Searches with these faults; returns their moments, and the evaluations of each worker.
 
     Raises:
         AssertionError: Something was lost, doubled or stuck.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with running(folder, postgres, redis, database) as cluster:
-        job_id, moments = break_everything(cluster, spec, faults, seed)
-        runners = cluster.children(2)
-    assert not [runner for runner in runners if runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE], "runners are left"
-    with Store.open(database) as store:
+    jobs, moments = break_everything(cluster, spec, faults, seed)
+    with Store.open(cluster.settings.database) as store:
         wrong = audit(store)
         assert not wrong, "\n".join(wrong)
-        same_values(store, job_id, cluster.settings, count=8)
-        ids = {trial.evaluation_id for trial in store.trials(job_id)}
-        workers = Counter(a.worker.split("/")[2] for evaluation_id in ids for a in store.attempts(evaluation_id) if a.accepted)
+        same_values(store, jobs[0], cluster.settings, count=8)
+        ids = {trial.evaluation_id for job_id in jobs for trial in all_trials(store, job_id)}
+        workers = Counter(a.worker.split("/")[2] for a in store.attempts(*ids) if a.accepted)
     return moments, workers
 
 
@@ -370,18 +380,24 @@ def main(
 ) -> None:
     servers = _servers()
     rng = random.Random(seed)
+    begun = time.monotonic()
     done: list[Moment] = []
-    with tempfile.TemporaryDirectory() as folder, servers.postgres_server() as postgres, servers.redis_server() as redis:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        postgres, redis = (stack.enter_context(make()) for make in (servers.postgres_server, servers.redis_server))
+        cluster = stack.enter_context(running(folder, postgres, redis, servers.new_database(postgres)))
         for round_ in range(moments):
-            faults = rng.sample(sorted(FAULTS), len(FAULTS))
-            spec, place = JobSpec.parse(JOB | {"seed": seed + round_}), Path(folder) / str(round_)
-            found, workers = check(spec, faults, seed + round_, place, postgres, redis, servers.new_database(postgres))
+            found, workers = check(cluster, JobSpec.parse(JOB), rng.sample(sorted(FAULTS), len(FAULTS)), seed + round_)
             done += found
             for moment in found:
                 print(f"{moment.fault:32s} after {moment.after:4d} trials: went on in {moment.recovered_s:5.1f} s", flush=True)
-            print(f"round {round_}: nothing lost, nothing double; evaluations by process {dict(workers)}", flush=True)
-    if out is not None:
-        out.write_text(json.dumps({"seed": seed, "lease_s": LEASE_S, "moments": [asdict(moment) for moment in done]}, indent=1) + "\n")
+            print(
+                f"round {round_}, {time.monotonic() - begun:.0f} s: nothing lost, nothing double; evaluations by process {dict(workers)}",
+                flush=True,
+            )
+            if out is not None:
+                facts = {"seed": seed, "lease_s": LEASE_S, "seconds": round(time.monotonic() - begun), "load": os.getloadavg()[0]}
+                out.write_text(json.dumps(facts | {"moments": [asdict(moment) for moment in done]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def test_a_service_that_is_broken_part_by_part_loses_and_doubles_nothing(
     spec = tiny_job(limits=["linear_bytes<=0.35x"], sampler="nsga2", budget={"trials": 60})
     once = [name for name in faults.FAULTS if name != "every_coordinator_killed"]
     with servers.postgres_server() as postgres, servers.redis_server() as redis:  # its own, since they are killed
-        moments, workers = faults.check(spec, once, 0, tmp_path, postgres, redis, postgres.url)
+        with faults.running(tmp_path, postgres, redis, postgres.url) as cluster:
+            moments, workers = faults.check(cluster, spec, once, 0)
         assert [moment.fault for moment in moments] == once
         assert len(workers) >= 2
         with Store.open(postgres.url) as store, store.database.write() as connection:
