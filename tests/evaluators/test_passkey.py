@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ TEXTS, LENGTH = 5, 128
 @torch.no_grad()
 def test_a_cache_that_drops_keys_tells_as_many_as_generate_does(tmp_path: Path) -> None:
     """The bundled model was trained to tell keys. They stand at evenly spread depths; streaming keeps the last tokens alone."""
-    text, shares = TextSpec(windows=TEXTS, length=LENGTH), (0.5, 0.125)
+    text, shares = TextSpec(argparse.__file__, windows=TEXTS, length=LENGTH), (0.5, 0.125)
     search = replace(text, windows=1)
     space = SpaceSpec({"kv_budget": {"policy": "streaming", "shares": shares}})
     evaluator = Evaluator(EvaluationSetup("demo", search, text, space, 0, "cpu", str(tmp_path)))
