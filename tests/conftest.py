@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -94,11 +96,36 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: a folder that `make` fills, by one process for all processes of this test run. Nobody writes to it later."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = base / f"once-{name}", base / f"once-{name}.whole"
+        with (base / f"once-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_models(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
     """Directories of random models of two or three blocks by family, each with a tokenizer of 160 ids and a context of 64.
 
     They are stored in float16 (llama, qwen3, bert), bfloat16 (mistral) and float32 (qwen2, gpt2); llama and gpt2 have tied heads.
     """
+    folder = once("models", _make_tiny_models)
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def _make_tiny_models(folder: Path) -> None:
     import torch
     import transformers as t
 
@@ -122,23 +149,18 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "bert": (t.BertModel, t.BertConfig(**common, intermediate_size=64), torch.float16),
     }
-    folder = tmp_path_factory.mktemp("models")
-    paths = {}
     for name, (model_class, config, dtype) in families.items():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = model_class(config).to(dtype)
         model.save_pretrained(folder / name)
         _tiny_tokenizer(encoder=name == "bert").save_pretrained(folder / name)
-        paths[name] = folder / name
-    return paths
 
 
 @pytest.fixture(scope="session")
-def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
-    return text
+def tiny_text(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    line = "the dog sat on the mat and the cat ate the hat while all the others went there again\n"
+    return once("text", lambda folder: (folder / "text.txt").write_text(line * 60)) / "text.txt"
 
 
 @pytest.fixture(params=FAMILIES)

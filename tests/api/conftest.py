@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -66,30 +68,40 @@ class Served:
         assert body["title"]
         assert body["detail"]
         assert body["trace_id"] == answer.headers["x-trace-id"]
-        assert str(self.settings.home.parent) not in answer.text
+        for folder in (self.settings.home.parent, *self.settings.data_roots):
+            assert str(folder) not in answer.text
         return body
 
 
 @pytest.fixture(scope="session")
-def searched_home(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A home with a finished search, and the id of its job."""
-    root = tmp_path_factory.mktemp("api")
-    (root / "text.txt").write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
-    settings = Settings(home=root / "home", memory_cap_bytes=3 << 30)
-    text = {"source": str(root / "text.txt"), "windows": 4, "length": 16}
-    job = {"model": str(tiny_models["llama"]), "data": text, "limits": ["linear_bytes<=0.35x"]}
-    return root, start(JobSpec.parse(job | SMALL), root / "run", settings).job_id
+def searched_home(tiny_models: dict[str, Path], once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[Path, str]:
+    """A folder with a text, a home with a finished search on it and its run directory, and the id of its job; only to read."""
+
+    def search(root: Path) -> None:
+        (root / "text.txt").write_text("the dog sat on the mat and the cat ate the hat while all the others went there again\n" * 60)
+        text = {"source": str(root / "text.txt"), "windows": 4, "length": 16}
+        job = {"model": str(tiny_models["llama"]), "data": text, "limits": ["linear_bytes<=0.35x"]}
+        start(JobSpec.parse(job | SMALL), root / "run", Settings(home=root / "home", memory_cap_bytes=3 << 30))
+
+    root = once("api", search)
+    return root, json.loads((root / "run" / "run.json").read_text())["job"]
+
+
+@pytest.fixture(scope="session")
+def home(searched_home: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that home, for servers of this process."""
+    return Path(shutil.copytree(searched_home[0] / "home", tmp_path_factory.mktemp("api") / "home"))
 
 
 @pytest.fixture(scope="module")
-def make_server(searched_home: tuple[Path, str], tiny_models: dict[str, Path]) -> Iterator[Callable[..., Served]]:
+def make_server(searched_home: tuple[Path, str], home: Path, tiny_models: dict[str, Path]) -> Iterator[Callable[..., Served]]:
     """`make_server(**settings)`: a server over that home."""
     root, job = searched_home
     running: list[tuple[TestClient, Store]] = []
 
     def make(**settings: Any) -> Served:
         given = {"calls_per_minute": 0, "model_roots": (tiny_models["llama"].parent,), "data_roots": (root,)} | settings
-        machine = Settings(home=root / "home", memory_cap_bytes=3 << 30, **given)
+        machine = Settings(home=home, memory_cap_bytes=3 << 30, **given)
         store = Store.open(machine.database)
         with store.database.write() as connection:
             connection.execute(update(JobRow).where(JobRow.id == job).values(owner="alice"))

@@ -54,12 +54,13 @@ def tiny_job(tiny_models: dict[str, Path], tiny_text: Path) -> Callable[..., Job
 
 
 @pytest.fixture(scope="session")
-def searched_once(tiny_job: Callable[..., JobSpec], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("searched")
-    settings = Settings(home=root / "home", memory_cap_bytes=3 << 30)
-    for name, limit in (("loose", LOOSE), ("tight", TIGHT)):
-        start(tiny_job(limits=[limit]), root / name, settings)
-    return root
+def searched_once(tiny_job: Callable[..., JobSpec], once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    def search(root: Path) -> None:
+        settings = Settings(home=root / "home", memory_cap_bytes=3 << 30)
+        for name, limit in (("loose", LOOSE), ("tight", TIGHT)):
+            start(tiny_job(limits=[limit]), root / name, settings)
+
+    return once("searched", search)
 
 
 @pytest.fixture
