@@ -192,8 +192,9 @@ def install(app: FastAPI) -> None:
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:
-    """Of every route of this path; the framework names those of the first alone."""
-    found = (context for context in iter_route_contexts(app.routes) if context.path and compile_path(context.path)[0].match(path))
+    """Of every route of this path, or where one is exactly that, of those that are; the framework names those of the first alone."""
+    found = [context for context in iter_route_contexts(app.routes) if context.path and compile_path(context.path)[0].match(path)]
+    found = [context for context in found if context.path == path] or found
     return sorted({method for context in found for method in context.methods or ()})
 
 

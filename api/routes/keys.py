@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Response
+from fastapi import APIRouter, Depends, HTTPException, Path, Request, Response
 
 from autoeff.api.access import Admin, Caller
 from autoeff.api.bodies import body_of, documented_body
@@ -43,7 +43,13 @@ def make_key(server: Server, key: Admin, asked: Annotated[KeyRequest, Depends(bo
     return made.to_json() | {"text": minted.text}
 
 
-@router.delete("/{prefix}", response_model=KeyRow, responses=described_problems(404, 409, 422))
+async def _not_self(request: Request) -> None:
+    """`self` is another resource, which the framework takes for a prefix where the method is not one of its own."""
+    if request.path_params["prefix"] == "self":
+        raise HTTPException(405)
+
+
+@router.delete("/{prefix}", response_model=KeyRow, responses=described_problems(404, 409, 422), dependencies=[Depends(_not_self)])
 def revoke_key(
     server: Server, key: Admin, prefix: Annotated[str, Path(pattern=r"^[0-9a-f]{8}$", description="The eight digits after ae_.")]
 ) -> dict[str, Any]:

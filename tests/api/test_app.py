@@ -95,6 +95,8 @@ def test_framework_errors_are_problems(served: Any) -> None:
     wrong = served.ask("PUT", "/v1/jobs")
     assert served.refused(wrong, 405, "method-not-allowed")["status"] == 405
     assert set(wrong.headers["allow"].split(", ")) >= {"GET"}
+    for method in ("PATCH", "DELETE"):
+        assert served.ask(method, "/v1/keys/self").headers["allow"] == "GET"
     listed = served.refused(served.ask("GET", "/v1/jobs?limit=many"), 422, "invalid-input")
     assert listed["errors"][0]["parameter"] == "limit"
     assert served.refused(served.ask("GET", f"/v1/jobs/{served.job}/trials?origin=nobody"), 422, "invalid-input")["status"] == 422
