@@ -1,4 +1,4 @@
-"""One pass of the dense model over the search text feeds the teacher, the kept block states and the statistics of inputs.
+"""One pass of the dense model over text beside that of the search feeds the statistics of inputs.
 
 Statistics are collected only if a knob asks for them, for every linear, over its inputs X [tokens, K] without padding:
 

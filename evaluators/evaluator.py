@@ -134,10 +134,13 @@ class Evaluator:
         self.kernel_use: dict[str, int] = {}
         needs = {name for knob in self.preparation.knobs.values() for name in knob.needs}
         plain = [linear.name for linear in self.structure.linears if not linear.experts]
-        with collected(self.model, plain, needs) as statistics, sampled(self.model, self._sampled_sites()) as samples:
-            self._learn_targets(self._texts["search"], "search")
-        found = {**statistics(), **samples(), **self._gradients(), **self._of_caches()}
-        self.bank.statistics = Statistics(self.preparation.passages["search"].digest, found)
+        if (calibration := self.preparation.calibration) is not None:
+            text = calibration.to(device)
+            with collected(self.model, plain, needs) as statistics, sampled(self.model, self._sampled_sites()) as samples:
+                self._run_dense(text)
+            found = {**statistics(), **samples(), **self._gradients(text), **self._of_caches(text)}
+            self.bank.statistics = Statistics(calibration.digest, found)
+        self._learn_targets(self._texts["search"], "search")
         self._build_bank(progress)
 
     def evaluate(self, request: EvaluationRequest) -> list[Measurement]:
@@ -306,9 +309,9 @@ class Evaluator:
             shares[block] = outlier_share(weights, [norm[f"{name}.input_norm"] for name in names], _OUTLIER_TIMES)
         return {site.name: shares[site.block] for site in self._linear_sites if site.block in shares}
 
-    def _run_dense(self) -> None:
-        """Runs what is in force over the whole search text, every block anew."""
-        passages = self._texts["search"].passages
+    def _run_dense(self, passages: Passages | None = None) -> None:
+        """Runs what is in force over some text, by default that of the search, every block anew."""
+        passages = passages or self._texts["search"].passages
         for rows in self._forward.batches(len(passages.inputs), passages.tokens):
             self._forward.run(passages.inputs, passages.mask, rows, kept=[], first_changed=[])
 
@@ -499,7 +502,7 @@ class Evaluator:
                 found[sites[decision.site]] = found.get(sites[decision.site], frozenset()) | needs
         return found
 
-    def _of_caches(self) -> dict[str, Tensor]:
+    def _of_caches(self, text: Passages) -> dict[str, Tensor]:
         """Mean and covariance of the dense model's keys and values, head by head, where a knob needs them."""
         knobs, sites = self.preparation.knobs, {site.name: site for site in self.structure.sites}
         asking = dict.fromkeys(sites[d.site] for d in self.space.decisions if "covariance" in knobs[d.knob].needs)
@@ -514,15 +517,14 @@ class Evaluator:
                     found[names[name]].add(numbers)
 
                 stack.enter_context(watched(self.model, names, watch, f"kv_watch_{kind}"))
-            self._run_dense()
+            self._run_dense(text)
         return {f"{name}.{key}": tensor for name, moments in found.items() for key, tensor in moments.tensors().items()}
 
-    def _gradients(self) -> dict[str, Tensor]:
+    def _gradients(self, text: Passages) -> dict[str, Tensor]:
         """Of the linears that a knob needs it for."""
         knobs, sites = self.preparation.knobs, {site.name: site for site in self.structure.sites}
         asking = [sites[decision.site] for decision in self.space.decisions if "gradient" in knobs[decision.knob].needs]
         linears = dict.fromkeys(linear for site in asking for linear in site.linears)
-        text = self._texts["search"].passages
         return gradients(self.model, linears, self._head, text.inputs, text.mask) if linears else {}
 
     def _build_bank(self, progress: Callable[[int, int], None]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from autoeff.errors import InputError
 from autoeff.evaluators.checkpoint import existing_path, read_json
 from autoeff.evaluators.loading import ModelFacts, skeleton
 from autoeff.evaluators.model_config import quiet_transformers, refuse_code
-from autoeff.evaluators.text import Passages, TextSpec, chosen, digest_of
+from autoeff.evaluators.text import Passages, TextSpec, chosen, digest_of, spare
 from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import blank_inputs
 
@@ -25,8 +27,8 @@ _SETTINGS_LIMIT = 1 << 20
 _EVERY = 5
 
 
-def make_images(facts: ModelFacts, data: TextSpec, eval_data: TextSpec | None, seed: int) -> dict[Split, Passages]:
-    """Search and held-out images of a job.
+def make_images(facts: ModelFacts, data: TextSpec, eval_data: TextSpec | None, seed: int, *, spared: bool = False) -> dict[Split, Passages]:
+    """Search and held-out images of a job; where `spared`, with as many others `beside` those that are searched on.
 
     Without a held-out source every fifth image of the search source is held out. Where the images lie in folders that are named as
     labels of the model, they are labelled so.
@@ -44,7 +46,7 @@ def make_images(facts: ModelFacts, data: TextSpec, eval_data: TextSpec | None, s
     else:
         part, rest = (searched, data.source), (_files(str(held_out.source)), str(held_out.source))
     return {
-        "search": _passages(facts, data, *part, seed, "search"),
+        "search": _passages(facts, data, *part, seed, "search", spared=spared),
         "held_out": _passages(facts, held_out, *rest, seed, "held_out"),
     }
 
@@ -59,12 +61,19 @@ def _files(source: str) -> list[Path]:
     return files
 
 
-def _passages(facts: ModelFacts, spec: TextSpec, files: list[Path], where: str, seed: int, split: Split) -> Passages:
-    taken = [files[i] for i in chosen(len(files), spec, "images", seed, split, where)]
-    pixels = _pixels(facts, taken)
-    labels, notices = _labels(facts, taken)
-    tokens = len(taken) * (facts.context or 1)
-    return Passages(pixels, None, None, digest_of(pixels, labels), where, tokens, notices, labels)
+def _passages(
+    facts: ModelFacts, spec: TextSpec, files: list[Path], where: str, seed: int, split: Split, *, spared: bool = False
+) -> Passages:
+    taken = chosen(len(files), spec, "images", seed, split, where)
+    others = spare(sorted(set(range(len(files))) - set(taken)), len(taken), len(taken), spec, seed) if spared else ()
+
+    def passages(taken: Sequence[int]) -> Passages:
+        paths = [files[i] for i in taken]
+        pixels = _pixels(facts, paths)
+        labels, notices = _labels(facts, paths)
+        return Passages(pixels, None, None, digest_of(pixels, labels), where, len(taken) * (facts.context or 1), notices, labels)
+
+    return replace(passages(taken), beside=passages(others) if others else None)
 
 
 def _pixels(facts: ModelFacts, files: list[Path]) -> Tensor:

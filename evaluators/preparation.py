@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EVALUATOR_VERSION", "Preparation", "device_of", "prepare"]
 
-EVALUATOR_VERSION = 2  # raised when a value of the same key could change
+EVALUATOR_VERSION = 3  # raised when a value of the same key could change
+_CALIBRATED = 4  # times the search text: a pass more, and an X^T X of so many tokens is far from singular in usual widths
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ class Preparation:
         return "kl" if self.facts.task == "decoder" else "damage_cosine"
 
     @property
+    def calibration(self) -> Passages | None:
+        """What statistics are of: other text than is searched on, to which levels that are fitted to them would else be fitted, too.
+
+        The search text where its source has too little beside it; None where no knob needs statistics.
+        """
+        if not any(knob.needs for knob in self.knobs.values()):
+            return None
+        return self.passages["search"].beside or self.passages["search"]
+
+    @property
     def generates(self) -> bool:
         """Whether quality is that of text generated behind a prompt: where caches are decided about, all candidates are compared so."""
         return any(knob.kind == "cache" for knob in self.knobs.values())
@@ -89,6 +100,11 @@ class Preparation:
                 f"budgets of the cache cost what they cost at {context} tokens, and are measured on windows of {length} at the same shares"
             )
         times = () if self.latency is None else self.latency.notices
+        if self.calibration is self.passages["search"]:
+            kept.append(
+                f"levels are fitted to the search text itself, beside which {self.calibration.source} holds too little; "
+                "quality on it flatters them, more text or fewer windows do not"
+            )
         if self.tuning is not None:
             kept += ["dense is the model with the adapter trained in full: quality is the distance from it", *self.tuning.notices]
         return [*self.facts.notices, *kept, *(n for p in self.passages.values() for n in p.notices), *times]
@@ -102,7 +118,8 @@ class Preparation:
             },
             "text": {
                 split: {"digest": p.digest, "source": p.source, "windows": len(p.inputs), "length": p.length, "tokens": p.tokens}
-                for split, p in [*self.passages.items(), *([] if self.tuning is None else [("tune", self.tuning)])]
+                for split, p in [*self.passages.items(), ("calibration", self.calibration), ("tune", self.tuning)]
+                if p is not None
             },
             "quality": self.quality,
             "decisions": len(self.space.decisions),
@@ -154,11 +171,13 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode |
     asked = {} if setup.tasks is None else {"tasks": check_tasks(setup.tasks)}
     if setup.metrics:
         asked["metrics"] = check_metrics(setup.metrics)
-    passages = _passages(facts, setup, encode)
+    passages = _passages(facts, setup, encode, calibrated=any(knob.needs for knob in knobs.values()))
     if tuning is not None:  # what the bank is told of inputs is said of the tuned model
         levels = [d.levels for d in space.decisions if d.knob in trained]
-        tuned = digest_of([passages["search"].digest, tuning.digest, setup.seed, [knobs[name].settings() for name in trained], levels])
-        passages["search"] = replace(passages["search"], digest=tuned)
+        about = [tuning.digest, setup.seed, [knobs[name].settings() for name in trained], levels]
+        search = passages["search"]
+        beside = search.beside and replace(search.beside, digest=digest_of([search.beside.digest, *about]))
+        passages["search"] = replace(search, digest=digest_of([search.digest, *about]), beside=beside)
     for knob in knobs.values():
         if knob.kind == "cache":
             knob.check_length(min(p.length for p in passages.values()))
@@ -171,6 +190,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode |
             **({"linears": "packed"} if device.type == "cuda" else {}),
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
+            **({} if (beside := passages["search"].beside) is None else {"calibration": beside.digest}),
             "knobs": {name: knob.settings() for name, knob in knobs.items()},
             **asked,
         }
@@ -205,11 +225,12 @@ def _tuning(
     return setup, make_windows(load_tokenizer(facts), facts, spec, setup.seed, "tune", divided=shared, tuned=shared, encode=encode)
 
 
-def _passages(facts: ModelFacts, setup: EvaluationSetup, encode: Encode | None) -> dict[Split, Passages]:
+def _passages(facts: ModelFacts, setup: EvaluationSetup, encode: Encode | None, *, calibrated: bool) -> dict[Split, Passages]:
     if facts.task == "vision":
-        return make_images(facts, setup.data, setup.eval_data, setup.seed)
+        return make_images(facts, setup.data, setup.eval_data, setup.seed, spared=calibrated)
     tuned_on = None if setup.tune_data is None else setup.tune_data.source
-    return make_passages(load_tokenizer(facts), facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on, encode=encode)
+    tokenizer, spared = load_tokenizer(facts), _CALIBRATED * calibrated
+    return make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on, spared=spared, encode=encode)
 
 
 def _with_cache(structure: Structure, setup: EvaluationSetup, facts: ModelFacts) -> Structure:

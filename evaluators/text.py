@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Encode = Callable[[PreTrainedTokenizerBase, Text, str], Tensor]
 
-__all__ = ["Passages", "TextSpec", "encoded", "make_passages", "make_sentences", "make_windows"]
+__all__ = ["Passages", "TextSpec", "chosen", "digest_of", "encoded", "make_passages", "make_sentences", "make_windows", "spare"]
 
 _WINDOWS = 16
 _WINDOW_LENGTH = 512
@@ -98,6 +98,7 @@ class Passages:
         tokens: Tokens that count.
         notices: What the user must be told once.
         labels: Of images, int64 [images], where their folders are labels that the model gives; None otherwise.
+        beside: Other passages of the same source, for statistics; None where none were asked for, or fewer than these are left.
     """
 
     inputs: Tensor
@@ -108,6 +109,7 @@ class Passages:
     tokens: int
     notices: tuple[str, ...]
     labels: Tensor | None = None
+    beside: Passages | None = None
 
     @property
     def length(self) -> int:
@@ -120,7 +122,9 @@ class Passages:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        return replace(self, inputs=self.inputs.to(device), mask=move(self.mask), scores=move(self.scores), labels=move(self.labels))
+        beside = None if self.beside is None else self.beside.to(device)
+        moved = replace(self, inputs=self.inputs.to(device), mask=move(self.mask), scores=move(self.scores), labels=move(self.labels))
+        return replace(moved, beside=beside)
 
 
 def make_passages(
@@ -131,13 +135,14 @@ def make_passages(
     seed: int,
     *,
     tuned_on: str | None = None,
+    spared: int = 0,
     encode: Encode | None = None,
 ) -> dict[Split, Passages]:
     """Search and held-out passages of a job.
 
     Without a held-out source, a given search source is divided: its first four fifths are searched on, the last fifth is held out. Of
-    a source that the model is `tuned_on` the first three fifths are left to that, and the fourth is searched on. `encode` may stand for
-    `encoded`.
+    a source that the model is `tuned_on` the first three fifths are left to that, and the fourth is searched on. Search passages have
+    others `beside` them, `spared` times as many where there are. `encode` may stand for `encoded`.
 
     Raises:
         InputError: A text cannot be read, is too short, or is needed and not given.
@@ -149,12 +154,11 @@ def make_passages(
     make = partial(make_windows, encode=encode) if facts.task == "decoder" else make_sentences
     limit = None
     if divided and _remote(data):  # one limit for both, or the parts would overlap
-        limit = min(_READ_LIMIT, 5 * max(_reach(data, facts), _reach(held_out, facts)))
-    if tuned_on is not None and data.source == tuned_on:
-        search = make_windows(tokenizer, facts, data, seed, "search", divided=True, limit_bytes=limit, tuned=True, encode=encode)
-        return {"search": search, "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided, limit_bytes=limit)}
+        limit = min(_READ_LIMIT, 5 * max((1 + spared) * _reach(data, facts), _reach(held_out, facts)))
+    tuned = tuned_on is not None and data.source == tuned_on
+    make_search = partial(make_windows, tuned=True, encode=encode) if tuned else make
     return {
-        "search": make(tokenizer, facts, data, seed, "search", divided=divided, limit_bytes=limit),
+        "search": make_search(tokenizer, facts, data, seed, "search", divided=divided or tuned, limit_bytes=limit, spared=spared),
         "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided, limit_bytes=limit),
     }
 
@@ -169,6 +173,7 @@ def make_windows(
     divided: bool = False,
     limit_bytes: int | None = None,
     tuned: bool = False,
+    spared: int = 0,
     encode: Encode | None = None,
 ) -> Passages:
     """Windows of a text for a decoder.
@@ -183,6 +188,7 @@ def make_windows(
         tuned: Of these four fifths the first three are for `tune`, the last for `search`.
         limit_bytes: How much of the source is read. None takes 64 MiB, or less of a source that is remote or read from its start:
             16 bytes a token, and more where that does not suffice.
+        spared: So many times as many windows are drawn from what lies between these, and returned `beside` them.
         encode: May stand for `encoded`, as what remembers ids does.
 
     Raises:
@@ -194,7 +200,7 @@ def make_windows(
     step = length - (bos is not None)
     asked = len(spec.draw) if isinstance(spec.draw, tuple) else spec.windows
     count = asked if asked is not None else (_WINDOWS if spec.bos == "per_window" else 0)
-    wanted = max(spec.draw) + step if isinstance(spec.draw, tuple) else count * step
+    wanted = (max(spec.draw) + step if isinstance(spec.draw, tuple) else count * step) + spared * count * step
     frugal = not divided and (_remote(spec) or spec.draw == "first")
     limit = limit_bytes or (_bytes_for(wanted) if frugal else _READ_LIMIT)
     text, notices = _read(spec, facts, split, limit)
@@ -230,10 +236,15 @@ def make_windows(
         count = min(count or fit, fit)
         rng = random.Random(f"{seed}:{split}")
         starts = [i * step for i in range(count)] if spec.draw == "first" else _apart(len(ids), count, step, rng)
-    windows = ids[torch.tensor(starts)[:, None] + torch.arange(step)]
-    if bos is not None:
-        windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
-    return _passages(facts, windows, None, None, where, notices)
+
+    def passages(starts: Sequence[int], notices: Sequence[str]) -> Passages:
+        windows = ids[torch.tensor(starts)[:, None] + torch.arange(step)]
+        if bos is not None:
+            windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+        return _passages(facts, windows, None, None, where, notices)
+
+    others = spare(_between(starts, len(ids), step), spared * len(starts), len(starts), spec, seed)
+    return replace(passages(starts, notices), beside=passages(others, ()) if others else None)
 
 
 def make_sentences(
@@ -245,6 +256,7 @@ def make_sentences(
     *,
     divided: bool = False,
     limit_bytes: int | None = None,
+    spared: int = 0,
 ) -> Passages:
     """Sentences for an encoder: the lines of a text, or both columns of a CSV of scored pairs, padded on the right.
 
@@ -260,7 +272,8 @@ def make_sentences(
         pairs = read_pairs(spec.source)
         where, items, scores = spec.source, [(pair.first, pair.second) for pair in pairs], [pair.score for pair in pairs]
     else:
-        limit = limit_bytes or (_reach(spec, facts) if _remote(spec) and not divided else _READ_LIMIT)
+        reach = min(_READ_LIMIT, (1 + spared) * _reach(spec, facts))
+        limit = limit_bytes or (reach if _remote(spec) and not divided else _READ_LIMIT)
         text, notices = _read(spec, facts, split, limit)
         if not text.complete:
             notices.append(_cut_at(limit, text))
@@ -270,14 +283,19 @@ def make_sentences(
         cut = len(items) * 4 // 5
         part = part[:cut] if split == "search" else part[cut:]
         where += ", its first four fifths" if split == "search" else ", its last fifth"
-    taken = [part[i] for i in chosen(len(part), spec, "pairs" if paired else "sentences", seed, split, where)]
-    sentences = [sentence for i in taken for sentence in items[i]]
-    rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
-    width = max(len(row) for row in rows)
-    pad = tokenizer.pad_token_id or 0
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return _passages(facts, ids, mask, None if scores is None else torch.tensor([scores[i] for i in taken]), where, notices)
+
+    def passages(taken: Sequence[int], notices: Sequence[str]) -> Passages:
+        sentences = [sentence for i in taken for sentence in items[part[i]]]
+        rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
+        width = max(len(row) for row in rows)
+        pad = tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        return _passages(facts, ids, mask, None if scores is None else torch.tensor([scores[part[i]] for i in taken]), where, notices)
+
+    taken = chosen(len(part), spec, "pairs" if paired else "sentences", seed, split, where)
+    others = spare(sorted(set(range(len(part))) - set(taken)), spared * len(taken), len(taken), spec, seed)
+    return replace(passages(taken, notices), beside=passages(others, ()) if others else None)
 
 
 def _length(spec: TextSpec, facts: ModelFacts, usual: int) -> int:
@@ -402,6 +420,24 @@ def chosen(total: int, spec: TextSpec, unit: str, seed: int, split: Split, where
     usual = total if paired and split == "held_out" else _SENTENCES // (2 if paired else 1)
     count = total if asked == 0 else min(total, asked or usual)
     return range(count) if spec.draw == "first" else random.Random(f"{seed}:{split}").sample(range(total), count)
+
+
+def spare(rest: Sequence[int], wanted: int, least: int, spec: TextSpec, seed: int) -> Sequence[int]:
+    """As many of what is left as are wanted and there are; none where those are fewer than `least`."""
+    wanted = min(wanted, len(rest))
+    if wanted < least:
+        return ()
+    return rest[:wanted] if spec.draw == "first" else random.Random(f"{seed}:beside").sample(rest, wanted)
+
+
+def _between(starts: Sequence[int], total: int, step: int) -> list[int]:
+    """Starts of stretches of `step` that overlap neither each other nor those at `starts`."""
+    found: list[int] = []
+    free = 0
+    for taken in [*sorted(starts), total]:
+        found += range(free, taken - step + 1, step)
+        free = max(free, taken + step)
+    return found
 
 
 def _passages(facts: ModelFacts, ids: Tensor, mask: Tensor | None, scores: Tensor | None, source: str, notices: Sequence[str]) -> Passages:

@@ -45,7 +45,7 @@ class Seconds:
     """Predicted wall time.
 
     Attributes:
-        opening: Start of a runner: the process, and the dense model over the search text.
+        opening: Start of a runner: the process, and the dense model over the search text and that of the statistics.
         bank: Building and writing the entries that are missing.
         evaluation: One configuration with a random level everywhere, over the whole search text, without reuse.
     """
@@ -86,10 +86,11 @@ def predict_seconds(preparation: Preparation, bank: Path) -> Seconds:
     rng, space = random.Random(0), preparation.space
     drawn = [space.at(space.sample(rng)).levels for _ in range(_DRAWN)]
     decoded = sum(decoding_s.get(taken, 0.0) for levels in drawn for taken in levels.items()) / _DRAWN
+    calibrated = 0 if preparation.calibration is None else preparation.calibration.tokens / tokens
     missing = preparation.footprint.missing_bytes
     part = missing / max(1, preparation.footprint.bank_bytes)
     return Seconds(
-        opening=_IMPORTS_S + preparation.seconds + body + 2 * head,
+        opening=_IMPORTS_S + preparation.seconds + body * (1 + calibrated) + 2 * head,
         bank=built * part + (missing * _write_s(bank) if missing else 0.0),
         evaluation=body + head + decoded + (_rounds_s(preparation) if preparation.generates else 0.0),
     )

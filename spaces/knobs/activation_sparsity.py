@@ -31,10 +31,10 @@ class ActivationSparsity(Knob):
     magnitude  |act(gate)_c * up_c| <= T: the least inputs of the last linear
     top_k      gate_c <= mean + std * z, over the channels of the token: what a normal distribution leaves a share of
 
-    T is the quantile over the search text; `top_k` needs no text. FFNs without a gate count as up = 1. What is saved (`chess` and `top_k`
-    of a gated FFN: up and down, else down alone) is the share on that text, or of a normal distribution: a mean that other text and other
-    levels beside it move, so costs that it is part of are marked as estimated. Bytes are saved with `magnitude` in a SwiGLU alone, which
-    is what a kernel serves, and where no other knob decides how these linears are stored.
+    T is the quantile over the calibration text; `top_k` needs none. FFNs without a gate count as up = 1. What is saved (`chess` and
+    `top_k` of a gated FFN: up and down, else down alone) is the share on that text, or of a normal distribution: a mean that other text
+    and other levels beside it move, so costs that it is part of are marked as estimated. Bytes are saved with `magnitude` in a SwiGLU
+    alone, which is what a kernel serves, and where no other knob decides how these linears are stored.
 
     Attributes:
         method: `chess`, `magnitude` or `top_k`.

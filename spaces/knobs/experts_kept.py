@@ -29,7 +29,7 @@ _ALIKE = 0.02  # largest relative difference of a mixture computed here from the
 class ExpertsKept(Knob):
     """How many experts of a layer stay stored; the others are removed, and the router chooses among those that stay.
 
-    The set that stays is the one with which the layer's output changes least on the search text, `sum_t |F(x_t) - F_kept(x_t)|`, the
+    The set that stays is the one with which the layer's output changes least on the calibration text, `sum_t |F(x_t) - F_kept(x_t)|`, the
     router's weights normalised as the model does it. Few sets are all tried; where there are more, experts leave one by one, each time
     the one that is missed least. At least as many stay as a token is sent to. Saves the bytes of the experts, not arithmetic.
 

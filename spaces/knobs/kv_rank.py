@@ -24,7 +24,7 @@ _DENSE = 1
 
 @dataclass(frozen=True)
 class KvRank(Knob):
-    """The share of a head's size that is kept of each key or value: its coordinates along the main axes of the search text's.
+    """The share of a head's size that is kept of each key or value: its coordinates along the main axes of those of the calibration text.
 
     Axes are those of a principal component analysis, head by head, of keys as they are attended to (after their rotation) and of values;
     nothing is trained. Keys and values of a layer decide apart. Saves cache bytes, and the reading of them for every generated token; the

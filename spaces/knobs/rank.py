@@ -25,7 +25,7 @@ class Rank(Knob):
     """The share of a linear's weights that two factors U [N, R] and V [R, K] take, which stand for its W [N, K].
 
     Saves bytes and arithmetic alike, but only below the break-even rank N K / (N + K): three quarters of the bytes of a square matrix
-    buy three eighths of its rank. The factors are those that lose least of the outputs on the search text: U holds the R directions in
+    buy three eighths of its rank. The factors are those that lose least of the outputs on the calibration text: U holds the R directions in
     which the outputs vary most, and V = U^T W. Bits and masks of the same linear are those of the factors. Experts are left whole.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,25 @@ def test_perplexity_is_measured_on_held_out_text_only(setup_of: SetupOf) -> None
     assert [m.name for m in evaluator.evaluate(EvaluationRequest(dense, "search", 8))] == ["kl"]
     names = [m.name for m in evaluator.evaluate(EvaluationRequest(dense, "held_out", 8))]
     assert names == ["kl_held_out", "perplexity_held_out"]
+
+
+@pytest.mark.parametrize(("windows", "beside"), [(8, True), (0, False)])
+def test_statistics_are_of_text_beside_that_of_the_search(setup_of: SetupOf, windows: int, beside: bool) -> None:
+    setup = setup_of("llama", {"sparsity": {"criterion": "wanda"}})
+    evaluator = Evaluator(replace(setup, data=replace(setup.data, windows=windows)))
+    preparation, searched = evaluator.preparation, evaluator.preparation.passages["search"]
+    text = preparation.calibration
+    assert text is not None
+    assert (text is not searched) == beside == (not any("fitted to the search text itself" in notice for notice in preparation.notices))
+    assert preparation.report()["text"]["calibration"]["digest"] == text.digest == evaluator.bank.statistics.text_digest
+    (first, *_) = evaluator.structure.linears
+    seen = []
+    handle = evaluator.model.get_submodule(first.name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        evaluator.model(input_ids=text.inputs)
+    handle.remove()
+    expected = seen[0].flatten(0, 1).double().norm(dim=0)
+    torch.testing.assert_close(evaluator.bank.statistics.tensors[f"{first.name}.input_norm"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert"])

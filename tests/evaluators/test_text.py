@@ -122,6 +122,33 @@ def test_random_stretches_never_overlap(total: int, step: int, data: st.DataObje
     assert all(0 <= start <= total - step for start in starts)
 
 
+@settings(max_examples=60, deadline=None)
+@given(total=st.integers(1, 300), step=st.integers(1, 40), data=st.data(), seed=st.integers(0, 99))
+def test_stretches_between_others_fill_every_gap_and_overlap_nothing(total: int, step: int, data: st.DataObject, seed: int) -> None:
+    starts = text_module._apart(total, data.draw(st.integers(0, total // step)), step, random.Random(seed))
+    both = sorted([*starts, *text_module._between(starts, total, step)])
+    edges = [-step, *both, total]
+    assert all(step <= b - a < 2 * step for a, b in pairwise(edges[:-1])) or not both
+    assert 0 <= total - (both[-1] + step if both else 0) < step
+
+
+@pytest.mark.parametrize("draw", ["random", "first", (20, 300, 70)])
+def test_windows_beside_those_of_the_search_share_none_of_their_ids(decoder: tuple[Any, ModelFacts], story: str, draw: Any) -> None:
+    found = make_windows(*decoder, TextSpec(story, None if isinstance(draw, tuple) else 3, 12, draw=draw), 0, "search", spared=4)
+    assert found.beside is not None
+    assert len(found.beside.inputs) == 12
+    text = plain_ids(decoder[0], story).unfold(0, 11, 1)
+    places = [int((text == row[1:]).all(1).nonzero()[0, 0]) for part in (found, found.beside) for row in part.inputs]
+    assert min(b - a for a, b in pairwise(sorted(places))) >= 11
+
+
+def test_nothing_is_beside_windows_that_leave_less_than_themselves(decoder: tuple[Any, ModelFacts], story: str) -> None:
+    fit = len(plain_ids(decoder[0], story)) // 11
+    for count, beside in ((fit // 2, fit - fit // 2), (fit // 2 + 1, None), (0, None)):
+        found = make_windows(*decoder, TextSpec(story, count, 12, draw="first"), 0, "search", spared=4).beside
+        assert (None if found is None else len(found.inputs)) == beside
+
+
 def test_random_stretches_come_in_random_order() -> None:
     orders = [text_module._apart(100, 4, 10, random.Random(seed)) for seed in range(20)]
     assert sum(starts == sorted(starts) for starts in orders) < 5
@@ -296,6 +323,16 @@ def test_sentences_are_lines_padded_and_masked(encoder: tuple[Any, ModelFacts], 
     assert [ids[: len(row)].tolist() for ids, row in zip(found.inputs, rows, strict=True)] == rows
     assert (found.inputs[found.mask == 0] == encoder[0].pad_token_id).all()
     assert found.tokens == sum(len(row) for row in rows)
+
+
+def test_sentences_beside_those_of_the_search_are_others(encoder: tuple[Any, ModelFacts], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"the cat {'mat ' * n}\n" for n in range(30)))
+    found = make_sentences(*encoder, TextSpec(str(tmp_path / "a.txt"), 6), 0, "search", spared=4)
+    assert found.mask is not None
+    assert found.beside is not None
+    assert found.beside.mask is not None
+    lengths = [*found.mask.sum(1).tolist(), *found.beside.mask.sum(1).tolist()]
+    assert sorted(lengths) == [min(lengths) + n for n in range(30)]
 
 
 def test_long_sentences_are_cut(encoder: tuple[Any, ModelFacts], tmp_path: Path) -> None:
