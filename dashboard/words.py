@@ -43,6 +43,7 @@ STATES = {
 NOTHING = "\N{EN DASH}"
 _CUT = 160
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+_SIGNS = re.compile(r"(?<!\S)(?:<->|<-|->|--|>=|<=|~=)(?!\S)")
 _WORD_JOINER = "\u2060"
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
@@ -56,9 +57,10 @@ def plain(text: object, most: int = _CUT) -> str:
 def markdown(text: object, most: int = _CUT) -> str:
     """The same for places that read Markdown: it shows every character as itself.
 
-    Names in colons would become icons even so, which an invisible character after the colon prevents.
+    Names in colons would become icons even so, and arrows and dashes that stand alone signs, which an invisible character prevents.
     """
-    return _PUNCTUATION.sub(r"\\\1", plain(text, most)).replace("\\:", "\\:" + _WORD_JOINER)
+    apart = _SIGNS.sub(lambda sign: _WORD_JOINER.join(sign[0]), plain(text, most))
+    return _PUNCTUATION.sub(r"\\\1", apart).replace("\\:", "\\:" + _WORD_JOINER)
 
 
 def chart(text: object, most: int = _CUT) -> str:

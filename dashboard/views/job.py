@@ -135,7 +135,8 @@ _COLOURS: dict[str, Any] = {
 def _picture(found: Visitor, now: Snapshot) -> None:
     job, palette, ground = now.job, visit.colours(), ground_of(found, now.job)
     pace, bounds = pace_of(job, datetime.now(UTC)), bounds_of(now, ground)
-    _summary(now)
+    with st.container():  # which may be empty, and yet has its place: charts below would be made anew where it comes and goes
+        _summary(now)
     _figures(now, pace, bounds)
     with st.container():
         if is_open(job):

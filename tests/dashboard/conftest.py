@@ -253,7 +253,7 @@ def add_jobs() -> Callable[[Path, str, Sequence[str]], list[str]]:
             base.row_factory = sqlite3.Row
             row = dict(base.execute("SELECT * FROM job WHERE id = ?", (job,)).fetchone())
             for number, (new, name) in enumerate(zip(ids, names, strict=True)):
-                spec = json.loads(row["spec"]) | {"model": name, "limits": [name], "sampler": name}
+                spec = json.loads(row["spec"]) | {"model": name, "sampler": name}
                 changed = {"id": new, "spec": json.dumps(spec), "state": "failed", "result": None, "error": name, "owner": "eve"}
                 changed |= {"trials": 0, "succeeded": 0, "failed": 0, "quarantined": 0, "created_at": row["created_at"] + number + 1}
                 values = {**row, **changed}

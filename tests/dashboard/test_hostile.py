@@ -1,4 +1,4 @@
-"""Fifty hostile names: on every page they are text."""
+"""Fifty hostile names: on every page they are text. `test_journey.py` looks at the same in a browser."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_lists_show_every_name_as_text(view: Any, jobs: list[str], hostile_names
         check(page, names[row["job"]])
 
 
-@pytest.mark.parametrize("number", [0, 2, 9, 11, 13, 20, 22, 24, 38, 40, 48])
+@pytest.mark.parametrize("number", [2, 20, 48])
 def test_the_page_of_a_job_shows_its_name_as_text(view: Any, jobs: list[str], hostile_names: list[str], number: int) -> None:
     page = view("job", "eve", job=jobs[number])
     check(page, hostile_names[number])

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, expect, sync_playwright
 
 from autoeff.client import Client
 from autoeff.dashboard.demo import unpack
+from autoeff.dashboard.words import short_model
 from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.store import Store
 
@@ -37,7 +40,79 @@ HERE = re.compile(r"(http|ws)://127\.0\.0\.1[:/]|data:|blob:")
 CHART = "document.querySelector('.st-key-front .js-plotly-plot')"
 COUNT = f"() => ({CHART}?.data || []).reduce((n, trace) => n + trace.x.length, 0)"
 RANGE = f"() => {CHART}._fullLayout.xaxis.range"
+WORD_JOINER = "\u2060"
+STEP = 7
 VIEWS = ("Jobs", "Submit", "Compare", "Job", "Configuration", "Budget", "Hardware", "Keys")
+
+
+@dataclass
+class Stage:
+    """A server with a worker over the finished search and fifty jobs of eve's with hostile names, its dashboard, and a browser.
+
+    Attributes:
+        url: Of the dashboard.
+        api: Of the server.
+        serve: Starts the server, with these flags; `away` ends it.
+        keys: Texts by owner.
+    """
+
+    url: str
+    api: str
+    keys: dict[str, str]
+    chromium: Browser
+    serve: Callable[..., None]
+    away: Callable[[], None]
+
+    @contextmanager
+    def page(self, who: str, failed: Path) -> Iterator[tuple[Page, list[str]]]:
+        """A page for the bearer of this key, and what went wrong in it: faults of its scripts, dialogs, requests to anywhere else."""
+        faults: list[str] = []
+        with self.chromium.new_context(viewport={"width": WIDTHS[0], "height": 900}, accept_downloads=True) as context:
+            page = context.new_page()
+            page.set_default_timeout(PATIENCE_MS)
+            expect.set_options(timeout=PATIENCE_MS)
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+            page.on("request", lambda request: None if HERE.match(request.url) else faults.append(request.url))
+            page.goto(self.url)
+            expect(page.get_by_label("Key")).to_be_visible()
+            assert page.get_by_test_id("stSidebarNav").count() == 0  # without a key nothing is shown
+            try:
+                if who:
+                    log_in(page, self.keys[who])
+                yield page, faults
+            except BaseException:
+                page.screenshot(path=failed / "failed.png", full_page=True)
+                raise
+
+
+@pytest.fixture(scope="module")
+def stage(servers: ModuleType, serving: Any, tmp_path_factory: Any, add_jobs: Any, hostile_names: list[str]) -> Iterator[Stage]:
+    home, port = tmp_path_factory.mktemp("stage"), servers.free_port()
+    unpack(home)
+    with Store.open(f"sqlite:///{home / 'autoeff.db'}") as store:
+        ring, scopes = KeyRing(store.database), ["jobs:read", "jobs:write", "admin"]
+        keys = {owner: ring.make("journey", owner, scopes)[1].text for owner in ("local", "eve")}
+        add_jobs(home / "autoeff.db", store.jobs(1)[0].id, hostile_names)
+    with ExitStack() as running, sync_playwright() as playwright:
+
+        def serve(*flags: str) -> str:
+            url: str = running.enter_context(serving(home, *flags, "--port", str(port)))
+            return url
+
+        api = serve("--with-worker")
+        with dashboard(servers, api) as url:
+            chromium = playwright.chromium.launch(executable_path=servers.chromium(), args=FLAGS)
+            yield Stage(url, api, keys, chromium, serve, running.close)
+            chromium.close()
+
+
+@pytest.fixture
+def folder(root: Path) -> Path:
+    """Where pictures are kept."""
+    found = root / "runs" / "screenshots"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 @contextmanager
@@ -63,29 +138,7 @@ def dashboard(servers: ModuleType, url: str) -> Iterator[str]:
     assert process.stdout is not None
 
 
-@contextmanager
-def browser(servers: ModuleType, folder: Path) -> Iterator[tuple[Page, list[str]]]:
-    """A page, and what went wrong in it: faults of its scripts, and requests to anywhere else."""
-    faults: list[str] = []
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=servers.chromium(), args=FLAGS)
-        context = chromium.new_context(viewport={"width": WIDTHS[0], "height": 900}, accept_downloads=True)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        expect.set_options(timeout=PATIENCE_MS)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: None if HERE.match(request.url) else faults.append(request.url))
-        try:
-            yield page, faults
-        except BaseException:
-            page.screenshot(path=folder / "failed.png", full_page=True)
-            raise
-        finally:
-            chromium.close()
-
-
-def log_in(page: Page, url: str, key: str) -> None:
-    page.goto(url)
+def log_in(page: Page, key: str) -> None:
     page.get_by_label("Key").fill(key)
     page.get_by_role("button", name="Log in").click()
     expect(page.get_by_test_id("stSidebarNav")).to_be_visible()
@@ -150,18 +203,10 @@ def shoot(page: Page, folder: Path, name: str, whole: bool) -> None:
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "all-pictures"])
-def test_from_the_key_to_the_exported_model(servers: ModuleType, serving: Any, root: Path, tmp_path: Path, whole: bool) -> None:
-    folder = root / "runs" / "screenshots"
-    folder.mkdir(parents=True, exist_ok=True)
-    unpack(tmp_path)
-    with Store.open(f"sqlite:///{tmp_path / 'autoeff.db'}") as store:
-        key = KeyRing(store.database).make("journey", "local", ["jobs:read", "jobs:write", "admin"])[1].text
-    with serving(tmp_path, "--with-worker") as api, dashboard(servers, api) as url, browser(servers, folder) as (page, faults):
-        page.goto(url)
-        expect(page.get_by_label("Key")).to_be_visible()
-        assert page.get_by_test_id("stSidebarNav").count() == 0  # without a key nothing is shown
+def test_from_the_key_to_the_exported_model(stage: Stage, folder: Path, whole: bool) -> None:
+    with stage.page("", folder) as (page, faults):
         shoot(page, folder, "login", whole)
-        log_in(page, url, key)
+        log_in(page, stage.keys["local"])
 
         go(page, "Submit")
         # One knob of two levels and little text: a search of seconds.
@@ -218,9 +263,62 @@ def test_from_the_key_to_the_exported_model(servers: ModuleType, serving: Any, r
             page.keyboard.press("ArrowRight")
         expect(metric).not_to_have_text(re.compile(re.escape(told.split("\n")[-1])))
 
-        with Client(api, key) as client:
+        with Client(stage.api, stage.keys["local"]) as client:
             assert client.job(job[1]).state == "succeeded"
         for view in VIEWS:
             go(page, view)
+            if view == "Job" and whole:  # of the two searches the one that tells more
+                choose(page, "Job", "demo · avg_bits")
             shoot(page, folder, view, whole)
+        assert not faults
+
+
+@pytest.mark.timeout(240)
+def test_hostile_names_are_text_in_every_view(stage: Stage, folder: Path, hostile_names: list[str]) -> None:
+    clean = "() => !window.pwned && !document.querySelector('[data-hostile]') && !document.querySelector('iframe')"
+    with stage.page("eve", folder) as (page, faults):
+        for view in VIEWS:
+            go(page, view)
+            assert page.evaluate(clean), view
+        go(page, "Compare")
+        page.get_by_role("combobox").click()
+        expect(page.get_by_role("option").first).to_be_visible()
+        assert page.evaluate(clean)
+        page.keyboard.press("Escape")
+        go(page, "Job")
+        known = {re.sub(r"\s+", " ", short_model(name)).strip() for name in hostile_names}
+        for number in range(0, len(hostile_names), STEP):  # down the list beside the page
+            if number:
+                here, box = page.url, page.get_by_test_id("stSidebar").get_by_role("combobox")
+                for key in ["ArrowDown"] * (1 + STEP) + ["Enter"]:
+                    box.press(key)
+                page.wait_for_function("here => location.href !== here", arg=here)
+                settle(page)
+            shown = page.get_by_role("heading", level=1).inner_text().replace(WORD_JOINER, "")
+            assert re.sub(r"\s+", " ", shown).strip() in known
+            expect(page.get_by_test_id("stAlert").first).to_be_visible()  # the job's error, which is the name too
+            assert page.evaluate(clean), shown
+        assert not faults
+
+
+@pytest.mark.timeout(240)
+def test_what_goes_away_is_said_and_comes_back(stage: Stage, folder: Path) -> None:
+    with stage.page("local", folder) as (page, faults):
+        go(page, "Hardware")
+        workers, _, lost = (page.get_by_test_id("stMetric").nth(i) for i in range(3))
+        expect(workers).to_contain_text("1")
+        with Client(stage.api, stage.keys["local"]) as client:
+            (worker,) = client.hardware().items
+        os.kill(int(worker.worker.split("/")[2]), signal.SIGKILL)
+        expect(lost).to_contain_text("1")
+        go(page, "Job")
+        expect(page.locator(".st-key-front")).to_be_visible()
+        stage.away()
+        go(page, "Budget")  # what is known of the job stays, what must be asked for is missing
+        expect(page.get_by_test_id("stAlert").first).to_contain_text("server cannot be reached")
+        go(page, "Hardware")
+        expect(page.get_by_test_id("stAlert").first).to_contain_text("asks again by itself")
+        stage.serve("--no-coordinator")
+        expect(workers).to_be_visible()  # without a click
+        expect(page.get_by_test_id("stAlert")).to_contain_text("No worker is alive")
         assert not faults

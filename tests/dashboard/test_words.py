@@ -30,6 +30,13 @@ def test_markdown_shows_every_character_as_itself(mark: str) -> None:
     assert all(escaped[i - 1] == "\\" for i, character in enumerate(escaped) if character in "*[]()<>`$#~!&_")
 
 
+def test_dashes_and_arrows_stay_what_they_are() -> None:
+    for sign in ("--", "->", "<=", "~="):
+        assert sign not in markdown(f"a {sign} b").replace("\\", "")
+        assert markdown(f"a {sign} b").replace("\\", "").replace("\u2060", "") == f"a {sign} b"
+    assert "\u2060" not in markdown("avg_bits<=3.5")  # what people copy
+
+
 def test_charts_show_markup_as_text() -> None:
     assert chart("<b>x</b>&") == "&lt;b&gt;x&lt;/b&gt;&amp;"
 
