@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from celery import Celery
+from redis import Redis
 
 from autoeff.errors import FailureClass, InputError
+from autoeff.search.celery_app import app, sender
 from autoeff.search.job import JobSpec
 from autoeff.search.resolve import resolve
 from autoeff.search.service import queue_of, run_coordinators, submit
 from autoeff.search.settings import Settings
 from autoeff.search.station import Station, check_queues
-from autoeff.search.storage import Job, JobState, State, Store, Trial
+from autoeff.search.storage import Job, JobState, Message, State, Store, Trial
 
 LOOSE, TIGHT = "linear_bytes<=0.35x", "linear_bytes<=0.30x"
 Make = Callable[..., JobSpec]
@@ -65,22 +69,43 @@ def working(settings: Settings) -> Iterator[Station]:
         station.close()
 
 
-@contextmanager
-def celery_working(settings: Settings) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def service(redis: Any, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Of a service with a broker."""
+    home = tmp_path_factory.mktemp("service")
+    return Settings(home=home, memory_cap_bytes=3 << 30, lease_s=6, poll_s=0.05, broker_url=redis.url, resend_s=1.0)
+
+
+@pytest.fixture(scope="module")
+def celery_worker(service: Settings) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Starts its one Celery worker, when it is first called."""
     variables = {
-        "AUTOEFF_HOME": str(settings.home),
-        "AUTOEFF_LEASE_S": str(settings.lease_s),
-        "AUTOEFF_MEMORY_CAP_BYTES": str(settings.memory_cap),
+        "AUTOEFF_HOME": str(service.home),
+        "AUTOEFF_LEASE_S": str(service.lease_s),
+        "AUTOEFF_MEMORY_CAP_BYTES": str(service.memory_cap),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    command = [sys.executable, "-m", "autoeff.cli", "worker", "--queues", "cpu", "--broker", str(settings.broker_url)]
-    with (settings.home / "celery.log").open("wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
-    try:
-        yield
-    finally:
+    command = [sys.executable, "-m", "autoeff.cli", "worker", "--queues", "cpu", "--broker", str(service.broker_url)]
+    running: list[subprocess.Popen[bytes]] = []
+
+    def started() -> subprocess.Popen[bytes]:
+        if not running:
+            Store.open(service.database).close()
+            with (service.home / "celery.log").open("wb") as log:
+                running.append(subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log))
+        return running[0]
+
+    yield started
+    for process in running:
         process.terminate()
         process.wait(60)
+
+
+def wait_for(reached: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 90
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 def until(store: Store, job_id: str, reached: Callable[[Job], bool]) -> Job:
@@ -101,35 +126,71 @@ def story(trials: list[Trial], quality: str = "kl") -> list[tuple[Any, ...]]:
 
 @pytest.mark.timeout(900)
 def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_server_asks(
-    tiny_job: Make, searched: Any, settings: Settings, store: Store, redis: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_job: Make, searched: Any, service: Settings, celery_worker: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its workers measure what a new budget is answered with, when it has ended."""
     with searched.opened() as other:
         (alone,) = [other.trials(job.id) for job in other.jobs() if job.spec["limits"] == [LOOSE]]
-    job = submit(store, tiny_job(limits=[LOOSE]), settings, owner="ada")
-    assert (job.state, job.queue, job.owner) == (JobState.PENDING, "cpu", "ada")
-    with coordinating(settings), working(settings):
-        until(store, job.id, lambda job: job.counts.succeeded >= len(alone) * 2 // 3)
-    assert store.job(job.id).coordinator is None
-    assert all(t.state is not State.RUNNING for t in store.trials(job.id)), "what was being evaluated is given back"
-    celery = settings.model_copy(update={"broker_url": redis.url, "resend_s": 1.0})
-    with coordinating(celery), celery_working(celery):
-        job = until(store, job.id, ended)
-        searched_for = store.counts(job.id).trials
-        monkeypatch.setattr("autoeff.search.resolve._MEASURED", 2)
-        resolution = resolve(job.id, [TIGHT], settings, measure=True)
-    assert (job.state, job.error) == (JobState.SUCCEEDED, None)
-    workers = {attempt.worker for trial in store.trials(job.id) for attempt in store.attempts(trial.evaluation_id) if attempt.accepted}
-    assert len(workers) == 2
-    trials = store.trials(job.id)
-    found, added = trials[:searched_for], trials[searched_for:]
-    assert story(found) == story(alone)
-    assert [trial.origin for trial in added if trial.split == "search"] == ["given"] * len(resolution.proposals)
-    assert len(resolution.proposals) > 0
-    assert all(trial.told and trial.state is State.SUCCEEDED for trial in trials)
-    assert job.result is not None
-    assert job.result["found"] is not None
-    assert store.waiting(["cpu"]) == []
+    with Store.open(service.database) as store:
+        embedded = service.model_copy(update={"broker_url": None})
+        job = submit(store, tiny_job(limits=[LOOSE]), service, owner="ada")
+        assert (job.state, job.queue, job.owner) == (JobState.PENDING, "cpu", "ada")
+        with coordinating(embedded), working(embedded):
+            until(store, job.id, lambda job: job.counts.succeeded >= len(alone) * 2 // 3)
+        assert store.job(job.id).coordinator is None
+        assert all(t.state is not State.RUNNING for t in store.trials(job.id)), "what was being evaluated is given back"
+        celery_worker()
+        with coordinating(service):
+            job = until(store, job.id, ended)
+            searched_for = store.counts(job.id).trials
+            monkeypatch.setattr("autoeff.search.resolve._MEASURED", 2)
+            resolution = resolve(job.id, [TIGHT], service, measure=True)
+        assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+        workers = {attempt.worker for trial in store.trials(job.id) for attempt in store.attempts(trial.evaluation_id) if attempt.accepted}
+        assert len(workers) == 2
+        trials = store.trials(job.id)
+        found, added = trials[:searched_for], trials[searched_for:]
+        assert story(found) == story(alone)
+        assert [trial.origin for trial in added if trial.split == "search"] == ["given"] * len(resolution.proposals)
+        assert len(resolution.proposals) > 0
+        assert all(trial.told and trial.state is State.SUCCEEDED for trial in trials)
+        assert job.result is not None
+        assert job.result["found"] is not None
+        assert store.waiting(["cpu"]) == []
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_reserves_nothing_and_survives_messages_that_nobody_should_send(
+    service: Settings, celery_worker: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    worker, log = celery_worker(), service.home / "celery.log"
+    assert service.broker_url is not None
+    with Store.open(service.database) as store:
+        wait_for(lambda: any(w.alive and "cpu" in w.queues for w in store.workers()), "the worker did not announce itself")
+    begun, nothing = log.read_text(), 10**6  # no evaluation has such a number
+    send = sender(service.broker_url)
+    with Redis.from_url(service.broker_url) as queue, Celery(broker=service.broker_url) as broker:
+        broker.conf.broker_transport_options = app.conf.broker_transport_options
+        with closing(sqlite3.connect(service.home / "autoeff.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # so that the first task waits while it claims
+            send([Message(nothing + n, "cpu", 0) for n in range(6)])
+            wait_for(lambda: queue.llen("autoeff:cpu") == 5, "one message should be taken")
+            time.sleep(0.5)
+            assert queue.llen("autoeff:cpu") == 5
+            assert list(broker.control.inspect(timeout=2).reserved().values()) == [[]]
+            other.rollback()
+        for wrong in (["autoeff"], [None], [True], [], [1, 2]):
+            broker.send_task("autoeff.evaluate", wrong, queue="cpu", ignore_result=True)
+        broker.send_task("os.system", ["true"], queue="cpu", ignore_result=True)
+        broker.send_task("autoeff.evaluate", [1], queue="cpu", serializer="pickle", ignore_result=True)
+        wait_for(lambda: queue.llen("autoeff:cpu") == 0, "a message was not taken")
+    send([Message(nothing, "cpu", 0)])
+    wait_for(lambda: log.read_text()[len(begun) :].count("succeeded in") >= 10, "the worker takes messages no more")
+    said = log.read_text()[len(begun) :]
+    assert said.count("no evaluation:") == 3
+    assert "Refusing to deserialize" in said
+    assert "unregistered task" in said
+    assert worker.poll() is None
 
 
 @pytest.mark.slow
