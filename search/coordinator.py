@@ -396,6 +396,8 @@ class Coordinator:
         orders = self._store.orders(self._job_id, self._fence)
         if orders.state in (JobState.PAUSED, JobState.CANCELLING, JobState.CANCELLED):
             raise Stopped(f"job {self._job_id} is {orders.state}")
+        if orders.state is JobState.PENDING:  # paused and resumed since the last look
+            self._store.set_job_state(self._job_id, self._fence, JobState.RUNNING)
         if orders.budget is not None:
             self._trials_wanted = int(orders.budget.get("trials", self._problem.trials))
             self._seconds_wanted = orders.budget.get("seconds")

@@ -18,7 +18,8 @@ from autoeff.search.storage.tables import EvaluationRow, EventRow, IdempotencyRo
 __all__ = ["Jobs", "fenced", "move_job", "taken_over", "unknown", "versioned"]
 
 _NEXT: Mapping[JobState, frozenset[JobState]] = {
-    JobState.PENDING: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED}),
+    # One that was paused and resumed before its coordinator looked is pending, and may end so.
+    JobState.PENDING: frozenset(set(JobState) - {JobState.PENDING}),
     JobState.RUNNING: frozenset({JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLING, JobState.CANCELLED}),
     JobState.PAUSED: frozenset({JobState.PENDING, JobState.RUNNING, JobState.CANCELLING, JobState.CANCELLED}),
     JobState.CANCELLING: frozenset({JobState.CANCELLED}),

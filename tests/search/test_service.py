@@ -206,6 +206,13 @@ def test_a_job_is_paused_resumed_with_a_smaller_budget_and_cancelled(tiny_job: M
         assert (store.job(job.id).state, store.job(job.id).counts.trials) == (JobState.PAUSED, paused.counts.trials)
         store.change_budget(job.id, {"trials": 35}, store.job(job.id).version)
         store.resume(job.id)
+        until(store, job.id, lambda job: job.counts.trials > paused.counts.trials + 3)
+        at_once = store.pause(job.id, at_once=True)
+        assert all(trial.state is not State.RUNNING for trial in store.trials(job.id))
+        assert store.waiting(["cpu"]) == []
+        time.sleep(0.3)
+        assert store.job(job.id).counts == at_once.counts
+        store.resume(job.id)
         job = until(store, job.id, ended)
         assert (job.state, job.error) == (JobState.SUCCEEDED, None)
         assert 34 < job.counts.cost <= 35

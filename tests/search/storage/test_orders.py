@@ -45,6 +45,12 @@ class TestOrders:
         assert store.resume("job").state is JobState.RUNNING
         store.propose(*job, proposal(1))
 
+    def test_job_paused_and_resumed_before_its_coordinator_looks_can_end(self, store: Store, job: tuple[str, int]) -> None:
+        store.pause("job")
+        store.resume("job")
+        store.set_job_state(*job, JobState.SUCCEEDED, {})
+        assert store.job("job").state is JobState.SUCCEEDED
+
     def test_job_paused_at_once_gives_back_what_runs_until_it_goes_on(
         self, store: Store, job: tuple[str, int], proposal: Make, me: str
     ) -> None:
