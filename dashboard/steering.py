@@ -26,7 +26,7 @@ def buttons(found: Visitor, job: Any) -> None:
     if job.state in ("running", "paused", "failed") and getattr(job, "failed", False):
         _button("Retry failed", ":material/replay:", lambda: client.retry_failed(job.job), "Failed trials are tried again.")
     if job.state in ("pending", "running", "paused"):
-        if st.button("Budget", icon=":material/hourglass:", key="steer_budget", help="More or fewer evaluations."):
+        if st.button("Evaluations", icon=":material/hourglass:", key="steer_budget", help="More or fewer evaluations."):
             _budget(found, job)
         if st.button("Cancel", icon=":material/stop:", key="steer_cancel"):
             _cancel(found, job)

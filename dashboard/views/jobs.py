@@ -97,7 +97,7 @@ def rows_of(jobs: Sequence[Any], best: Mapping[str, Best], now: datetime) -> lis
                 "state": job.state,
                 "model": short_model(job.model),
                 "limits": plain(", ".join(job.limits) or "none", 80),
-                "progress": pace.share,
+                "progress": round(pace.share, 2),
                 "evaluations": f"{job.used:.4g} of {job.budget}",
                 "best": NOTHING
                 if one is None or one.value is None
