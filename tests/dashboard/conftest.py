@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streamlit import config
 from streamlit.testing.v1 import AppTest
 
 from autoeff.client import Client
@@ -56,6 +57,12 @@ class Plant:
             client = Client(self.url, self.keys[who], timeout_s=60.0, attempts=2)
             self.visitors[who] = Visitor(client, client.own_key())
         return self.visitors[who]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configured() -> None:
+    """As `dashboard/.streamlit/config.toml` has it; with all that tests import, to look through every object takes a page 0.3 s."""
+    config.set_option("runner.postScriptGC", False)
 
 
 @pytest.fixture(scope="session")

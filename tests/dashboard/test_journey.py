@@ -25,6 +25,7 @@ from playwright.sync_api import Browser, Page, TimeoutError, expect, sync_playwr
 
 from autoeff.client import Client
 from autoeff.dashboard.demo import unpack
+from autoeff.dashboard.theme import DARK, LIGHT
 from autoeff.dashboard.words import short_model
 from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.store import Store
@@ -123,7 +124,7 @@ def dashboard(servers: ModuleType, url: str) -> Iterator[str]:
     command = [sys.executable, "-m", "autoeff.cli", "dashboard", "--server", url, "--port", str(port)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + PATIENCE_MS / 1000
             while True:
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
@@ -190,6 +191,7 @@ def shoot(page: Page, folder: Path, name: str, whole: bool) -> None:
     """The page at every width, light and dark; at the first alone where not the whole is wanted."""
     for scheme in SCHEMES if whole else SCHEMES[:1]:
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.wait_for_timeout(1000)
         for width in WIDTHS if whole else WIDTHS[:1]:
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_timeout(300)
@@ -267,8 +269,12 @@ def test_from_the_key_to_the_exported_model(stage: Stage, folder: Path, whole: b
             assert client.job(job[1]).state == "succeeded"
         for view in VIEWS:
             go(page, view)
-            if view == "Job" and whole:  # of the two searches the one that tells more
-                choose(page, "Job", "demo · avg_bits")
+            if view == "Job":
+                if whole:  # of the two searches the one that tells more
+                    choose(page, "Job", "demo · avg_bits")
+                for scheme, colours in (("dark", DARK), ("light", LIGHT)):  # charts follow the reader's theme
+                    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+                    page.wait_for_function(f"() => {CHART}?._fullLayout?.font.color === '{colours.ink}'")
             shoot(page, folder, view, whole)
         assert not faults
 
