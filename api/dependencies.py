@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request, Response
 
@@ -15,6 +16,7 @@ from autoeff.search.keys import Key
 from autoeff.search.storage.records import Job
 
 __all__ = [
+    "NOT_MODIFIED",
     "Cursor",
     "JobId",
     "Limit",
@@ -28,6 +30,9 @@ __all__ = [
     "same_version",
     "unchanged",
 ]
+
+NOT_MODIFIED: Mapping[int | str, dict[str, Any]] = {304: {"description": "It is as `If-None-Match` says."}}
+"""Of a route that says which state of a job it shows."""
 
 _JOB = re.compile(r"[0-9a-f]{12}")
 _ETAG = re.compile(r'(?:W/)?"(\d{1,12})\.(\d{1,12})"')

@@ -12,7 +12,19 @@ from autoeff.api import work
 from autoeff.api.access import Reader, Writer
 from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Context, Server
-from autoeff.api.dependencies import Cursor, Limit, OwnedJob, OwnedJobs, OwnJob, check_driven_here, etag, link_next, same_version, unchanged
+from autoeff.api.dependencies import (
+    NOT_MODIFIED,
+    Cursor,
+    Limit,
+    OwnedJob,
+    OwnedJobs,
+    OwnJob,
+    check_driven_here,
+    etag,
+    link_next,
+    same_version,
+    unchanged,
+)
 from autoeff.api.problems import ApiError, ProblemItem, described_problems
 from autoeff.api.schemas import Accepted, Budgets, ComparisonRow, JobDetail, JobPage, Preflight
 from autoeff.errors import Conflict, FailureClass
@@ -25,7 +37,6 @@ from autoeff.spaces.configuration import digest_of
 __all__ = ["router"]
 
 _TRIALS = 100_000
-_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "It is as `If-None-Match` says."}}
 
 router = APIRouter(tags=["jobs"])
 
@@ -108,13 +119,13 @@ def list_jobs(
     return server.roots.hide({"items": [job_facts(job) for job in jobs], "next": link_next(request, response, following)})
 
 
-@router.get("/v1/jobs/{job_id}", response_model=JobDetail, responses={**_NOT_MODIFIED, **described_problems(404, 422)})
+@router.get("/v1/jobs/{job_id}", response_model=JobDetail, responses={**NOT_MODIFIED, **described_problems(404, 422)})
 def get_job(server: Server, job: OwnedJob, request: Request, response: Response) -> Any:
     """A job: its state, counters and description."""
     return unchanged(request, response, job) or server.roots.hide(_detail(job))
 
 
-@router.get("/v1/jobs/{job_id}/result", response_model=dict[str, Any], responses={**_NOT_MODIFIED, **described_problems(404, 422)})
+@router.get("/v1/jobs/{job_id}/result", response_model=dict[str, Any], responses={**NOT_MODIFIED, **described_problems(404, 422)})
 def get_result(server: Server, job: OwnedJob, request: Request, response: Response) -> Any:
     """The end table of a finished search, its damage table, and what else its report shows."""
     if job.result is None:

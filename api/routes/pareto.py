@@ -10,7 +10,7 @@ from autoeff.api import work
 from autoeff.api.access import Reader, needs
 from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Server
-from autoeff.api.dependencies import OwnedJob, check_driven_here, unchanged
+from autoeff.api.dependencies import NOT_MODIFIED, OwnedJob, check_driven_here, unchanged
 from autoeff.api.problems import described_problems
 from autoeff.api.schemas import Front, Points, ResolutionRow, ResolveRequest
 from autoeff.search.facts import columns_of
@@ -28,7 +28,7 @@ Axis = Annotated[str | None, Query(pattern=r"^[A-Za-z_][\w./:@-]{0,79}$", descri
     "/pareto",
     response_model=Front,
     response_model_exclude_unset=True,
-    responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)},
+    responses={**NOT_MODIFIED, **described_problems(404, 422)},
 )
 def get_front(server: Server, job: OwnedJob, request: Request, response: Response) -> Any:
     """The trials on the front, by number, also while the search goes on, and the best trial within the limits."""
@@ -48,9 +48,7 @@ def get_front(server: Server, job: OwnedJob, request: Request, response: Respons
     )
 
 
-@router.get(
-    "/points", response_model=Points, responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)}
-)
+@router.get("/points", response_model=Points, responses={**NOT_MODIFIED, **described_problems(404, 422)})
 def get_points(
     server: Server,
     job: OwnedJob,

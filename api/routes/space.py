@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from autoeff.api.context import Server
-from autoeff.api.dependencies import OwnedJob, unchanged
+from autoeff.api.dependencies import NOT_MODIFIED, OwnedJob, unchanged
 from autoeff.api.problems import described_problems
 
 __all__ = ["router"]
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 @router.get(
     "/space",
     response_model=dict[str, Any],
-    responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)},
+    responses={**NOT_MODIFIED, **described_problems(404, 422)},
 )
 def get_space(server: Server, job: OwnedJob, request: Request, response: Response) -> Any:
     """The search space as stored: decisions by block, their levels, and the exact change of cost that each level makes."""

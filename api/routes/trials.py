@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from autoeff.api.bodies import body_of, documented_body
 from autoeff.api.context import Server
-from autoeff.api.dependencies import Cursor, Limit, OwnedJob, OwnJob, TrialNumber, link_next, unchanged
+from autoeff.api.dependencies import NOT_MODIFIED, Cursor, Limit, OwnedJob, OwnJob, TrialNumber, link_next, unchanged
 from autoeff.api.problems import ApiError, described_problems
 from autoeff.api.schemas import Artifact, AttemptPage, ExportRequest, TrialDetail, TrialPage
 from autoeff.search.exporter import known_exporters
@@ -44,7 +44,7 @@ def list_trials(
     "/{number}",
     response_model=TrialDetail,
     response_model_exclude_unset=True,
-    responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)},
+    responses={**NOT_MODIFIED, **described_problems(404, 422)},
 )
 def get_trial(server: Server, job: OwnedJob, number: TrialNumber, request: Request, response: Response) -> Any:
     """One trial, with every try at it and its log."""
@@ -58,7 +58,7 @@ def get_trial(server: Server, job: OwnedJob, number: TrialNumber, request: Reque
 @router.get(
     "/{number}/attempts",
     response_model=AttemptPage,
-    responses={304: {"description": "It is as `If-None-Match` says."}, **described_problems(404, 422)},
+    responses={**NOT_MODIFIED, **described_problems(404, 422)},
 )
 def list_attempts(server: Server, job: OwnedJob, number: TrialNumber, request: Request, response: Response) -> Any:
     """Every try at a trial, the first one first: who tried, when, what came of it, and the end of what it printed."""
