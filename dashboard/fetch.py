@@ -16,10 +16,8 @@ from autoeff.errors import AutoeffError, NotFound
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["OPEN", "Best", "Snapshot", "Terrain", "bests", "contents", "snapshot", "terrain", "trial_rows"]
+__all__ = ["Best", "Snapshot", "Terrain", "bests", "contents", "snapshot", "terrain", "trial_rows"]
 
-OPEN = frozenset({"pending", "running", "paused"})
-"""States in which a job may still find something."""
 _POINTS = 2000
 """Of a picture: as many as a browser moves without stumbling."""
 _ASKED_AT_ONCE = 8

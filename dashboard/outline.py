@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from autoeff.dashboard.fetch import OPEN, Snapshot, Terrain
+from autoeff.dashboard.fetch import Snapshot, Terrain
 from autoeff.dashboard.figures.front import Dot, Guest
 from autoeff.dashboard.figures.progress import Step, bests_of, steps_of
 from autoeff.dashboard.theme import ROLES
@@ -134,7 +134,7 @@ def dominated_over(snapshot: Snapshot, over: str) -> tuple[list[Step], str]:
 
 def is_open(job: Any) -> bool:
     """Whether it may still find something."""
-    return job.state in OPEN
+    return job.state in ("pending", "running", "paused")
 
 
 def _series(snapshot: Snapshot, over: str) -> tuple[list[tuple[float, Any]], str]:

@@ -38,8 +38,6 @@ class Palette:
     line: str
     found: str
     guest: str
-    good: str
-    bad: str
     harm: tuple[str, ...]
     searched: str
     trial: str
@@ -60,8 +58,6 @@ LIGHT = Palette(
     line="#d9dee7",
     found="#1d63d8",
     guest="#b4531a",
-    good="#1c7a44",
-    bad="#b3261e",
     harm=("#fdf6f1", "#f6d7c3", "#d98a58", "#b4531a", "#5a2408"),
     searched="#6f9ceb",
     trial="#9aa3b2",
@@ -83,8 +79,6 @@ DARK = Palette(
     line="#303846",
     found="#7aabff",
     guest="#f0925a",
-    good="#6fd39a",
-    bad="#ff8a80",
     harm=("#1d1a1a", "#4a2a1a", "#8f4a22", "#f0925a", "#ffd9c2"),
     searched="#6f9ceb",
     trial="#9aa3b2",

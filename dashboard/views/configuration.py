@@ -16,10 +16,10 @@ from autoeff.dashboard.figures.latency import Timed, draw_latency
 from autoeff.dashboard.figures.maps import draw_levels
 from autoeff.dashboard.layers import changes, grids_of, place_of, saved_by_block, shares_of
 from autoeff.dashboard.outline import guests_of
-from autoeff.dashboard.tables import column
 from autoeff.dashboard.visit import Visitor
 from autoeff.dashboard.watching import ground_of, show, trial_of, watched
 from autoeff.dashboard.words import NOTHING, figure, markdown, plain
+from autoeff.spaces.measurements import described
 
 __all__ = ["draw", "timed_of"]
 
@@ -200,11 +200,19 @@ def _layers(now: Snapshot, ground: Terrain, trial: Any) -> None:
             rows,
             hide_index=True,
             height=320 if len(rows) > 8 else "content",
-            column_config={f"{name} saved": column(name) for name in names},
+            column_config={f"{name} saved": _column(name) for name in names},
         )
         st.caption(
             "Saved against the dense level at this place, everything else as it is. Alone: the loss with this level and nothing else."
         )
+
+
+def _column(name: str) -> Any:
+    """Of numbers, so that they sort; bytes and counts with prefixes."""
+    unit = described(name).unit
+    if unit.startswith("bytes"):
+        return st.column_config.NumberColumn(format="bytes")
+    return st.column_config.NumberColumn(format="compact" if unit.startswith("FLOP") else "%.4g")
 
 
 def _earned(now: Snapshot, number: int) -> None:

@@ -72,6 +72,17 @@ def test_a_key_that_may_not_is_told_so_and_stays(
     assert page.session_state["visitor"].client is blind
 
 
+WAYS = {"Open it", "First", "Back", "Next"}
+"""Buttons that lead somewhere and change nothing."""
+
+
+@pytest.mark.parametrize("name", ["jobs", "job", "configuration", "submit", "hardware", "keys"])
+def test_a_key_that_reads_only_is_offered_nothing_that_writes(view: Any, name: str) -> None:
+    page = view(name, "reader")
+    assert not page.exception
+    assert {button.label for button in page.button} <= WAYS
+
+
 def test_the_link_of_the_command_lets_in_and_no_other_does(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamlit.testing.v1 import AppTest
 

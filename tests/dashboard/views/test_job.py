@@ -20,12 +20,6 @@ def test_a_finished_search_shows_what_it_found(view: Any, words: Any, shown: Any
     assert [button.label for button in page.button] == ["Clone", "Open it"]
 
 
-def test_a_key_that_reads_only_sees_no_button_that_changes_anything(view: Any) -> None:
-    page = view("job", "reader")
-    assert not page.exception
-    assert [button.label for button in page.button] == ["Open it"]
-
-
 @pytest.mark.parametrize("tab", ["Damage map", "Importance", "Job file"])
 def test_a_tab_is_drawn_once_it_is_opened(view: Any, words: Any, tab: str) -> None:
     page = view("job")
