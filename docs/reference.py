@@ -435,21 +435,24 @@ def kv_front() -> str:
 
 
 def lora_rank() -> str:
-    """Losses from scratch by seed and method, and how prefixes of one adapter order rank vectors."""
+    """Losses from scratch by seed and method, what searched ranks gain, and how prefixes of one adapter order rank vectors."""
     found = results("lora_rank")
     by_seed: dict[int, dict[str, float]] = {}
     for row in found["rows"]:
         if row["part"] == "methods":
             by_seed.setdefault(row["seed"], {})[row["method"]] = row["loss_scratch"]
-    methods = ("uniform", "eva", "searched")
-    rows = [[seed, *(f"{losses[name]:.4f}" for name in methods)] for seed, losses in sorted(by_seed.items())]
-    count, means = sum(row["part"] == "vectors" for row in found["rows"]), found["means"]
+    methods, means = ("uniform", "eva", "adalora", "searched"), found["means"]
+    rows = [[f"seed {seed}", *(f"{losses[name]:.4f}" for name in methods)] for seed, losses in sorted(by_seed.items())]
+    gains = [means[name]["searched_has_less"] for name in methods[:-1]]
+    rows.append(["searched has less by", *(f"{gain['mean']:+.4f} ± {gain['deviation']:.4f}" for gain in gains), ""])
+    rows.append(["parameters", *(f"{means[name]['trainable_parameters']:,}" for name in methods)])
+    count = sum(row["part"] == "vectors" for row in found["rows"])
     kl, loss, size = (f"{means[f'spearman_{name}']:.2f}" for name in ("kl", "loss_super", "trainable_parameters"))
     said = (
         f"Over {count} random rank vectors the KL of prefixes has a rank correlation of {kl} with losses from scratch; "
         f"the loss of prefixes has {loss}, the count of parameters {size}."
     )
-    return table(["seed", "rank 4 everywhere", "EVA", "searched"], rows) + f"\n\n{said}"
+    return table(["", "rank 4 everywhere", "EVA", "AdaLoRA", "searched"], rows) + f"\n\n{said}"
 
 
 def less(before: float, after: float) -> str:
