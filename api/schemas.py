@@ -272,6 +272,7 @@ class Preflight(_Answer):
     space: dict[str, Any]
     limits: list[dict[str, Any]]
     minimum_trials: int
+    left_to_search: int = Field(description="Evaluations that the budget leaves to the sampler.")
     dense: dict[str, float]
     least: dict[str, float]
     methods: dict[str, str] = Field(description="How each cost comes about.")

@@ -593,6 +593,7 @@ def _print_plan(facts: Mapping[str, Any], form: Form) -> None:
             "hardware": preflight["hardware"],
             "damage table": TABLE_WORDS[facts["table"]],
             "least --trials": facts["minimum_trials"],
+            "left to search": f"{facts['left_to_search']} of {facts['job']['budget']['trials']} evaluations",
         }
     )
     sys.stdout.write("\n")

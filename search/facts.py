@@ -93,6 +93,7 @@ def plan_facts(plan: Plan, machine: Settings) -> dict[str, Any]:
         "space": plan.space.to_json(),
         "limits": [{"name": limit.name, "bound": float(limit.bound), "text": limit.text} for limit in plan.limits],
         "minimum_trials": plan.minimum_trials,
+        "left_to_search": plan.left_to_search,
         "dense": dict(plan.dense),
         "least": dict(plan.least),
         "methods": {name: measure.method for name, measure in plan.problem.cost_model.measures.items()},

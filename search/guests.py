@@ -22,6 +22,7 @@ __all__ = [
     "TableForm",
     "finalists",
     "full_table_trials",
+    "left_to_search",
     "minimum_trials",
     "preamble",
     "table_candidates",
@@ -59,6 +60,13 @@ def full_table_trials(space: SearchSpace) -> int:
 def minimum_trials(space: SearchSpace, windows: int) -> int:
     """The least budget in full-token equivalents: dense, uniform levels, the cheap table and five more."""
     return 1 + len(space.uniform()) + -(-_table_cost(space, "cheap", windows) // 1) + _AFTER_TABLE
+
+
+def left_to_search(problem: Problem) -> int:
+    """Evaluations that are left to the sampler when no two guests are equal; rules among them are not counted."""
+    space, trials, windows = problem.space, problem.trials, problem.windows
+    spent = 1 + len(space.uniform()) + _table_cost(space, table_form(space, trials, windows), windows) + len(problem.operating_points)
+    return int(trials - spent - _random_count(trials, spent))
 
 
 def preamble(
@@ -155,7 +163,7 @@ def _seeds(problem: Problem, known: Mapping[Key, float | None], seeds: Callable[
 
 
 def _random(problem: Problem, spent: Fraction) -> list[Candidate]:
-    count = min(_RANDOM, problem.trials // 5, int((problem.trials - spent) / 2))
+    count = _random_count(problem.trials, spent)
     ledgers = [Ledger(problem.space, problem.cost_model, point.limits) for point in problem.operating_points]
     found: dict[tuple[int, ...], Candidate] = {}
     for n in range(_REDRAWS * count if ledgers else 0):
@@ -166,6 +174,10 @@ def _random(problem: Problem, spent: Fraction) -> list[Candidate]:
         indices = ledger.filled(ledger.repaired(problem.space.sample(rng), rng), rng)
         found.setdefault(indices, Candidate(indices, problem.windows, "random", point.name))
     return list(found.values())
+
+
+def _random_count(trials: int, spent: Fraction) -> int:
+    return min(_RANDOM, trials // 5, int((trials - spent) / 2))
 
 
 def _plan(space: SearchSpace, trials: int, windows: int) -> tuple[int, list[list[int]]]:

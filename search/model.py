@@ -14,7 +14,7 @@ from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.evaluators.setup import measurement_from_json
 from autoeff.search.attribution import alternatives, attribution
-from autoeff.search.guests import DamageTable, minimum_trials, preamble, table_candidates, table_form
+from autoeff.search.guests import DamageTable, left_to_search, minimum_trials, preamble, table_candidates, table_form
 from autoeff.search.job import JobSpec
 from autoeff.search.limits import Limit, check_reachable, least_reachable, parse_limit
 from autoeff.search.results import Results
@@ -36,6 +36,7 @@ __all__ = ["Plan", "plan"]
 _PROMPT_TOKENS = 48
 _COMPLETION_TOKENS = 48
 _TIMED_POINTS = 3  # operating points of which finalists are timed end to end
+_LITTLE = 4  # a search with less than a fourth of its budget to itself is told so
 _TRIES = 3  # runners that may be lost meanwhile
 
 
@@ -68,7 +69,7 @@ class Plan:
 
     @property
     def preflight(self) -> dict[str, Any]:
-        return self.preparation.report()
+        return self.preparation.report() | {"notices": list(self.notices)}
 
     @property
     def space(self) -> SearchSpace:
@@ -83,8 +84,19 @@ class Plan:
         return self.preparation.digest
 
     @property
+    def left_to_search(self) -> int:
+        """Evaluations that the budget leaves to the sampler."""
+        return 0 if self.spec.table_only else left_to_search(self.problem)
+
+    @property
     def notices(self) -> Sequence[str]:
-        return self.preparation.notices
+        found = self.preparation.notices
+        if self.sampler not in (None, "none") and _LITTLE * self.left_to_search < self.problem.trials:
+            found.append(
+                f"of {self.problem.trials} evaluations about {self.left_to_search} are left to the search behind baselines and damage "
+                "table; fewer knobs, fewer levels or more trials leave more"
+            )
+        return found
 
     @property
     def sampler(self) -> str | None:

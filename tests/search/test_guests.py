@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from autoeff.search.guests import DamageTable, finalists, minimum_trials, preamble, table_form
+from autoeff.search.guests import DamageTable, finalists, left_to_search, minimum_trials, preamble, table_form
 from autoeff.search.limits import parse_limit
 from autoeff.search.samplers.problem import Candidate, Problem
 from autoeff.spaces.costs import CostModel
@@ -88,6 +88,13 @@ def test_the_least_budget_holds_the_guests_and_leaves_some(windows: int) -> None
     problem = make(least, "linear_bytes<=0.25x", windows=windows)
     used = sum(windows for _, windows in run(problem)[1])
     assert used <= (least - 2) * windows
+
+
+@pytest.mark.parametrize(("trials", "limits"), [(24, ["linear_bytes<=0.25x"]), (61, ["linear_bytes<=0.25x"]), (200, [])])
+def test_what_is_left_to_the_search_is_what_no_guest_takes(trials: int, limits: list[str]) -> None:
+    problem = make(trials, *limits)
+    used = Fraction(sum(windows for _, windows in run(problem)[1]), problem.windows)
+    assert 0 <= int(trials - used) - left_to_search(problem) <= len(problem.operating_points)  # an optimum may be a uniform level
 
 
 def test_the_cheap_table_follows_the_cost_between_and_beyond_what_it_measures() -> None:
