@@ -207,11 +207,11 @@ def _frozen(server: Any, seconds: float) -> None:
     """Stops a server in its tracks, as a network that is cut does: who is connected hears nothing."""
     process = psutil.Process(server.process.pid)
     stopped = [process, *process.children(recursive=True)]
-    for one in stopped:
-        one.suspend()
-    time.sleep(seconds)
-    for one in stopped:
-        one.resume()
+    for number, pause_s in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0.0)):
+        for one in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a connection has ended
+                one.send_signal(number)
+        time.sleep(pause_s)
 
 
 def _signal(processes: Sequence[psutil.Process], number: int, rng: random.Random) -> list[psutil.Process]:
