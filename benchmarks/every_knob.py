@@ -1,6 +1,6 @@
 """One search with every knob that applies to a model: that it ends, what it finds beside the baselines, and what each knob earned.
 
-    python benchmarks/every_knob.py MODELS_AND_DATA [--models demo,demo-moe,stories260K,babyllama-105,minilm-l6] [--trials 200]
+    python benchmarks/every_knob.py MODELS_AND_DATA [--models demo,demo-moe,stories260K,babyllama-105,minilm-l6] [--trials 250]
 
 `MODELS_AND_DATA` holds `models/{stories260K,babyllama-105,minilm-l6}`, `data/tinystories-{train,eval}.txt` and `data/stsb-{train,dev}.csv`; the
 others are bundled. Knobs are taken in the order of their kinds; one that finds nothing in the model, or may not be searched together with one
@@ -46,8 +46,8 @@ def spec(folder: Path, model: str, knobs: list[str], seed: int, trials: int) -> 
         fields |= {"batch": BATCH, "context": CONTEXT, "limits": ["bytes_per_token<=0.3x"]}
         fields["data"], fields["eval_data"] = ({"windows": windows, "length": CONTEXT} for windows in (16, 32))
         if model not in BUNDLED:
-            fields["data"]["source"] = str(folder / "data" / "tinystories-train.txt")
-            fields["eval_data"]["source"] = str(folder / "data" / "tinystories-eval.txt")
+            fields["data"] |= {"source": str(folder / "data" / "tinystories-train.txt"), "bos": "per_document"}
+            fields["eval_data"] |= {"source": str(folder / "data" / "tinystories-eval.txt"), "bos": "per_document"}
     settings = {"bits": {"group_size": 32}}
     return JobSpec.parse(
         fields
@@ -115,7 +115,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Holds models/ and data/.")],
     models: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(MODELS),
     seeds: Annotated[str, typer.Option()] = "0",
-    trials: Annotated[int, typer.Option(help="Of every search, in full-token equivalents.")] = 200,
+    trials: Annotated[int, typer.Option(help="Of every search, in full-token equivalents.")] = 250,
 ) -> None:
     kept: list[Mapping[str, Any]] = []
     for seed in map(int, seeds.split(",")):

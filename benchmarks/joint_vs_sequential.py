@@ -37,8 +37,8 @@ def spec(folder: Path, model: str, knobs: list[str], limit: str, batch: int, see
     text: dict[str, Any] = {"windows": 16, "length": CONTEXT}
     judged: dict[str, Any] = {"windows": 32, "length": CONTEXT}
     if model != "demo":
-        text["source"] = str(folder / "data" / "tinystories-train.txt")
-        judged["source"] = str(folder / "data" / "tinystories-eval.txt")
+        text |= {"source": str(folder / "data" / "tinystories-train.txt"), "bos": "per_document"}
+        judged |= {"source": str(folder / "data" / "tinystories-eval.txt"), "bos": "per_document"}
     settings: dict[str, dict[str, Any]] = {"bits": {"group_size": 32}, "kv_budget": {}}
     return JobSpec.parse(
         {
