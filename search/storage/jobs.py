@@ -28,6 +28,7 @@ _NEXT: Mapping[JobState, frozenset[JobState]] = {
     JobState.CANCELLED: frozenset(),
 }
 
+_GOING_ON = (JobState.PENDING, JobState.RUNNING)
 _JOB = JOB.where(JobRow.id == bindparam("of"))
 _FENCED = select(JobRow.state, JobRow.trials, JobRow.coordinator, JobRow.coordinator_fence, JobRow.queue)
 _FENCED = _FENCED.where(JobRow.id == bindparam("of")).with_for_update()
@@ -297,7 +298,7 @@ def move_job(connection: Connection, job_id: str, before: JobState, state: JobSt
         raise Conflict(f"job {job_id!r} is {before} and cannot become {state}")
     moved = {"state": state, "ended_at": now() if state.terminal else None, "version": JobRow.version + 1}
     connection.execute(update(JobRow).where(JobRow.id == job_id).values(moved | dict(values)))
-    if before is JobState.PAUSED and state in (JobState.PENDING, JobState.RUNNING):
+    if before not in _GOING_ON and state in _GOING_ON:
         for evaluation_id, queue in connection.execute(asked_for(job_id, State.QUEUED)).all():  # they may have been set aside
             leases.ring(connection, evaluation_id, queue)
     if state is not before:

@@ -48,6 +48,7 @@ __all__ = [
 
 OPEN = (State.QUEUED, State.RUNNING)
 _WANTING = tuple(state for state in JobState if state not in (JobState.CANCELLING, JobState.CANCELLED))
+_WAITING = (JobState.PENDING, JobState.RUNNING, JobState.SUCCEEDED)  # of the last, proposals for another budget may be measured
 LOSSES_TO_QUARANTINE = 3
 """A plant may fail twice under one candidate; the third time it is the candidate (design, law 7)."""
 
@@ -114,7 +115,7 @@ def set_aside(connection: Connection, evaluation_id: int) -> None:
     """Takes an open evaluation from whoever has it, and keeps it from everybody, unless a job that goes on wants it."""
     query = select(EvaluationRow.state, EvaluationRow.fence).where(EvaluationRow.id == evaluation_id)
     state, fence = connection.execute(query.with_for_update()).one()
-    if state not in OPEN or wanted(connection, evaluation_id, (JobState.PENDING, JobState.RUNNING)):
+    if state not in OPEN or wanted(connection, evaluation_id, _WAITING):
         return
     if state is State.RUNNING and give_back(connection, evaluation_id, fence, "released"):
         announce(connection, evaluation_id, State.QUEUED, {"reason": "its job was paused"})

@@ -45,6 +45,18 @@ class TestOrders:
         assert store.resume("job").state is JobState.RUNNING
         store.propose(*job, proposal(1))
 
+    def test_failed_job_finds_work_again_that_was_set_aside_with_another(
+        self, store: Store, job: tuple[str, int], proposal: Make, me: str
+    ) -> None:
+        other = submitted(store, me, "other")
+        shared = store.propose(*job, proposal(0, "same")).evaluation_id
+        store.propose(*other, proposal(0, "same"))
+        store.set_job_state(*other, JobState.FAILED, error="its model is gone")
+        store.pause("job", at_once=True)
+        assert store.waiting(["cpu"]) == []
+        store.resume("other")
+        assert store.waiting(["cpu"]) == [shared]
+
     def test_job_paused_and_resumed_before_its_coordinator_looks_can_end(self, store: Store, job: tuple[str, int]) -> None:
         store.pause("job")
         store.resume("job")
