@@ -1,53 +1,18 @@
-"""Tiny random models of every supported family, and a structure made by hand."""
+"""Families that differ in structure, and a structure made by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-import torch
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from autoeff.spaces.sites import Linear, Site, Structure
 
-_COMMON = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
-_DECODER = _COMMON | {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
-_CONFIGS = {
-    "llama": lambda: LlamaConfig(**_DECODER),
-    "mistral": lambda: MistralConfig(**_DECODER, tie_word_embeddings=True),
-    "qwen2": lambda: Qwen2Config(**_DECODER),
-    "qwen3": lambda: Qwen3Config(**_DECODER, head_dim=16),
-    "gpt2": lambda: GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0),
-    "bert": lambda: BertConfig(**_COMMON, max_position_embeddings=64),
-}
 
-
-@pytest.fixture(params=_CONFIGS)
+@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3", "gpt2", "bert"])
 def family(request: pytest.FixtureRequest) -> str:
-    """The `model_type` of each supported family in turn."""
+    """A `model_type` of every kind of structure in turn, for `tiny_model`."""
     return str(request.param)
-
-
-@pytest.fixture
-def make_model() -> Callable[..., nn.Module]:
-    """`make_model(family, device="cpu", **changes)`: a model with seeded random weights, biases included, in evaluation mode."""
-
-    def make(family: str, device: str = "cpu", **changes: object) -> nn.Module:
-        config = _CONFIGS[family]()
-        for name, value in changes.items():
-            setattr(config, name, value)
-        kind = AutoModel if family == "bert" else AutoModelForCausalLM
-        with torch.device(device):
-            model = kind.from_config(config).eval()
-        if device == "cpu":
-            generator = torch.Generator().manual_seed(0)
-            for name, parameter in model.named_parameters():
-                values = torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name.lower() and name.endswith("weight"))
-                parameter.data = values.half().float()  # a dense linear has 16 bits
-        return model
-
-    return make
 
 
 @pytest.fixture

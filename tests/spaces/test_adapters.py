@@ -42,8 +42,8 @@ def merged(model: nn.Module, linear: Linear, adapter: Adapter, rank: int) -> Non
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_a_prefix_adds_what_the_merged_weights_would(family: str, rank: int, make_model: Callable[..., nn.Module]) -> None:
-    model, other = make_model(family), make_model(family)
+def test_a_prefix_adds_what_the_merged_weights_would(family: str, rank: int, tiny_model: Callable[..., nn.Module]) -> None:
+    model, other = tiny_model(family), tiny_model(family)
     adapters = adapters_for(model, 3)
     attached(model, adapters)
     with_rank(adapters.values(), rank)
@@ -52,8 +52,8 @@ def test_a_prefix_adds_what_the_merged_weights_would(family: str, rank: int, mak
     torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_undone_leaves_no_trace(make_model: Callable[..., nn.Module]) -> None:
-    model = make_model("llama")
+def test_what_is_undone_leaves_no_trace(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("llama")
     state, dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}, logits(model)
     adapters = adapters_for(model, 2)
     take_away = attached(model, adapters)

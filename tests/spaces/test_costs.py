@@ -74,8 +74,8 @@ def _weights(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("settings", [{}, {"group_size": 8, "symmetric": True}, {"group_size": 24}])
 @pytest.mark.parametrize("untie", [False, True])
-def test_costs_equal_what_is_counted(family: str, make_model: Callable[..., nn.Module], settings: dict[str, object], untie: bool) -> None:
-    model = make_model(family)
+def test_costs_equal_what_is_counted(family: str, tiny_model: Callable[..., nn.Module], settings: dict[str, object], untie: bool) -> None:
+    model = tiny_model(family)
     structure = find_structure(model, untie=untie)
     space, knobs = build_space(structure, SpaceSpec({"bits": settings, "skip": {}}))
     costs = CostModel(space, batch=BATCH, context=CONTEXT)
@@ -110,8 +110,8 @@ def test_space_alone_is_enough_for_the_costs(make_structure: Callable[..., Struc
     assert CostModel(again, batch=1, context=1).values(indices) == CostModel(space, batch=1, context=1).values(indices)
 
 
-def test_spaces_from_before_latency_read_what_they_store(make_model: Callable[..., nn.Module]) -> None:
-    structure = find_structure(make_model("llama"))
+def test_spaces_from_before_latency_read_what_they_store(tiny_model: Callable[..., nn.Module]) -> None:
+    structure = find_structure(tiny_model("llama"))
     space, _ = build_space(structure, SpaceSpec({"bits": {}}))
     before = SearchSpace(
         tuple(
@@ -126,8 +126,8 @@ def test_spaces_from_before_latency_read_what_they_store(make_model: Callable[..
 
 
 @pytest.mark.parametrize(("quantity", "method"), [("decode_ns", "predicted"), ("decode_floor_ns", "estimated")])
-def test_times_say_how_they_came_about(make_model: Callable[..., nn.Module], quantity: str, method: str) -> None:
-    space, _ = build_space(find_structure(make_model("llama")), SpaceSpec({"bits": {}}), dense={quantity: 1_500_000})
+def test_times_say_how_they_came_about(tiny_model: Callable[..., nn.Module], quantity: str, method: str) -> None:
+    space, _ = build_space(find_structure(tiny_model("llama")), SpaceSpec({"bits": {}}), dense={quantity: 1_500_000})
     found = {m.name: (m.value, m.method) for m in CostModel(space, batch=1, context=2).measurements([0] * len(space.decisions))}
     assert found.pop("decode_ms") == (1.5, method)
     assert {how for _, how in found.values()} == {"exact"}

@@ -59,8 +59,8 @@ def knob(request: pytest.FixtureRequest, third_party_knobs: Path) -> Knob:
 
 
 @pytest.fixture
-def model(family: str, knob: Knob, make_model: Callable[..., nn.Module]) -> nn.Module:
-    model = make_model(family)
+def model(family: str, knob: Knob, tiny_model: Callable[..., nn.Module]) -> nn.Module:
+    model = tiny_model(family)
     if isinstance(knob, LoraRank):  # as if they had been trained
         linears = [linear for site in knob.sites(find_structure(model)) for linear in site.linears]
         rank = knob.ranks[0]
@@ -203,10 +203,10 @@ def test_kernel_exists(knob: Knob, structure: Structure) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_walks_end_where_they_began(family: str, seed: int, make_model: Callable[..., nn.Module]) -> None:
+def test_random_walks_end_where_they_began(family: str, seed: int, tiny_model: Callable[..., nn.Module]) -> None:
     """Every knob at once, sites in any order; at one sublayer what came last goes first."""
     rng = random.Random(seed)
-    model = make_model(family)
+    model = tiny_model(family)
     structure = find_structure(model)
     before, dense = _state(model), _output(model)
     moves = [(knob, site) for knob in (make_knob("bits", {"group_size": 8}), make_knob("skip", {})) for site in knob.sites(structure)]

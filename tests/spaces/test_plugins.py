@@ -42,8 +42,8 @@ def test_third_party_knob_is_gone_where_it_is_not_installed() -> None:
         make_knob("noise", {})
 
 
-def test_faulty_knob_raises_and_makes_nan(third_party_knobs: Path, make_model: Callable[..., nn.Module]) -> None:
-    model = make_model("llama")
+def test_faulty_knob_raises_and_makes_nan(third_party_knobs: Path, tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("llama")
     site = next(site for site in find_structure(model).sites if site.kind == "ffn")
     knob = make_knob("faulty", {})
     with pytest.raises(RuntimeError, match="told to raise"):

@@ -26,8 +26,8 @@ def sublayer(model: nn.Module, knob: UnitKnob) -> tuple[Site, Material]:
 
 
 @pytest.mark.parametrize("share", [0.75, 0.5, 0.25])
-def test_a_masked_ffn_is_the_sliced_one(make_model: MakeModel, share: float) -> None:
-    model = make_model("llama").double()
+def test_a_masked_ffn_is_the_sliced_one(tiny_model: MakeModel, share: float) -> None:
+    model = tiny_model("llama").double()
     knob = make_knob("width", {"criterion": "magnitude"})
     assert isinstance(knob, UnitKnob)
     site, material = sublayer(model, knob)
@@ -42,8 +42,8 @@ def test_a_masked_ffn_is_the_sliced_one(make_model: MakeModel, share: float) -> 
     assert torch.allclose(model.get_submodule(site.name)(x), sliced, atol=1e-12)
 
 
-def test_the_units_of_greatest_score_are_kept_in_their_order(make_model: MakeModel) -> None:
-    model = make_model("llama")
+def test_the_units_of_greatest_score_are_kept_in_their_order(tiny_model: MakeModel) -> None:
+    model = tiny_model("llama")
     knob = make_knob("width", {"criterion": "magnitude", "multiple": 1})
     assert isinstance(knob, UnitKnob)
     site, material = sublayer(model, knob)
@@ -52,8 +52,8 @@ def test_the_units_of_greatest_score_are_kept_in_their_order(make_model: MakeMod
     assert kept.tolist() == sorted(energy.argsort(descending=True)[:20].tolist())
 
 
-def test_kept_heads_bring_their_query_heads_and_their_cache(make_model: MakeModel) -> None:
-    model = make_model("llama")  # 4 query heads on 2 KV heads of 8
+def test_kept_heads_bring_their_query_heads_and_their_cache(tiny_model: MakeModel) -> None:
+    model = tiny_model("llama")  # 4 query heads on 2 KV heads of 8
     knob = make_knob("heads", {"criterion": "magnitude"})
     assert isinstance(knob, UnitKnob)
     site, _ = sublayer(model, knob)

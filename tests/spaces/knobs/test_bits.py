@@ -97,8 +97,8 @@ def test_linears_whose_names_begin_alike_are_kept_apart() -> None:
     assert {name: tuple(tensor.shape) for name, tensor in decoded.items()} == {"b.l1.weight": (3, 16), "b.l10.weight": (5, 16)}
 
 
-def test_applied_model_computes_with_the_decoded_weights(family: str, make_model: MakeModel) -> None:
-    model, twin = make_model(family), make_model(family)
+def test_applied_model_computes_with_the_decoded_weights(family: str, tiny_model: MakeModel) -> None:
+    model, twin = tiny_model(family), tiny_model(family)
     knob, quantizer = Bits(group_size=8), make_quantizer("rtn", group_size=8, symmetric=False)
     for site in knob.sites(find_structure(model)):
         weights = {}
@@ -111,7 +111,7 @@ def test_applied_model_computes_with_the_decoded_weights(family: str, make_model
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         assert torch.equal(model(tokens)[0], twin(tokens)[0])
-        assert not torch.equal(model(tokens)[0], make_model(family)(tokens)[0])
+        assert not torch.equal(model(tokens)[0], tiny_model(family)(tokens)[0])
 
 
 def test_values_are_put_in_without_a_copy_where_the_dtype_agrees() -> None:

@@ -14,8 +14,8 @@ from autoeff.spaces.knob import make_knob
 from autoeff.spaces.sites import find_structure
 
 
-def test_keys_and_values_decide_apart_and_cost_codes_scales_and_what_is_not_packed(make_model: Callable[..., nn.Module]) -> None:
-    structure = find_structure(make_model("qwen3")).at_context(1024)  # 2 KV heads of 16
+def test_keys_and_values_decide_apart_and_cost_codes_scales_and_what_is_not_packed(tiny_model: Callable[..., nn.Module]) -> None:
+    structure = find_structure(tiny_model("qwen3")).at_context(1024)  # 2 KV heads of 16
     space, _ = build_space(structure, SpaceSpec({"kv_bits": {}}))
     assert [d.key.removeprefix("model.layers.0.self_attn.") for d in space.decisions[:2]] == ["keys:kv_bits", "values:kv_bits"]
     costs = CostModel(space, batch=1, context=1024)
@@ -27,8 +27,8 @@ def test_keys_and_values_decide_apart_and_cost_codes_scales_and_what_is_not_pack
     assert "kv_peak_bytes" not in costs.measures  # nothing is thinned
 
 
-def test_head_sizes_that_kernels_do_not_pack_have_no_lower_width(make_model: Callable[..., nn.Module]) -> None:
-    structure = find_structure(make_model("llama", head_dim=12)).at_context(512)
+def test_head_sizes_that_kernels_do_not_pack_have_no_lower_width(tiny_model: Callable[..., nn.Module]) -> None:
+    structure = find_structure(tiny_model("llama", head_dim=12)).at_context(512)
     with pytest.raises(InputError, match="the space is empty"):
         build_space(structure, SpaceSpec({"kv_bits": {}}))
 

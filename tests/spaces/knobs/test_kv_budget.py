@@ -33,8 +33,8 @@ def space_of(model: nn.Module, knobs: dict[str, dict[str, Any]]) -> SearchSpace:
     return build_space(structure_of(model), SpaceSpec(knobs))[0]
 
 
-def test_a_share_keeps_so_many_tokens_of_every_sequence(make_model: Callable[..., nn.Module]) -> None:
-    space = space_of(make_model("llama"), {"kv_budget": {}})
+def test_a_share_keeps_so_many_tokens_of_every_sequence(tiny_model: Callable[..., nn.Module]) -> None:
+    space = space_of(tiny_model("llama"), {"kv_budget": {}})
     costs = CostModel(space, batch=3, context=CONTEXT)
     assert costs.dense("kv_bytes") == 3 * 3 * ALL
     levels = {decision.key: share for decision, share in zip(space.decisions, (0.5, 0.1875, 1), strict=True)}
@@ -46,10 +46,10 @@ def test_a_share_keeps_so_many_tokens_of_every_sequence(make_model: Callable[...
     assert list(space.uniform())[:2] == ["kv_budget=0.75", "kv_budget=0.5"]
 
 
-def test_costs_go_on_top_of_whatever_changes_the_cache_besides(make_model: Callable[..., nn.Module]) -> None:
+def test_costs_go_on_top_of_whatever_changes_the_cache_besides(tiny_model: Callable[..., nn.Module]) -> None:
     """Skipped attention keeps nothing, fewer heads keep less of each token, and bits are those of the tokens that are kept."""
     space = space_of(
-        make_model("llama"), {"kv_bits": {}, "kv_budget": {}, "heads": {"criterion": "magnitude"}, "skip": {}, "bits": {"group_size": 8}}
+        tiny_model("llama"), {"kv_bits": {}, "kv_budget": {}, "heads": {"criterion": "magnitude"}, "skip": {}, "bits": {"group_size": 8}}
     )
     costs, rng = CostModel(space, batch=1, context=CONTEXT), random.Random(0)
     assert {d.knob: bool(d.parent is not None) for d in space.decisions}["kv_bits"]
@@ -73,9 +73,9 @@ def test_costs_go_on_top_of_whatever_changes_the_cache_besides(make_model: Calla
     assert len(seen) > 10
 
 
-def test_one_limit_works_over_bits_and_cache_together(make_model: Callable[..., nn.Module]) -> None:
+def test_one_limit_works_over_bits_and_cache_together(tiny_model: Callable[..., nn.Module]) -> None:
     """Neither knob alone could keep it."""
-    model = make_model("qwen2")
+    model = tiny_model("qwen2")
     knobs: dict[str, dict[str, Any]] = {"kv_budget": {"shares": (0.5, 0.25)}, "bits": {"group_size": 8}}
     both, *alone = (CostModel(space_of(model, chosen), batch=1, context=CONTEXT) for chosen in (knobs, *({k: v} for k, v in knobs.items())))
     limit = parse_limit("bytes_per_token<=0.45x", both)
@@ -100,10 +100,10 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
         make_knob("kv_budget", settings)
 
 
-def test_a_budget_below_sinks_and_window_is_refused_with_the_least_share(make_model: Callable[..., nn.Module]) -> None:
+def test_a_budget_below_sinks_and_window_is_refused_with_the_least_share(tiny_model: Callable[..., nn.Module]) -> None:
     knobs = {"kv_budget": {"shares": (0.5, 0.04)}}
     with pytest.raises(InputError) as caught:
-        space_of(make_model("llama"), knobs)
+        space_of(tiny_model("llama"), knobs)
     assert str(caught.value) == (
         "kv_budget.shares: 0.04 of a context of 512 tokens keeps 20, fewer than the 28 that 4 sinks, a window of 16 and 8 new ones take; "
         "give shares from 0.05469, or a longer context"
@@ -113,13 +113,13 @@ def test_a_budget_below_sinks_and_window_is_refused_with_the_least_share(make_mo
 
 
 def test_models_without_a_cache_that_can_be_decided_about_are_refused(
-    make_model: Callable[..., nn.Module], tiny_model: Callable[..., nn.Module]
+    tiny_model: Callable[..., nn.Module],
 ) -> None:
     """Encoders keep nothing, attention of falcon cannot be put in its place, and sliding windows below the context have their own rule."""
     for model, name in (
-        (make_model("bert"), "bert"),
+        (tiny_model("bert"), "bert"),
         (tiny_model("falcon"), "falcon"),
-        (make_model("mistral", sliding_window=64), "mistral"),
+        (tiny_model("mistral", sliding_window=64), "mistral"),
     ):
         for knob in ("kv_budget", "kv_bits"):
             with pytest.raises(InputError, match=f"knob {knob} finds nothing to decide about in this {name} model"):
@@ -128,5 +128,5 @@ def test_models_without_a_cache_that_can_be_decided_about_are_refused(
     assert layers == [1] or layers == [0, 1, 2]
 
 
-def test_a_window_as_long_as_the_context_slides_never(make_model: Callable[..., nn.Module]) -> None:
-    assert len(space_of(make_model("mistral", sliding_window=CONTEXT), {"kv_budget": {}}).decisions) == 3
+def test_a_window_as_long_as_the_context_slides_never(tiny_model: Callable[..., nn.Module]) -> None:
+    assert len(space_of(tiny_model("mistral", sliding_window=CONTEXT), {"kv_budget": {}}).decisions) == 3

@@ -32,8 +32,8 @@ def _silenced(model: nn.Module, path: str) -> Tensor:
         handle.remove()
 
 
-def test_skipping_is_removing_the_branch(family: str, make_model: MakeModel) -> None:
-    model = make_model(family)
+def test_skipping_is_removing_the_branch(family: str, tiny_model: MakeModel) -> None:
+    model = tiny_model(family)
     dense = _output(model)
     for site in Skip().sites(find_structure(model)):
         # BERT adds the residual inside the sublayer; elsewhere the whole sublayer is the branch
@@ -45,8 +45,8 @@ def test_skipping_is_removing_the_branch(family: str, make_model: MakeModel) -> 
     assert torch.equal(_output(model), dense)
 
 
-def test_skipping_everything_leaves_embeddings_and_head(make_model: MakeModel) -> None:
-    model = make_model("llama")
+def test_skipping_everything_leaves_embeddings_and_head(tiny_model: MakeModel) -> None:
+    model = tiny_model("llama")
     for site in Skip().sites(find_structure(model)):
         Skip().apply(model, site, "skip")
     with torch.no_grad():
@@ -54,8 +54,8 @@ def test_skipping_everything_leaves_embeddings_and_head(make_model: MakeModel) -
     assert torch.equal(_output(model), expected)
 
 
-def test_bias_of_the_output_projection_is_silenced_too(make_model: MakeModel) -> None:
-    model = make_model("gpt2")
+def test_bias_of_the_output_projection_is_silenced_too(tiny_model: MakeModel) -> None:
+    model = tiny_model("gpt2")
     assert model.transformer.h[0].mlp.c_proj.bias.abs().max() > 0
     site = next(site for site in find_structure(model).sites if site.kind == "ffn")
     Skip().apply(model, site, "skip")
@@ -81,8 +81,8 @@ def test_only_skip_silences(make_structure: Callable[..., Structure]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_zeros_have_the_dtype_of_the_model(dtype: torch.dtype, make_model: MakeModel) -> None:
-    model = make_model("llama").to(dtype)
+def test_zeros_have_the_dtype_of_the_model(dtype: torch.dtype, tiny_model: MakeModel) -> None:
+    model = tiny_model("llama").to(dtype)
     site = Skip().sites(find_structure(model))[0]
     Skip().apply(model, site, "skip")
     assert model.get_submodule(str(site.output)).weight.dtype == dtype
