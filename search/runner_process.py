@@ -221,7 +221,7 @@ def answers(
     looked = time.monotonic()
     deadline = looked + timeout_s
     watched = psutil.Process(pid)
-    cap = settings.memory_cap
+    cap, answering = settings.memory_cap, False
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
         while True:
@@ -229,22 +229,19 @@ def answers(
                 line, _, rest = pending.partition(b"\n")
                 pending[:] = rest
                 yield json.loads(line)
+            if time.monotonic() >= looked + _TICK_S:  # behind the answers: the last one of a process that has ended counts
+                looked = time.monotonic()
+                tick()
+                if not answering and time.monotonic() > deadline:
+                    raise CandidateError(FailureClass.TIMEOUT, f"no answer within {timeout_s:g} s")
+                if not answering and (held := _resident(watched)) > cap:
+                    raise CandidateError(FailureClass.OOM_HOST, f"held {held / 2**30:.2f} GiB; the cap is {cap / 2**30:.2f} GiB")
             answering = bool(selector.select(_TICK_S))
             if answering:
                 data = os.read(fd, 1 << 20)
                 if not data:
                     return
                 pending += data
-            if time.monotonic() < looked + _TICK_S:
-                continue
-            looked = time.monotonic()
-            tick()
-            if answering:
-                continue
-            if time.monotonic() > deadline:
-                raise CandidateError(FailureClass.TIMEOUT, f"no answer within {timeout_s:g} s")
-            if (held := _resident(watched)) > cap:
-                raise CandidateError(FailureClass.OOM_HOST, f"held {held / 2**30:.2f} GiB; the cap is {cap / 2**30:.2f} GiB")
 
 
 def log_since(log: Path, start: int, most: int) -> str:

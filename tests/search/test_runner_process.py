@@ -155,3 +155,22 @@ def test_a_lease_is_renewed_while_progress_is_reported() -> None:
     os.close(reading)
     assert [answer["done"] for answer in found] == list(range(60))
     assert len(ticks) >= 3
+
+
+def test_an_answer_counts_however_late_it_is_read(tmp_path: Path) -> None:
+    """On a busy machine a process may answer and end between two looks at it; the second one would find it dead."""
+    reading, writing = os.pipe()
+    looks: list[bytes] = []
+
+    def look() -> None:
+        assert not looks, "looked at once more before the answer was taken"
+        looks.append(b'{"kind": "measured"}\n')
+        os.write(writing, looks[0])
+        time.sleep(0.3)
+
+    try:
+        assert next(answers(reading, os.getpid(), bytearray(), Settings(home=tmp_path), 20, look)) == {"kind": "measured"}
+        assert looks
+    finally:
+        os.close(reading)
+        os.close(writing)
