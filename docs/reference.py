@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -434,6 +435,45 @@ def kv_front() -> str:
     return table(columns, rows)
 
 
+def joint_vs_sequential() -> str:
+    """Means over seeds, by model and size of the cache."""
+    rows = []
+    for row in results("joint_vs_sequential")["means"]:
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.0%}"
+        values = (f"{value:.3g}" for value in row["held_out"].values())
+        rows.append([row["model"], f"{row['ratio']:g}", row["seeds"], *values, f"{row['change']:+.0%}{spread}"])
+    columns = ["model", "cache / weights", "seeds", "one search", "bits, then cache", "cache, then bits", "against the better order"]
+    return table(columns, rows)
+
+
+def experts_front() -> str:
+    """Means over seeds: experts that stay stored at the bytes of a uniform level, and tokens sent to one or two at equal arithmetic."""
+    found = results("experts_front")["rows"]
+    pairs = {
+        f"`{kept['point']}`": [(row["kept"][i]["uniform"], row["kept"][i]["found"]) for row in found]
+        for i, kept in enumerate(found[0]["kept"])
+    }
+    pairs["half of what could be spared sent to one expert (alike: mean of random choices)"] = [
+        (row["active"]["random"], row["active"]["found"]) for row in found
+    ]
+    rows = []
+    for name, values in pairs.items():
+        alike, chosen = (fmean(column) for column in zip(*values, strict=True))
+        rows.append([name, len(values), f"{alike:.3g}", f"{chosen:.3g}", f"{fmean(b / a for a, b in values) - 1:+.0%}"])
+    return table(["", "seeds", "alike", "layer by layer", ""], rows)
+
+
+def every_knob() -> str:
+    """One search by model: what is found beside its baselines, and the knobs that earned most."""
+    rows = []
+    for row in results("every_knob")["rows"]:
+        best = [None if (value := row["held_out"][role]) is None else f"{value:.3g}" for role in ("uniform", "additive", "random", "found")]
+        earned = sorted(((r["earned"], r["knob"]) for r in row["attribution"]["rows"]), reverse=True)
+        named = ", ".join(f"`{knob}` {gain / row['held_out']['found']:+.0%}" for gain, knob in earned if gain > 0)
+        rows.append([row["model"], len(row["knobs"]), row["decisions"], *best, named])
+    return table(["model", "knobs", "decisions", "uniform", "additive", "random", "found", "loss without the knob's freedom"], rows)
+
+
 def lora_rank() -> str:
     """Losses from scratch by seed and method, what searched ranks gain, and how prefixes of one adapter order rank vectors."""
     found = results("lora_rank")
@@ -489,6 +529,9 @@ RESULTS: Mapping[str, Callable[[], str]] = {
         method_fronts,
         joint_search,
         kv_front,
+        joint_vs_sequential,
+        experts_front,
+        every_knob,
         lora_rank,
         kernel_linear_wq,
         latency_model,
