@@ -9,7 +9,7 @@ from math import floor, log10
 import torch
 
 from autoeff.evaluators.latency_table import Fit, LatencySpec, Operation
-from autoeff.evaluators.serving import Form, joined, served
+from autoeff.evaluators.serving import Form, served
 from autoeff.kernels import linear_wq
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import Cost, Knob
@@ -75,10 +75,6 @@ class Composer:
             return 0
         return self._rounded(self.fit.constants[_factor(operation)] * self._times(operation))
 
-    def joined(self, parts: Sequence[Form]) -> tuple[Form, ...]:
-        """What linears of a site take as one."""
-        return self._operations.joined(parts)
-
     def rest(self, site: Site) -> int:
         """The time of what is in a sublayer besides its linears."""
         operation = self._operations.attention(site)
@@ -105,8 +101,8 @@ class Composer:
         kernel, settings = knob.kernel(site, level), knob.kernel_settings(site, level)
         if knob.kind == "cache":
             return self._rounded(self._times(operation)) if (operation := self._operations.cache(kernel, cost)) else 0
-        parts = [Form(linear, kernel=kernel, settings=settings) for linear in knob.left(site, level).linears]
-        return sum(map(self.linear, self.joined(parts))) - dense(site.linears)
+        linears = knob.left(site, level).linears
+        return sum(self.linear(Form(linear, kernel=kernel, settings=settings)) for linear in linears) - dense(site.linears)
 
     def _parts(self, site: Site) -> list[Site]:
         """The sublayers of a block; a sublayer is the only one of itself."""
@@ -154,10 +150,6 @@ class Operations:
             return self._made("linear", sizes)
         return self._made(str(form.kernel), {**sizes, **form.settings})
 
-    def joined(self, parts: Sequence[Form]) -> tuple[Form, ...]:
-        """What is computed at once for linears of a site."""
-        return joined(parts, self._device)
-
     def attention(self, site: Site) -> Operation | None:
         """None where nothing changes it, so that it is in the constant."""
         if site.kind != "attention" or not self._attends or site.coupling is None or site.output is None:
@@ -191,10 +183,6 @@ class Floors(Operations):
                 form.kernel, {"bytes": matrices * packed + BYTES_DENSE * rows * (n + k), "flops": linear_wq.flops(rows, n, k)}
             )
         return self._made("linear", {"bytes": BYTES_DENSE * (matrices * n * k + rows * (n + k)), "flops": linear_wq.flops(rows, n, k)})
-
-    def joined(self, parts: Sequence[Form]) -> tuple[Form, ...]:
-        """All apart, as dense linears count."""
-        return tuple(parts)
 
     def attention(self, site: Site) -> Operation | None:
         if site.kind != "attention":

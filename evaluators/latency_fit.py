@@ -301,19 +301,16 @@ def _features(model: TimedModel, composer: Composer, indices: Sequence[int], blo
     found = {"model": 1.0, "linear": 0.0, "packed": 0.0, "attend": 0.0}
     taken = forms(model.structure, model.space, model.knobs, indices)
     for site in model.structure.sites:
-        if site.block >= blocks:
+        if site.block >= blocks or site.kind not in SUBLAYERS:
             continue
         forms_here = [form for linear in site.linears for form in taken[linear.name]]
-        if site.kind == "linears":
-            for form in composer.joined(forms_here):
-                served_as = "packed" if served(form.kernel, form.settings, form.linear, model.device) else "linear"
-                found[served_as] += composer.linear(form)
-        if site.kind not in SUBLAYERS:
-            continue
         left = replace(site, linears=tuple(form.linear for form in forms_here))
         absent = site.kind in whole and all(form.silenced for form in forms_here)
         found[kind_of(site)] = found.get(kind_of(site), 0.0) + (not absent)
         found["attend"] += 0 if absent else composer.rest(left)
+        for form in forms_here:
+            served_as = "packed" if served(form.kernel, form.settings, form.linear, model.device) else "linear"
+            found[served_as] += composer.linear(form)
     return found
 
 

@@ -1,9 +1,8 @@
 """A model as a configuration would be served: packed weights behind their kernels, cut linears in their real shapes, sublayers left out.
 
 Candidates of a search hold decoded values in the dense shapes (`candidate.py`); this is what is timed. A level that no kernel serves here
-stands as a dense linear with its values; packed linears that are fed the same tensor are one product. Whether a skipped sublayer can be
-left out whole is tried: its module is replaced by zeros, and where that gives another result than zeros in its output projection (BERT adds
-the stream inside), only its linears are.
+stands as a dense linear with its values. Whether a skipped sublayer can be left out whole is tried: its module is replaced by zeros, and
+where that gives another result than zeros in its output projection (BERT adds the stream inside), only its linears are.
 """
 
 from __future__ import annotations
@@ -33,14 +32,12 @@ __all__ = [
     "FEW_ROWS",
     "Arbitrary",
     "Form",
-    "JointLinear",
     "LowRankLinear",
     "PackedLinear",
     "Stored",
     "copied",
     "decoding",
     "forms",
-    "joined",
     "linear_of",
     "prefilling",
     "removable",
@@ -104,19 +101,6 @@ def served(kernel: str | None, settings: Mapping[str, int], linear: Linear, devi
     return kernel == "linear_wq" and not linear.experts and (device.type == "cuda" or settings["group"] % 32 == 0)
 
 
-def joined(parts: Sequence[Form], device: torch.device) -> tuple[Form, ...]:
-    """One form for linears of a site, which are fed the same tensor, where a kernel serves all with the same settings; else the parts."""
-    first = parts[0]
-    alike = all(
-        (part.kernel, part.settings, part.linear.in_features) == (first.kernel, first.settings, first.linear.in_features)
-        and not (part.silenced or part.linear.factor_of)
-        for part in parts
-    )
-    if not alike or not served(first.kernel, first.settings, first.linear, device):
-        return tuple(parts)
-    return (replace(first, linear=replace(first.linear, out_features=sum(part.linear.out_features for part in parts))),)
-
-
 class PackedLinear(nn.Module):
     """y = x W^T + b from packed codes, in the dtype of x.
 
@@ -140,41 +124,6 @@ class PackedLinear(nn.Module):
             return dense_linear(x, self.packed.dense(torch.float16).to(x.dtype), self.bias)
         y = self._few(x.to(torch.bfloat16)).to(x.dtype)
         return y if self.bias is None else y + self.bias
-
-
-class JointLinear(nn.Module):
-    """One of several linears that are one product: whichever is fed a tensor first computes them all.
-
-    Args:
-        product: Of all.
-        part: Which one this is.
-    """
-
-    def __init__(self, product: _Product, part: int) -> None:
-        super().__init__()
-        self._product, self._part = product, part
-        self.in_features, self.out_features = product.linear.in_features, product.sizes[part]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._product.part(self._part, x)
-
-
-class _Product:
-    """A packed linear whose outputs are those of several, which are fed the same tensor."""
-
-    def __init__(self, linear: PackedLinear, parts: Sequence[Form]) -> None:
-        self.linear, self.sizes = linear, [form.linear.out_features for form in parts]
-        self._x: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
-
-    def part(self, index: int, x: Tensor) -> Tensor:
-        """The outputs of one linear, [..., its N]. What the others are fed next is taken to be this very tensor, or is multiplied anew."""
-        if self._x is not x or index not in self._waiting:
-            self._x, self._waiting = x, dict(enumerate(self.linear(x).split(self.sizes, -1)))
-        y = self._waiting.pop(index)
-        if not self._waiting:
-            self._x = None
-        return y
 
 
 class LowRankLinear(nn.Module):
@@ -274,11 +223,23 @@ def serve(
         whole: Kinds of sublayers that are left out with their modules, as `removable` found.
         unserved: Knobs of which the dense shapes are kept, with zeros: the model does not run in smaller ones.
     """
-    blocks, taken = structure.blocks, forms(structure, space, knobs, indices)
-    for site in structure.sites:
-        if site.kind == "linears" and _there(model, blocks[site.block]):
-            changed = {linear.name: taken[linear.name] for linear in site.linears if taken[linear.name][0].chain}
-            _serve_site(model, {name: parts for name, parts in changed.items() if not parts[0].silenced}, weights, unserved)
+    blocks = structure.blocks
+    blocks_of = {linear.name: site.block for site in structure.sites for linear in site.linears}
+    for name, parts in forms(structure, space, knobs, indices).items():
+        form = parts[0]
+        if not form.chain or form.silenced or not _there(model, blocks[blocks_of[name]]):
+            continue
+        if form.linear.experts or any(step.knob.name in unserved for step in form.chain):
+            if (values := weights.whole(form)) is not None:
+                _set(model, form.linear.weight, values)
+        else:
+            original = model.get_submodule(name)
+            bias: Tensor | None = original.bias.data if isinstance(original.bias, Tensor) else None
+            if bias is not None and (rows := weights.rows(parts[-1])) is not None:
+                bias = bias[rows.to(bias.device)]
+            own = original.weight
+            assert isinstance(own, Tensor)
+            _put(model, name, linear_of(own, bias, parts, weights))
     sites = {site.name: site for site in structure.sites}
     for decision, i in zip(space.decisions, space.normalised(indices), strict=True):
         site = sites[decision.site]
@@ -288,36 +249,6 @@ def serve(
                     _leave_out(model, part, whole)
         elif i and site.kind == "block" and _there(model, site.name):
             knobs[decision.knob].apply(model, site, decision.levels[i])
-
-
-def _serve_site(model: nn.Module, changed: Mapping[str, tuple[Form, ...]], weights: Weights, unserved: Collection[str]) -> None:
-    """Puts what serves linears that are fed the same tensor in their places."""
-    replaced = {}
-    for name, parts in changed.items():
-        form = parts[0]
-        if not (form.linear.experts or any(step.knob.name in unserved for step in form.chain)):
-            replaced[name] = parts
-        elif (values := weights.whole(form)) is not None:
-            _set(model, form.linear.weight, values)
-    own = {name: model.get_parameter(f"{name}.weight") for name in replaced}
-    biases = {name: _bias(model, name, parts[-1], weights) for name, parts in replaced.items()}
-    all_parts = [form for parts in replaced.values() for form in parts]
-    if len(replaced) > 1 and len(joined(all_parts, own[all_parts[0].linear.of_model].device)) == 1:
-        product = _Product(_packed(next(iter(own.values())), all_parts, list(biases.values()), weights), all_parts)
-        modules: list[nn.Module] = [JointLinear(product, part) for part in range(len(all_parts))]
-    else:
-        modules = [linear_of(own[name], biases[name], parts, weights) for name, parts in replaced.items()]
-    for name, module in zip(replaced, modules, strict=True):
-        _put(model, name, module)
-
-
-def _bias(model: nn.Module, name: str, form: Form, weights: Weights) -> Tensor | None:
-    """The bias of the outputs that are left."""
-    bias = model.get_submodule(name).bias
-    if not isinstance(bias, Tensor):
-        return None
-    rows = weights.rows(form)
-    return bias.data if rows is None else bias.data[rows.to(bias.device)]
 
 
 def removable(model: nn.Module, structure: Structure) -> frozenset[str]:
@@ -425,28 +356,15 @@ def linear_of(own: Tensor, bias: Tensor | None, parts: Sequence[Form], weights: 
 
 def _one(own: Tensor, form: Form, bias: Tensor | None, weights: Weights) -> nn.Module:
     if served(form.kernel, form.settings, form.linear, own.device):
-        return _packed(own, [form], [bias], weights)
+        packed = {name: part.to(own.device) for name, part in weights.packed(form).items()}
+        planes = {name: part for name, part in packed.items() if name.startswith("plane")}
+        bits, group = form.settings["bits"], form.settings["group"]
+        return PackedLinear(linear_wq.Weight(planes, packed["scale"], packed.get("minimum"), bits, form.linear.in_features, group), bias)
     dense = nn.Linear(form.linear.in_features, form.linear.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(weights.dense(form).to(own.device, own.dtype), requires_grad=False)
     if bias is not None:
         dense.bias = nn.Parameter(bias, requires_grad=False)
     return dense
-
-
-def _packed(own: Tensor, parts: Sequence[Form], biases: Sequence[Tensor | None], weights: Weights) -> PackedLinear:
-    """One product for linears of which `joined` makes one form."""
-    stored = [weights.packed(form) for form in parts]
-    packed = {name: torch.cat([tensors[name] for tensors in stored]).to(own.device) for name in stored[0]}
-    planes = {name: part for name, part in packed.items() if name.startswith("plane")}
-    first = parts[0]
-    weight = linear_wq.Weight(
-        planes, packed["scale"], packed.get("minimum"), first.settings["bits"], first.linear.in_features, first.settings["group"]
-    )
-    bias = None
-    if any(part is not None for part in biases):
-        filled = (own.new_zeros(f.linear.out_features) if b is None else b for f, b in zip(parts, biases, strict=True))
-        bias = torch.cat([*filled])
-    return PackedLinear(weight, bias)
 
 
 class _Absent(nn.Module):

@@ -54,14 +54,11 @@ def test_every_configuration_takes_the_sum_of_what_is_left(structure: Structure,
         indices = space.sample(rng)
         taken = forms(structure, space, knobs, indices)
         expected = 1000
-        for site in (site for site in structure.sites if site.kind == "linears"):
-            parts = [form for linear in site.linears for form in taken[linear.name]]
-            found = [operation for form in parts if not form.silenced and (operation := operations.linear(form))]
-            if found and found[0].name == "linear":
-                expected += sum(map(times, found))
-            elif found:  # packed linears that are fed the same are one
-                sizes = dict(found[0].sizes) | {"n": sum(operation["n"] for operation in found)}
-                expected += 2 * times(Operation(found[0].name, tuple(sizes.items()), found[0].dtype))
+        for form in (form for parts in taken.values() for form in parts):
+            operation = operations.linear(form)
+            assert operation is not None
+            if not form.silenced:
+                expected += (1 if operation.name == "linear" else 2) * times(operation)
         for site in structure.sites:
             if site.kind == "linears" or (site.kind in whole and taken[site.linears[0].name][0].silenced):
                 continue
