@@ -202,7 +202,7 @@ def run(i):
     for evaluation_id in {ids}:
         claim = store.claim(evaluation_id, me, 60)
         if claim and store.complete(claim, [], 0.1):
-            print(evaluation_id, flush=True)
+            print(f"{{evaluation_id}}\\n", end="", flush=True)  # in one piece, whoever else prints
 """
     assert sorted(int(line) for line in race(code, 4)) == ids
     assert store.counts("job").succeeded == len(ids)
