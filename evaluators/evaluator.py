@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,7 +31,7 @@ from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.metrics import imported_metrics, measured_by
 from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.packed_linears import PackedLinears
-from autoeff.evaluators.passkey import passkeys
+from autoeff.evaluators.passkey import Passkeys, passkeys
 from autoeff.evaluators.preparation import hardware_name, prepare
 from autoeff.evaluators.quality import (
     Sample,
@@ -109,9 +110,7 @@ class Evaluator:
         self.model: Any = load_model(facts, device, footprint.narrow)
         self._texts = {split: _text(passages.to(device)) for split, passages in self.preparation.passages.items()}
         self._head = self._find_head()
-        self._passkeys = None
-        if self.preparation.generates and self._head is not None:
-            self._passkeys = passkeys(load_tokenizer(facts), self._texts["held_out"].passages.inputs, setup.seed)
+        self._seed = setup.seed
         self._adapters = self._trained(setup, progress)
         self._metrics = imported_metrics(setup.metrics)
         self._tasks = None if setup.tasks is None else Tasks(setup.tasks, self.model, load_tokenizer(facts), facts.context)
@@ -433,6 +432,13 @@ class Evaluator:
             found = self._passkeys.found(self.model, self._forward.body, self._head, self._forward.batches(texts, texts * tokens))
             result.append(Measurement("passkey_accuracy", found.mean, "held_out", texts, found.spread, hardware=hardware))
         return result
+
+    @cached_property
+    def _passkeys(self) -> Passkeys | None:
+        """Made when finalists are judged; None where no cache is decided about, or windows are too short."""
+        if not self.preparation.generates or self._head is None:
+            return None
+        return passkeys(load_tokenizer(self.preparation.facts), self._texts["held_out"].passages.inputs, self._seed)
 
     def _own_metrics(self, windows: int) -> list[Measurement]:
         """What the user's own functions say of the model as it stands."""

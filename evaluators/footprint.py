@@ -129,7 +129,7 @@ def footprint_of(
     keep = min(_KEEP_DECODED_BYTES, in_force + int((left - states) / (1 + _HEAP_SHARE)))
     kept = max(keep, in_force) if len(of_values) > 1 else min(every_level, max(keep, in_force))
     bank = Bank(Path(setup.bank), facts.digest, {}, lambda name: torch.empty(0), lambda tensor: tensor, 0)
-    bank.statistics = Statistics((passages["search"].beside or passages["search"]).digest, {})
+    bank.statistics = Statistics(passages["search"].calibration.digest, {})
     stored = {(step.linears, step.knob.name, step.knob.stored_level(step.site, step.level)): step for step in steps}
     missing = sum(entry_bytes(step) + _FILE_BYTES for step in bank.missing((step,) for step in steps))
     _check_disk(Path(setup.bank), missing, knobs)

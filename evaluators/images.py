@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from autoeff.errors import InputError
 from autoeff.evaluators.checkpoint import existing_path, read_json
 from autoeff.evaluators.loading import ModelFacts, skeleton
 from autoeff.evaluators.model_config import quiet_transformers, refuse_code
-from autoeff.evaluators.text import Passages, TextSpec, chosen, digest_of, spare
+from autoeff.evaluators.text import Passages, TextSpec, chosen, digest_of, with_others
 from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import blank_inputs
 
@@ -65,7 +64,6 @@ def _passages(
     facts: ModelFacts, spec: TextSpec, files: list[Path], where: str, seed: int, split: Split, *, spared: bool = False
 ) -> Passages:
     taken = chosen(len(files), spec, "images", seed, split, where)
-    others = spare(sorted(set(range(len(files))) - set(taken)), len(taken), len(taken), spec, seed) if spared else ()
 
     def passages(taken: Sequence[int]) -> Passages:
         paths = [files[i] for i in taken]
@@ -73,7 +71,7 @@ def _passages(
         labels, notices = _labels(facts, paths)
         return Passages(pixels, None, None, digest_of(pixels, labels), where, len(taken) * (facts.context or 1), notices, labels)
 
-    return replace(passages(taken), beside=passages(others) if others else None)
+    return with_others(passages, taken, sorted(set(range(len(files))) - set(taken)), int(spared), spec, seed)
 
 
 def _pixels(facts: ModelFacts, files: list[Path]) -> Tensor:

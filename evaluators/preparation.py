@@ -78,9 +78,7 @@ class Preparation:
 
         The search text where its source has too little beside it; None where no knob needs statistics.
         """
-        if not any(knob.needs for knob in self.knobs.values()):
-            return None
-        return self.passages["search"].beside or self.passages["search"]
+        return self.passages["search"].calibration if any(knob.needs for knob in self.knobs.values()) else None
 
     @property
     def generates(self) -> bool:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Encode = Callable[[PreTrainedTokenizerBase, Text, str], Tensor]
 
-__all__ = ["Passages", "TextSpec", "chosen", "digest_of", "encoded", "make_passages", "make_sentences", "make_windows", "spare"]
+__all__ = ["Passages", "TextSpec", "chosen", "digest_of", "encoded", "make_passages", "make_sentences", "make_windows", "with_others"]
 
 _WINDOWS = 16
 _WINDOW_LENGTH = 512
@@ -112,19 +112,22 @@ class Passages:
     beside: Passages | None = None
 
     @property
+    def calibration(self) -> Passages:
+        """What levels are fitted to: those beside it, or itself."""
+        return self.beside or self
+
+    @property
     def length(self) -> int:
         """Tokens of a window, padding included; of an image the patches that it is cut into, and what the model puts before them."""
         return self.inputs.shape[1] if self.inputs.dim() == 2 else self.tokens // len(self.inputs)
 
     def to(self, device: torch.device) -> Passages:
-        """The same passages with their tensors on `device`."""
+        """The same passages with their tensors on `device`; those beside them stay where they are."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        beside = None if self.beside is None else self.beside.to(device)
-        moved = replace(self, inputs=self.inputs.to(device), mask=move(self.mask), scores=move(self.scores), labels=move(self.labels))
-        return replace(moved, beside=beside)
+        return replace(self, inputs=self.inputs.to(device), mask=move(self.mask), scores=move(self.scores), labels=move(self.labels))
 
 
 def make_passages(
@@ -237,14 +240,13 @@ def make_windows(
         rng = random.Random(f"{seed}:{split}")
         starts = [i * step for i in range(count)] if spec.draw == "first" else _apart(len(ids), count, step, rng)
 
-    def passages(starts: Sequence[int], notices: Sequence[str]) -> Passages:
+    def passages(starts: Sequence[int]) -> Passages:
         windows = ids[torch.tensor(starts)[:, None] + torch.arange(step)]
         if bos is not None:
             windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
         return _passages(facts, windows, None, None, where, notices)
 
-    others = spare(_between(starts, len(ids), step), spared * len(starts), len(starts), spec, seed)
-    return replace(passages(starts, notices), beside=passages(others, ()) if others else None)
+    return with_others(passages, starts, _between(starts, len(ids), step), spared, spec, seed)
 
 
 def make_sentences(
@@ -284,7 +286,7 @@ def make_sentences(
         part = part[:cut] if split == "search" else part[cut:]
         where += ", its first four fifths" if split == "search" else ", its last fifth"
 
-    def passages(taken: Sequence[int], notices: Sequence[str]) -> Passages:
+    def passages(taken: Sequence[int]) -> Passages:
         sentences = [sentence for i in taken for sentence in items[part[i]]]
         rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
         width = max(len(row) for row in rows)
@@ -294,8 +296,7 @@ def make_sentences(
         return _passages(facts, ids, mask, None if scores is None else torch.tensor([scores[part[i]] for i in taken]), where, notices)
 
     taken = chosen(len(part), spec, "pairs" if paired else "sentences", seed, split, where)
-    others = spare(sorted(set(range(len(part))) - set(taken)), spared * len(taken), len(taken), spec, seed)
-    return replace(passages(taken, notices), beside=passages(others, ()) if others else None)
+    return with_others(passages, taken, sorted(set(range(len(part))) - set(taken)), spared, spec, seed)
 
 
 def _length(spec: TextSpec, facts: ModelFacts, usual: int) -> int:
@@ -422,12 +423,15 @@ def chosen(total: int, spec: TextSpec, unit: str, seed: int, split: Split, where
     return range(count) if spec.draw == "first" else random.Random(f"{seed}:{split}").sample(range(total), count)
 
 
-def spare(rest: Sequence[int], wanted: int, least: int, spec: TextSpec, seed: int) -> Sequence[int]:
-    """As many of what is left as are wanted and there are; none where those are fewer than `least`."""
-    wanted = min(wanted, len(rest))
-    if wanted < least:
-        return ()
-    return rest[:wanted] if spec.draw == "first" else random.Random(f"{seed}:beside").sample(rest, wanted)
+def with_others(
+    make: Callable[[Sequence[int]], Passages], taken: Sequence[int], rest: Sequence[int], spared: int, spec: TextSpec, seed: int
+) -> Passages:
+    """What `make` makes of those taken, `beside` them `spared` times as many of the rest; none where not even as many are left."""
+    count = min(spared * len(taken), len(rest))
+    if count < len(taken):
+        return make(taken)
+    others = rest[:count] if spec.draw == "first" else random.Random(f"{seed}:beside").sample(rest, count)
+    return replace(make(taken), beside=make(others))
 
 
 def _between(starts: Sequence[int], total: int, step: int) -> list[int]:
