@@ -72,14 +72,12 @@ class Standings:
 
     def _begun(self, kept: _Kept, job: Job) -> Tally:
         """A tally that goes on from the file of the job, or else has read all of its trials."""
-        tally = Tally(self._store, job)
+        tally, path = Tally(self._store, job), self._folder_of(job.id) / _FILE
         try:
-            value = json.loads((self._folder_of(job.id) / _FILE).read_bytes())
-            if value["format"] == _FORMAT and value["seen"] <= job.events:
+            value = json.loads(path.read_bytes()) if path.exists() else None
+            if value is not None and value["format"] == _FORMAT and value["seen"] <= job.events:
                 tally.restore(value["tally"])
                 kept.written = kept.seen = value["seen"]
-        except FileNotFoundError:
-            pass
         except (OSError, ValueError, TypeError, KeyError) as error:
             _log.warning("the standing of job %s is read anew: %s", job.id, error)
             tally = Tally(self._store, job)
