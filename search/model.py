@@ -90,10 +90,10 @@ class Plan:
 
     @property
     def notices(self) -> Sequence[str]:
-        found = self.preparation.notices
-        if self.sampler not in (None, "none") and _LITTLE * self.left_to_search < self.problem.trials:
+        found, left = self.preparation.notices, self.left_to_search
+        if self.sampler not in (None, "none") and _LITTLE * left < self.problem.trials:
             found.append(
-                f"of {self.problem.trials} evaluations about {self.left_to_search} are left to the search behind baselines and damage "
+                f"of {self.problem.trials} evaluations about {left} are left to the search behind baselines and damage "
                 "table; fewer knobs, fewer levels or more trials leave more"
             )
         return found
