@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +24,7 @@ _MOST = 5000
 def draw(found: Visitor) -> None:
     """Who evaluates, and how fast."""
     st.title("Hardware")
+    tables = found.client.kernel_latencies(limit=_MOST).items  # asked first: that nobody answers is said once
 
     @st.fragment(run_every=_LOOK_S)
     def workers() -> None:
@@ -30,7 +32,7 @@ def draw(found: Visitor) -> None:
             _workers(found)
 
     workers()
-    _latencies(found)
+    _latencies(tables)
 
 
 def _workers(found: Visitor) -> None:
@@ -56,9 +58,8 @@ def _workers(found: Visitor) -> None:
         st.dataframe(queues, hide_index=True, height="content", width="content", key="queues")
 
 
-def _latencies(found: Visitor) -> None:
+def _latencies(tables: Sequence[Any]) -> None:
     st.subheader("Measured operations")
-    tables = found.client.kernel_latencies(limit=_MOST).items
     if not tables:
         with st.container(border=True):
             st.write("Nothing was measured on the server's machine yet. A search with a limit on decode_ms or prefill_ms does so.")
