@@ -27,7 +27,8 @@ import psutil
 from autoeff.errors import CandidateError, FailureClass, InputError
 from autoeff.evaluators.metrics import Metric, values_of
 from autoeff.evaluators.setup import EvaluationRequest
-from autoeff.search.runner_process import Measured, answers, death_of, log_since
+from autoeff.search.printed import Printed
+from autoeff.search.runner_process import Measured, answers, death_of
 from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement
@@ -68,8 +69,8 @@ class ForkedRunner:
         log: Path,
     ) -> None:
         self._build, self._metrics, self._needed, self._reference = build, metrics, needed, dict(reference)
-        self._seed, self._settings, self._log = seed, settings, log
-        self._logged = 0  # bytes before the present candidate
+        self._seed, self._settings = seed, settings
+        self._printed = Printed(log, settings.log_bytes)
 
     def evaluate(self, request: EvaluationRequest, tick: Callable[[], None] = lambda: None) -> Measured:
         """Measures one configuration.
@@ -80,11 +81,15 @@ class ForkedRunner:
             InputError: The reference configuration is not measured under a name that an objective or a limit has.
         """
         started = time.monotonic()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._logged = self._log.stat().st_size if self._log.exists() else 0
+        self._printed.begin()
         timeout_s = self._settings.evaluation_timeout_s
+
+        def look() -> None:
+            tick()
+            self._printed.check()
+
         with _Child(lambda pipe: self._measure(request.levels, pipe)) as child:
-            for answer in answers(child.pipe, child.pid, bytearray(), self._settings, timeout_s, child.watched(tick)):
+            for answer in answers(child.pipe, child.pid, bytearray(), self._settings, timeout_s, child.watched(look)):
                 if answer["kind"] == "failed":
                     raise CandidateError(FailureClass(answer["class"]), answer["message"])
                 self._check(request.levels, answer["values"])
@@ -94,7 +99,7 @@ class ForkedRunner:
 
     def log_tail(self) -> str:
         """The end of what the last candidate printed, its traceback included."""
-        return log_since(self._log, self._logged, self._settings.log_bytes)
+        return self._printed.tail()
 
     def close(self) -> None:
         """Nothing is left running between candidates."""
@@ -112,7 +117,7 @@ class ForkedRunner:
 
     def _measure(self, levels: Mapping[str, Level], pipe: int) -> None:
         """Writes the answer of a candidate to `pipe`."""
-        with self._log.open("ab") as log:
+        with self._printed.file() as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         with open(os.devnull, "rb") as nothing:  # noqa: PTH123  (a file descriptor is wanted)

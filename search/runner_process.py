@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,11 +24,12 @@ import psutil
 
 from autoeff.errors import CandidateError, FailureClass, InputError, RunnerLost
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, measurement_from_json
+from autoeff.search.printed import Printed
 from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement
 
-__all__ = ["Measured", "RunnerProcess", "answers", "death_of", "log_since"]
+__all__ = ["Measured", "RunnerProcess", "answers", "death_of"]
 
 _CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
@@ -56,6 +57,12 @@ class Measured:
 class RunnerProcess:
     """A runner for one setup, started on first use.
 
+    Attributes:
+        digest: Of what the warm process has opened.
+        starts: How many processes there were.
+        opened_at: When the last one was ready, on the monotonic clock.
+        opening_s: Seconds that it took to be.
+
     Args:
         setup: What it opens.
         settings: Deadlines and memory cap.
@@ -66,12 +73,13 @@ class RunnerProcess:
     def __init__(
         self, setup: EvaluationSetup, settings: Settings, log: Path, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        self._setup, self._settings, self._log, self._progress = setup, settings, log, progress
+        self._setup, self._settings, self._progress = setup, settings, progress
+        self._printed = Printed(log, settings.log_bytes)
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = bytearray()
-        self._logged = 0  # bytes before the present request
         self.digest: str | None = None
         self.starts = 0
+        self.opened_at, self.opening_s = float("-inf"), 0.0
 
     def __enter__(self) -> RunnerProcess:
         return self
@@ -93,8 +101,8 @@ class RunnerProcess:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        started = time.monotonic()
+        with self._printed.file() as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", "-m", "autoeff.evaluators.runner", str(os.getpid())],
                 stdin=subprocess.PIPE,
@@ -108,6 +116,8 @@ class RunnerProcess:
         setup = replace(self._setup, memory_bytes=self._settings.memory_cap)
         answer = self._ask({"kind": "open", "setup": setup.to_json()}, self._settings.open_timeout_s, tick)
         self.digest = answer["digest"]
+        self.opened_at = time.monotonic()
+        self.opening_s = self.opened_at - started
 
     def evaluate(self, request: EvaluationRequest, tick: _Tick = lambda: None) -> Measured:
         """Measures one configuration.
@@ -134,12 +144,12 @@ class RunnerProcess:
 
     def ask(self, message: Mapping[str, Any], tick: _Tick = lambda: None) -> Mapping[str, Any]:
         """Sends one request to the warm runner and returns its answer. Raises as `evaluate`."""
-        self._logged = self._log.stat().st_size if self._log.exists() else 0
+        self._printed.begin()
         self.open(tick)
         return self._ask(message, self._settings.evaluation_timeout_s, tick)
 
     def close(self) -> None:
-        """Ends the process, if any."""
+        """Ends the process, if any, and all that it started."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -147,15 +157,15 @@ class RunnerProcess:
             if stream is not None:
                 with _ignoring_broken_pipe():
                     stream.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):  # nobody of its session is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def log_tail(self) -> str:
         """The end of what the runner printed since the last request."""
-        return log_since(self._log, self._logged, self._settings.log_bytes)
+        return self._printed.tail()
 
     @staticmethod
     def _measured(answer: Mapping[str, Any]) -> Measured:
@@ -172,12 +182,17 @@ class RunnerProcess:
     def _exchange(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
         process = self._process
         assert process is not None
+
+        def look() -> None:
+            tick()
+            self._printed.check()
+
         assert process.stdin is not None
         with _ignoring_broken_pipe():  # a dead process is seen below, with its exit status
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
         assert process.stdout is not None
-        for answer in answers(process.stdout.fileno(), process.pid, self._pending, self._settings, timeout_s, tick):
+        for answer in answers(process.stdout.fileno(), process.pid, self._pending, self._settings, timeout_s, look):
             match answer["kind"]:
                 case "progress":
                     self._progress(answer["done"], answer["total"])
@@ -216,7 +231,7 @@ def answers(
         tick: Called ten times a second, also while progress is reported.
 
     Raises:
-        CandidateError: No answer in time, or too much memory held.
+        CandidateError: No answer in time, one that is no JSON, or too much memory held.
     """
     looked = time.monotonic()
     deadline = looked + timeout_s
@@ -228,7 +243,7 @@ def answers(
             while b"\n" in pending:
                 line, _, rest = pending.partition(b"\n")
                 pending[:] = rest
-                yield json.loads(line)
+                yield _parsed(line)
             if time.monotonic() >= looked + _TICK_S:  # behind the answers: the last one of a process that has ended counts
                 looked = time.monotonic()
                 tick()
@@ -244,14 +259,11 @@ def answers(
                 pending += data
 
 
-def log_since(log: Path, start: int, most: int) -> str:
-    """What stands in a log after its first `start` bytes, of which the last `most`; nothing where there is no log."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(start, log.stat().st_size - most))
-            return file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
+def _parsed(line: bytes | bytearray) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(answer := json.loads(line), dict) and "kind" in answer:
+            return answer
+    raise CandidateError(FailureClass.INVALID, f"answered {bytes(line[:80])!r}, which is no answer")
 
 
 def death_of(code: int) -> Exception:

@@ -6,6 +6,7 @@ The folder is a distribution as an installer leaves it (a module and its `.dist-
 from __future__ import annotations
 
 import ctypes
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Faulty(Knob):
         return [site for site in structure.sites if site.kind == "ffn"]
 
     def levels(self, site: Site) -> tuple[Level, ...]:
-        return ("none", "segfault", "hog", "loop", "raise", "nan")
+        return ("none", "segfault", "hog", "loop", "raise", "nan", "forks")
 
     def cost(self, site: Site, level: Level) -> Cost:
         i = self.levels(site).index(level)
@@ -82,7 +83,10 @@ class Faulty(Knob):
             kept = []
             while True:
                 kept.append(b"\1" * (1 << 24))  # written, so that it is resident
-        while level == "loop":
+        if level == "forks":
+            for _ in range(3):  # eight processes, this one included
+                os.fork()
+        while level in ("loop", "forks"):
             pass
         if level == "raise":
             raise RuntimeError("faulty knob: told to raise")

@@ -198,6 +198,9 @@ def test_failures_are_recorded_with_their_traceback_and_the_search_goes_on(
                 held = bytearray(1 << 30)  # a fork does not count the pages of libraries that it has not touched
                 held[::4096] = bytes(len(held) // 4096)
                 time.sleep(60)
+            case "flood":
+                while True:
+                    print("flood" * 10_000)  # noqa: T201
             case "exit":
                 os._exit(7)
             case "quit":
@@ -210,12 +213,12 @@ def test_failures_are_recorded_with_their_traceback_and_the_search_goes_on(
                 return {"other": 1.0}  # type: ignore[return-value]
         return 0.5
 
-    kinds = ("fine", "segfault", "raise", "nan", "hang", "memory", "exit", "quit", "words", "builtin", "missing", "good")
+    kinds = ("fine", "segfault", "raise", "nan", "hang", "memory", "flood", "exit", "quit", "words", "builtin", "missing", "good")
     result = search(build=lambda c: c["kind"], space={"kind": autoeff.choice(*kinds)}, metrics=[harm], objectives=["harm"], trials=40)
     found = {row["configuration"]["kind"]: row.get("failure", {"class": "", "message": ""}) for row in result.rows}
     assert {kind: failure["class"] for kind, failure in found.items()} == {
         "fine": "", "good": "", "segfault": "crash", "raise": "invalid", "nan": "nan", "hang": "timeout", "memory": "oom_host",
-        "exit": "crash", "quit": "invalid", "words": "invalid", "builtin": "invalid", "missing": "invalid",
+        "flood": "invalid", "exit": "crash", "quit": "invalid", "words": "invalid", "builtin": "invalid", "missing": "invalid",
     }  # fmt: skip
     assert found["raise"]["message"] == "ZeroDivisionError: division by zero"
     assert "no metric gave 'harm'" in found["missing"]["message"]

@@ -48,6 +48,13 @@ def ask(runner: RunnerProcess, level: str = "none") -> float:
     return found.measurements[0].value
 
 
+def group_of(process: psutil.Process) -> int | None:
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else os.getpgid(process.pid)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return None
+
+
 def test_one_process_serves_many_evaluations(runner_of: Callable[..., RunnerProcess]) -> None:
     runner = runner_of()
     assert [ask(runner) for _ in range(3)] == [0.0, 0.0, 0.0]
@@ -73,10 +80,16 @@ def test_harmful_candidates_fail_and_the_next_one_is_served(runner_of: Callable[
 
 
 def test_a_candidate_that_hangs_fails_and_the_next_one_is_served(runner_of: Callable[..., RunnerProcess]) -> None:
+    """And what it has started ends with it."""
     runner = runner_of(evaluation_timeout_s=2.0)
+    assert ask(runner) == 0.0
+    group = runner.pid
     with pytest.raises(CandidateError, match="no answer within 2 s") as caught:
-        ask(runner, "loop")
+        ask(runner, "forks")
     assert caught.value.failure is FailureClass.TIMEOUT
+    until = time.monotonic() + 10.0
+    while left := [process for process in psutil.process_iter() if group_of(process) == group]:
+        assert time.monotonic() < until, left
     assert ask(runner) == 0.0
     assert runner.starts == 2
 
@@ -144,7 +157,7 @@ def test_a_lease_is_renewed_while_progress_is_reported() -> None:
 
     def report() -> None:
         for done in range(60):  # a level bank of many small entries
-            os.write(writing, json.dumps({"done": done}).encode() + b"\n")
+            os.write(writing, json.dumps({"kind": "progress", "done": done}).encode() + b"\n")
             time.sleep(0.01)
         os.close(writing)
 
@@ -155,6 +168,25 @@ def test_a_lease_is_renewed_while_progress_is_reported() -> None:
     os.close(reading)
     assert [answer["done"] for answer in found] == list(range(60))
     assert len(ticks) >= 3
+
+
+@pytest.mark.parametrize("line", [b'{"kind": "measured", "mea\n', b"[1]\n", b"{}\n", b"\xff\n"])
+def test_what_is_no_answer_is_the_candidates_failure(line: bytes) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, line)
+    os.close(writing)
+    with pytest.raises(CandidateError, match="which is no answer") as caught:
+        list(answers(reading, os.getpid(), bytearray(), Settings(), 60.0, lambda: None))
+    os.close(reading)
+    assert caught.value.failure is FailureClass.INVALID
+
+
+def test_an_answer_that_is_cut_off_is_none() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b'{"kind": "measured", "mea')
+    os.close(writing)
+    assert list(answers(reading, os.getpid(), bytearray(), Settings(), 60.0, lambda: None)) == []
+    os.close(reading)
 
 
 def test_an_answer_counts_however_late_it_is_read(tmp_path: Path) -> None:
