@@ -50,6 +50,7 @@ class Sleeping:
     """A runner that opens nothing and sleeps instead of measuring; it stands where `RunnerProcess` does."""
 
     seconds = 0.0
+    opened_at, opening_s = float("-inf"), 0.0
 
     def __init__(self, setup: EvaluationSetup, *_: Any) -> None:
         self._setup = setup

@@ -1,7 +1,7 @@
 """Celery over Redis, the way to workers on other machines: `celery -A autoeff.search.celery_app worker -Q cpu`, or `autoeff worker`.
 
-A message names an evaluation and no more. It may be lost, repeated or late: the claim in the database decides who works, and the outbox
-sends again what nobody claimed. So messages are acknowledged before the work is done; with late acknowledgement Redis would give
+A message names an evaluation and no more. It may be lost, repeated or late: the claim in the database decides who works at what, and the
+outbox sends again what nobody claimed. So messages are acknowledged before the work is done; with late acknowledgement Redis would give
 what takes longer than its visibility timeout to a second worker.
 """
 
@@ -74,7 +74,7 @@ def _close(**_: Any) -> None:
 
 @app.task(name="autoeff.evaluate")  # type: ignore[untyped-decorator]
 def evaluate(evaluation_id: int) -> None:
-    """Does one evaluation, if it is there to be done."""
+    """Does an evaluation, this one or one that comes before it, if any is there to be done."""
     if _station is None or type(evaluation_id) is not int:
         _log.warning("no evaluation: %.80r", evaluation_id)
         return

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import exists, insert, select, update
 
 from autoeff.errors import FailureClass
 from autoeff.search.storage import leases
@@ -157,9 +157,11 @@ class Work(Jobs):
                 ended += leases.lose(connection, evaluation_id, fence, f"no sign of life from worker {worker}", "")
         return ended
 
-    def waiting(self, queues: Iterable[str], limit: int = 1) -> list[int]:
-        """Evaluations that are queued for a worker of these queues, the oldest first."""
+    def waiting(self, queues: Iterable[str], limit: int = 1, job_id: str | None = None) -> list[int]:
+        """Evaluations, of one job or of any, that are queued for a worker of these queues, the oldest first."""
         query = select(OutboxRow.evaluation_id).where(OutboxRow.queue.in_(tuple(queues)))
+        if job_id is not None:
+            query = query.where(exists().where(TrialRow.evaluation_id == OutboxRow.evaluation_id, TrialRow.job_id == job_id))
         with self._database.read() as connection:
             return list(connection.execute(query.order_by(OutboxRow.evaluation_id).limit(limit)).scalars())
 

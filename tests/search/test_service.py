@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,19 @@ def test_a_worker_reserves_nothing_and_survives_messages_that_nobody_should_send
     assert "Refusing to deserialize" in said
     assert "unregistered task" in said
     assert worker.poll() is None
+
+
+@pytest.mark.slow
+def test_a_worker_stays_at_a_job_while_that_saves_opening_models(tiny_job: Make, settings: Settings, store: Store) -> None:
+    small = {"knobs": {"skip": {}}, "sampler": "random", "budget": {"trials": 14}}
+    jobs = [submit(store, tiny_job(**small, seed=seed), settings).id for seed in (0, 1)]  # of different windows
+    with coordinating(settings), working(settings):
+        for job_id in jobs:
+            assert until(store, job_id, ended).state is JobState.SUCCEEDED
+    attempts = [(a.started_at, job_id) for job_id in jobs for trial in store.trials(job_id) for a in store.attempts(trial.evaluation_id)]
+    order = [job_id for _, job_id in sorted(attempts)]
+    assert sum(before != after for before, after in pairwise(order)) <= 3
+    assert len(order) > 20
 
 
 @pytest.mark.slow

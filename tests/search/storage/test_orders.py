@@ -244,6 +244,7 @@ class TestMessages:
         ids = [store.propose(*job, proposal(number)).evaluation_id for number in range(3)]
         assert store.waiting(["gpu.any"]) == []
         assert store.waiting(["gpu.any", "cpu"], limit=2) == ids[:2]
+        assert store.waiting(["cpu"], 9, job_id="another") == []
 
     def test_search_without_a_server_sends_nothing(self, store: Store, me: str, proposal: Make) -> None:
         store.create_job("embedded", {}, {}, {}, "")
