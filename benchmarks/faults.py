@@ -2,9 +2,11 @@
 
     python benchmarks/faults.py [--moments 3] [--seed 0] [--out FILE]
 
-Throw-away PostgreSQL and Redis, two coordinators and two Celery workers evaluate searches of the bundled model, one after the other. At
-every fault the search must go on by itself; at the end the tables must tell one story, and the values must be those of a process of its
-own. The file is written anew after every round of all faults.
+Throw-away PostgreSQL and Redis, the API, two coordinators and two Celery workers, of which some have a clock that is two hours wrong.
+Searches of the bundled model are submitted over REST, one after the other. At every fault, a kill at one of the steps named in
+`traps/sitecustomize.py` or a thing done to a whole part, the search must go on by itself; at the end the tables must tell one story, and the
+values must be those of a process of its own. Faults come in threes, each while the service recovers from the one before. The file is written
+anew after every round of all faults.
 """
 
 from __future__ import annotations
@@ -21,68 +23,120 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import psutil
+import redis
 import typer
+from celery import Celery
 from sqlalchemy import func, select
 
+from autoeff.client import Client
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.setup import EvaluationRequest
+from autoeff.search.celery_app import app
 from autoeff.search.job import JobSpec
+from autoeff.search.keys import LOCAL, SCOPES
 from autoeff.search.results import all_trials
-from autoeff.search.service import submit
 from autoeff.search.settings import Settings
 from autoeff.search.storage import State, Store
+from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, OutboxRow, TrialRow
 
-LEASE_S = 3.0
-TEXT = str(Path(__file__).parents[1] / "docs" / "service.md")  # any text does, and a short one is tokenised soon, in every process
+LEASE_S = 2.0
+HERE = Path(__file__).parent
+TEXT = HERE.parent / "docs" / "service.md"  # any text does, and a short one is tokenised soon, in every process
 JOB = {
-    "model": "demo", "data": {"source": TEXT, "windows": 8, "length": 64}, "knobs": {"bits": {}, "skip": {}},
-    "limits": ["linear_bytes<=0.25x"], "budget": {"trials": 45}, "sampler": "nsga2",
+    "model": "demo", "data": {"source": str(TEXT), "windows": 2, "length": 64}, "knobs": {"bits": {}, "skip": {}},
+    "space": {"include": ["model.layers.0.*", "model.layers.1.*"]}, "limits": ["linear_bytes<=0.9x"], "budget": {"trials": 40},
+    "sampler": "nsga2",
 }  # fmt: skip
 WAIT_S = 300.0
+TOGETHER = 3
+QUEUE = "autoeff:cpu"  # of Celery in Redis
+CLOCKS = ("0", "7200", "-7200")  # how far those of the processes are ahead, in turn; leases go by the database's
 
 
-def _servers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    sys.modules["servers"] = module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-class Cluster:
-    """Servers, coordinators and workers of one test."""
+servers, traps = _module(HERE / "servers.py"), _module(HERE / "traps" / "sitecustomize.py")
 
-    def __init__(self, folder: Path, postgres: Any, redis: Any, database: str) -> None:
-        self.folder, self.postgres, self.redis = folder, postgres, redis
+
+class Cluster:
+    """Servers, API, coordinators and workers, and the searches that they do.
+
+    Attributes:
+        spec: What is searched, each time with another seed.
+        store: The database.
+        jobs: Ids of the searches; the last one is under way, or was.
+    """
+
+    def __init__(self, folder: Path, postgres: Any, redis: Any, database: str, spec: JobSpec, seed: int) -> None:
+        self.folder, self.postgres, self.redis, self.spec = folder, postgres, redis, spec
+        assert spec.data.source is not None
         variables = {
             "AUTOEFF_HOME": str(folder / "home"), "AUTOEFF_DATABASE_URL": database, "AUTOEFF_BROKER_URL": redis.url,
             "AUTOEFF_LEASE_S": str(LEASE_S), "AUTOEFF_RESEND_S": "1", "AUTOEFF_POLL_S": "0.2", "OMP_NUM_THREADS": "1",
-            "AUTOEFF_MEMORY_CAP_BYTES": str(3 << 30),
+            "AUTOEFF_MEMORY_CAP_BYTES": str(3 << 30), "AUTOEFF_MODEL_ROOTS": str(Path(spec.model).parent.resolve()),
+            "AUTOEFF_DATA_ROOTS": str(Path(spec.data.source).parent), "PYTHONPATH": str(HERE / "traps"),
         }  # fmt: skip
         self.environment = {**os.environ, **variables}
         self.settings = Settings(
             home=folder / "home", database_url=database, broker_url=redis.url, lease_s=LEASE_S, memory_cap_bytes=3 << 30
         )
-        self.processes: dict[str, list[subprocess.Popen[bytes]]] = {"coordinator": [], "worker": []}
+        self.store = Store.open(database)
+        key = KeyRing(self.store.database).make("faults", LOCAL, SCOPES)[1].text
+        self._port = servers.free_port()
+        self._client = Client(f"http://127.0.0.1:{self._port}", key, attempts=100)
+        self._random = random.Random(seed)
+        self.jobs: list[str] = []
+        self.processes: dict[str, list[subprocess.Popen[bytes]]] = {verb: [] for verb in traps.STEPS}
         self.started = 0
+        for verb in traps.STEPS:
+            (folder / "traps" / verb).mkdir(parents=True)
 
     def start(self, verb: str) -> None:
         """One more process of `autoeff VERB`."""
         self.started += 1
+        flags = ["--no-coordinator", "--port", str(self._port)] if verb == "serve" else []
+        own = {"AUTOEFF_TRAPS": str(self.folder / "traps" / verb), "AUTOEFF_CLOCK_AHEAD_S": CLOCKS[self.started % len(CLOCKS)]}
         with (self.folder / f"{self.started}-{verb}.log").open("wb") as log:
-            command = [sys.executable, "-m", "autoeff.cli", verb]
-            self.processes[verb].append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True))
+            command = [sys.executable, "-m", "autoeff.cli", verb, *flags]
+            process = subprocess.Popen(command, env=self.environment | own, stdout=log, stderr=log, start_new_session=True)
+        self.processes[verb].append(process)
+
+    def replace_dead(self) -> None:
+        """Starts as many processes as have ended."""
+        for verb, group in self.processes.items():
+            for process in [process for process in group if process.poll() is not None]:
+                group.remove(process)
+                self.start(verb)
+
+    def submit(self) -> None:
+        """One more search, submitted over REST; the request is repeated until it is answered."""
+        spec = self.spec.model_copy(update={"seed": self._random.randrange(1 << 30)})
+        self.jobs.append(self._client.submit(spec).job)
+
+    def keep_busy(self) -> None:
+        """One more search where the last one has ended."""
+        if not self.jobs or self.store.job(self.jobs[-1]).state.terminal:
+            self.submit()
 
     def stop(self) -> None:
         """Ends all of them in order."""
+        self._client.close()
+        self.store.close()
         everybody = [process for group in self.processes.values() for process in group]
         for process in everybody:
             process.terminate()
@@ -93,12 +147,9 @@ class Cluster:
                 process.kill()
                 process.wait()
 
-    def alive(self, verb: str) -> list[subprocess.Popen[bytes]]:
-        return [process for process in self.processes[verb] if process.poll() is None]
-
     def children(self, depth: int) -> list[psutil.Process]:
         """Of the workers: processes of their pools (1), or the runners of those (2)."""
-        found = [psutil.Process(process.pid) for process in self.alive("worker")]
+        found = [psutil.Process(process.pid) for process in self.processes["worker"] if process.poll() is None]
         for _ in range(depth):
             found = [child for process in found for child in _children(process)]
         return found
@@ -111,7 +162,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def worker_killed(cluster: Cluster, rng: random.Random) -> None:
-    _replaced(cluster, "worker", [rng.choice(cluster.alive("worker"))])
+    _replaced(cluster, [rng.choice(cluster.processes["worker"])])
 
 
 def pool_process_killed(cluster: Cluster, rng: random.Random) -> None:
@@ -130,16 +181,20 @@ def worker_stopped_past_its_lease(cluster: Cluster, rng: random.Random) -> None:
 
 
 def coordinator_killed(cluster: Cluster, rng: random.Random) -> None:
-    _replaced(cluster, "coordinator", cluster.alive("coordinator")[:-1])  # whoever drives the job, and not only who does not
+    _replaced(cluster, cluster.processes["coordinator"][:-1])  # whoever drives the job, and not only who does not
 
 
 def every_coordinator_killed(cluster: Cluster, rng: random.Random) -> None:
-    _replaced(cluster, "coordinator", cluster.alive("coordinator"))
+    _replaced(cluster, cluster.processes["coordinator"])
+
+
+def api_killed(cluster: Cluster, rng: random.Random) -> None:
+    with _submitting(cluster):
+        time.sleep(rng.uniform(0.0, 0.2))
+        _replaced(cluster, cluster.processes["serve"])
 
 
 def redis_emptied(cluster: Cluster, rng: random.Random) -> None:
-    import redis
-
     with redis.Redis.from_url(cluster.redis.url) as client:
         client.flushall()
 
@@ -153,17 +208,50 @@ def redis_frozen(cluster: Cluster, rng: random.Random) -> None:
 
 
 def messages_repeated(cluster: Cluster, rng: random.Random) -> None:
-    from celery import Celery
-
-    from autoeff.search.celery_app import app
-
     sender = Celery(broker=cluster.redis.url)
     sender.conf.broker_transport_options = app.conf.broker_transport_options
-    with Store.open(cluster.settings.database) as store, store.database.read() as connection:
+    with cluster.store.database.read() as connection:
         ids = connection.execute(select(EvaluationRow.id).order_by(EvaluationRow.id.desc()).limit(10)).scalars().all()
     for evaluation_id in rng.sample([*ids, *(i + 1 for i in ids[:1])] * 5, 5 * len(ids)):  # done, running, and not there yet
         sender.send_task("autoeff.evaluate", (evaluation_id,), queue="cpu", ignore_result=True)
     sender.close()
+
+
+def messages_shuffled(cluster: Cluster, rng: random.Random) -> None:
+    messages_repeated(cluster, rng)  # few wait by themselves
+    until = time.monotonic() + LEASE_S
+    with redis.Redis.from_url(cluster.redis.url) as client:
+        while time.monotonic() < until:
+            if messages := client.lrange(QUEUE, 0, -1):
+                with client.pipeline() as at_once:
+                    at_once.delete(QUEUE).rpush(QUEUE, *rng.sample(messages, len(messages))).execute()
+            time.sleep(0.1)
+
+
+def messages_dropped(cluster: Cluster, rng: random.Random) -> None:
+    until = time.monotonic() + LEASE_S
+    with redis.Redis.from_url(cluster.redis.url) as client:
+        while time.monotonic() < until:
+            client.delete(QUEUE)
+
+
+def killed_at(verb: str, step: str) -> Callable[[Cluster, random.Random], None]:
+    """Kills whoever comes to this step first, and waits for that."""
+
+    def fault(cluster: Cluster, rng: random.Random) -> None:
+        trap = cluster.folder / "traps" / verb / step
+        trap.touch()
+        with _submitting(cluster) if verb == "serve" else contextlib.nullcontext():
+            deadline = time.monotonic() + WAIT_S
+            while trap.exists():
+                assert time.monotonic() < deadline, f"no {verb} came to {step}"
+                if verb != "serve":
+                    cluster.keep_busy()
+                time.sleep(0.05)
+            time.sleep(0.2)
+            cluster.replace_dead()
+
+    return fault
 
 
 def postgres_stopped_at_once(cluster: Cluster, rng: random.Random) -> None:
@@ -181,19 +269,28 @@ def postgres_frozen_past_the_lease(cluster: Cluster, rng: random.Random) -> None
 FAULTS: Mapping[str, Callable[[Cluster, random.Random], None]] = {
     fault.__name__: fault
     for fault in (
-        messages_repeated, worker_killed, redis_emptied, pool_process_killed, coordinator_killed, runner_killed,
-        worker_stopped_past_its_lease, postgres_stopped_at_once, redis_killed, every_coordinator_killed, postgres_away_past_the_lease,
-        redis_frozen, postgres_frozen_past_the_lease,
+        messages_repeated, messages_shuffled, messages_dropped, worker_killed, redis_emptied, pool_process_killed, coordinator_killed,
+        runner_killed, worker_stopped_past_its_lease, postgres_stopped_at_once, redis_killed, every_coordinator_killed, api_killed,
+        postgres_away_past_the_lease, redis_frozen, postgres_frozen_past_the_lease,
     )
-}  # fmt: skip
+} | {f"{verb}_killed_at_{step}": killed_at(verb, step) for verb, steps in traps.STEPS.items() for step in steps}  # fmt: skip
 
 
-def _replaced(cluster: Cluster, verb: str, victims: Sequence[subprocess.Popen[bytes]]) -> None:
+@contextlib.contextmanager
+def _submitting(cluster: Cluster) -> Iterator[None]:
+    """A search is submitted meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        submission = pool.submit(cluster.submit)
+        yield
+        submission.result()
+
+
+def _replaced(cluster: Cluster, victims: Sequence[subprocess.Popen[bytes]]) -> None:
     """Kills these processes, and starts as many."""
     for victim in victims:
         victim.kill()
         victim.wait()
-        cluster.start(verb)
+    cluster.replace_dead()
 
 
 def _away(server: Any, number: int, seconds: float) -> None:
@@ -224,29 +321,34 @@ def _signal(processes: Sequence[psutil.Process], number: int, rng: random.Random
 
 @dataclass(frozen=True)
 class Moment:
-    """One fault.
+    """Faults that came together.
 
     Attributes:
-        after: Trials that had ended.
+        after: Trials of the search under way that had ended.
         recovered_s: Seconds from then until two more had.
     """
 
-    fault: str
+    faults: tuple[str, ...]
     after: int
     recovered_s: float
 
 
+def batched(items: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    for start in range(0, len(items), size):
+        yield tuple(items[start : start + size])
+
+
 @contextlib.contextmanager
-def running(folder: Path, postgres: Any, redis: Any, database: str) -> Iterator[Cluster]:
-    """A cluster with two coordinators and two workers.
+def running(folder: Path, postgres: Any, redis: Any, database: str, spec: JobSpec, seed: int = 0) -> Iterator[Cluster]:
+    """A cluster with the API, two coordinators and two workers.
 
     Raises:
         AssertionError: At the end a runner is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    cluster = Cluster(folder, postgres, redis, database)
+    cluster = Cluster(folder, postgres, redis, database, spec, seed)
     try:
-        for verb in ("coordinator", "worker", "coordinator", "worker"):
+        for verb in ("serve", "coordinator", "worker", "coordinator", "worker"):
             cluster.start(verb)
         yield cluster
         runners = cluster.children(2)
@@ -255,33 +357,26 @@ def running(folder: Path, postgres: Any, redis: Any, database: str) -> Iterator[
     assert not [runner for runner in runners if runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE], "runners are left"
 
 
-def break_everything(cluster: Cluster, spec: JobSpec, faults: Sequence[str], seed: int) -> tuple[list[str], list[Moment]]:
-    """Searches while these faults happen, one after the other; returns the jobs and what the faults were like.
-
-    A search that has ended is followed by one of another seed: there is always one to break.
+def break_everything(cluster: Cluster, faults: Sequence[str], rng: random.Random) -> list[Moment]:
+    """Searches while these faults happen; there is always a search to break.
 
     Raises:
         AssertionError: A search did not go on after one of them, or did not end well.
     """
-    rng = random.Random(seed)
-    jobs: list[str] = []
     moments = []
-    for fault in faults:
-        time.sleep(rng.uniform(0.0, 0.5))
-        with Store.open(cluster.settings.database) as store:
-            if not jobs or store.job(jobs[-1]).state.terminal:
-                jobs.append(submit(store, spec.model_copy(update={"seed": rng.randrange(1 << 30)}), cluster.settings).id)
-                ended(store, jobs[-1], 2, "the start")
-            before = ended(store, jobs[-1], 0, fault)
-        FAULTS[fault](cluster, rng)
+    for together in batched(faults, TOGETHER):
+        for fault in together:
+            time.sleep(rng.uniform(0.0, 0.5))
+            cluster.keep_busy()
+            FAULTS[fault](cluster, rng)
         started = time.monotonic()
-        with Store.open(cluster.settings.database) as store:
-            ended(store, jobs[-1], before + 2, fault)
-            moments.append(Moment(fault, before, round(time.monotonic() - started, 2)))
-    with Store.open(cluster.settings.database) as store:
-        for job_id in jobs:
-            ended(store, job_id, sys.maxsize, "the last fault")
-    return jobs, moments
+        cluster.keep_busy()
+        before = ended(cluster.store, cluster.jobs[-1], 0, str(together))
+        ended(cluster.store, cluster.jobs[-1], before + 2, str(together))
+        moments.append(Moment(together, before, round(time.monotonic() - started, 2)))
+    for job_id in cluster.jobs:
+        ended(cluster.store, job_id, sys.maxsize, "the last fault")
+    return moments
 
 
 def ended(store: Store, job_id: str, count: int, what: str) -> int:
@@ -297,8 +392,8 @@ def ended(store: Store, job_id: str, count: int, what: str) -> int:
         time.sleep(0.1)
 
 
-def audit(store: Store) -> list[str]:
-    """What is wrong with the tables at rest, one line each."""
+def audit(store: Store, submitted: Sequence[str]) -> list[str]:
+    """What is wrong with the tables at rest, one line each, where these jobs were submitted."""
     wrong = []
     with store.database.read() as connection:
         if waiting := connection.execute(select(func.count()).select_from(OutboxRow)).scalar_one():
@@ -308,6 +403,8 @@ def audit(store: Store) -> list[str]:
         jobs = connection.execute(select(JobRow.__table__)).all()
         trials = connection.execute(select(TrialRow.__table__).order_by(TrialRow.job_id, TrialRow.number)).all()
         events = connection.execute(select(EventRow.__table__).order_by(EventRow.job_id, EventRow.seq)).all()
+    if sorted(job.id for job in jobs) != sorted(submitted):
+        wrong.append(f"the jobs are {[job.id for job in jobs]}, submitted were {list(submitted)}")
     state = {row.id: row.state for row in evaluations}
     for row in evaluations:
         mine = [a for a in attempts if a.evaluation_id == row.id]
@@ -357,20 +454,19 @@ def same_values(store: Store, job_id: str, settings: Settings, count: int) -> No
             assert abs(item.value - stored.value) <= 1e-6 * abs(stored.value) + 1e-9, (trial.number, item, stored)
 
 
-def check(cluster: Cluster, spec: JobSpec, faults: Sequence[str], seed: int) -> tuple[list[Moment], Counter[str]]:
+def check(cluster: Cluster, faults: Sequence[str], rng: random.Random) -> tuple[list[Moment], Counter[str]]:
     """Searches with these faults; returns their moments, and the evaluations of each worker.
 
     Raises:
         AssertionError: Something was lost, doubled or stuck.
     """
-    jobs, moments = break_everything(cluster, spec, faults, seed)
-    with Store.open(cluster.settings.database) as store:
-        wrong = audit(store)
-        assert not wrong, "\n".join(wrong)
-        same_values(store, jobs[0], cluster.settings, count=8)
-        ids = {trial.evaluation_id for job_id in jobs for trial in all_trials(store, job_id)}
-        workers = Counter(a.worker.split("/")[2] for a in store.attempts(*ids) if a.accepted)
-    return moments, workers
+    earlier = len(cluster.jobs)
+    moments = break_everything(cluster, faults, rng)
+    wrong = audit(cluster.store, cluster.jobs)
+    assert not wrong, "\n".join(wrong)
+    same_values(cluster.store, cluster.jobs[earlier], cluster.settings, count=8)
+    ids = {trial.evaluation_id for job_id in cluster.jobs[earlier:] for trial in all_trials(cluster.store, job_id)}
+    return moments, Counter(a.worker.split("/")[2] for a in cluster.store.attempts(*ids) if a.accepted)
 
 
 def main(
@@ -378,19 +474,19 @@ def main(
     seed: Annotated[int, typer.Option(help="Of moments and victims.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
-    servers = _servers()
     rng = random.Random(seed)
     begun = time.monotonic()
     done: list[Moment] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         postgres, redis = (stack.enter_context(make()) for make in (servers.postgres_server, servers.redis_server))
-        cluster = stack.enter_context(running(folder, postgres, redis, servers.new_database(postgres)))
+        database = servers.new_database(postgres)
+        cluster = stack.enter_context(running(folder, postgres, redis, database, JobSpec.parse(JOB), seed))
         for round_ in range(moments):
-            found, workers = check(cluster, JobSpec.parse(JOB), rng.sample(sorted(FAULTS), len(FAULTS)), seed + round_)
+            found, workers = check(cluster, rng.sample(sorted(FAULTS), len(FAULTS)), rng)
             done += found
             for moment in found:
-                print(f"{moment.fault:32s} after {moment.after:4d} trials: went on in {moment.recovered_s:5.1f} s", flush=True)
+                print(f"after {moment.after:4d} trials, went on in {moment.recovered_s:5.1f} s: {', '.join(moment.faults)}", flush=True)
             print(
                 f"round {round_}, {time.monotonic() - begun:.0f} s: nothing lost, nothing double; evaluations by process {dict(workers)}",
                 flush=True,
