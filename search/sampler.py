@@ -1,11 +1,12 @@
-"""What a sampler is: an Optuna sampler made for one ask, and the wrapper that keeps every proposal within the limits."""
+"""What a sampler is: an Optuna sampler made for one ask; and how Optuna's own are kept within the limits."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from autoeff.search.samplers.ledger import Ledger
 from autoeff.search.samplers.problem import Problem, stream
 from autoeff.spaces.plugins import plugin, plugins
 
-__all__ = ["WINDOWS", "Feasible", "Sampler", "check_sampler", "distributions", "known_samplers", "make_sampler"]
+__all__ = ["WINDOWS", "OptunaSampler", "Sampler", "check_sampler", "distributions", "known_samplers", "make_sampler"]
 
 WINDOWS = "autoeff:windows"
 """System attribute of an Optuna trial that is to be evaluated on that many windows only."""
@@ -89,44 +90,60 @@ def distributions(problem: Problem) -> dict[str, BaseDistribution]:
     }
 
 
-class Feasible(BaseSampler):
+class OptunaSampler(Sampler):
+    """A sampler of Optuna's, made anew for every ask and kept within the limits.
+
+    Attributes:
+        together: Whether it draws all decisions together where there are trials to learn from.
+    """
+
+    together: ClassVar[bool] = True
+
+    @abstractmethod
+    def make(self, seed: int) -> BaseSampler:
+        """The sampler of one ask."""
+
+    def for_ask(self, number: int) -> BaseSampler:
+        seed = stream(self.problem.seed, self.name, number).getrandbits(32)
+        return _Feasible(self.make(seed), self.problem, self._ledger, number, together=self.together)
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self.problem.space, self.problem.cost_model, self.problem.cost_limits)
+
+
+class _Feasible(BaseSampler):
     """Repairs what another sampler proposes before Optuna records it: within the limits, and not proposed before.
 
     With one objective the repair also fills what the limits leave, since unused budget is lost quality.
-
-    Args:
-        inner: Proposes.
-        problem: Its limits hold.
-        number: Of the ask.
     """
 
-    def __init__(self, inner: BaseSampler, problem: Problem, number: int) -> None:
-        self._inner, self._problem = inner, problem
-        self._ledger = Ledger(problem.space, problem.cost_model, problem.cost_limits)
+    def __init__(self, inner: BaseSampler, problem: Problem, ledger: Ledger, number: int, *, together: bool) -> None:
+        self._inner, self._problem, self._ledger, self._together = inner, problem, ledger, together
         self._rng = stream(problem.seed, "repair", number)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return distributions(self._problem)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        relative = self._inner.infer_relative_search_space(study, trial)
+        trials = study.get_trials(deepcopy=False)
+        # Optuna would compare the distributions of all trials to learn which it may draw together: ours are always the same.
+        together = self._together and any(other.state is TrialState.COMPLETE for other in trials)
+        relative = {name: each for name, each in sorted(search_space.items()) if not each.single()} if together else {}
         params = self._inner.sample_relative(study, trial, relative)
         for name, distribution in search_space.items():
             if name not in params:
                 params[name] = self._inner.sample_independent(study, trial, name, distribution)
-        others = (t.params for t in study.get_trials(deepcopy=False) if t.number != trial.number)
-        seen = {tuple(params[name] for name in search_space) for params in others}
+        known = [other.params for other in trials if other.number != trial.number]
         indices = [int(params[name]) for name in search_space]
         for _ in range(_TRIES):
-            repaired = self._repaired(indices)
-            if repaired not in seen:
-                break
-            indices = list(repaired)
+            repaired = dict(zip(search_space, self._repaired(indices), strict=True))
+            if repaired not in known:
+                return repaired
+            indices = list(repaired.values())
             place = self._rng.randrange(len(indices))
             indices[place] = self._rng.randrange(len(self._problem.space.decisions[place].levels))
-        else:
-            repaired = self._unseen(seen) or repaired
-        return dict(zip(search_space, repaired, strict=True))
+        return self._new({tuple(params[name] for name in search_space) for params in known}, search_space) or repaired
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
@@ -144,11 +161,11 @@ class Feasible(BaseSampler):
         repaired = self._ledger.repaired(indices, rng)
         return self._ledger.filled(repaired, rng) if len(self._problem.objectives) == 1 else repaired
 
-    def _unseen(self, seen: set[tuple[int, ...]]) -> tuple[int, ...] | None:
+    def _new(self, known: set[tuple[int, ...]], names: Iterable[str]) -> dict[str, Any] | None:
         """A random one of the configurations of a small space that are within the limits and new."""
         space = self._problem.space
         if prod(len(decision.levels) for decision in space.decisions) > _SMALL:
             return None
         every = itertools.product(*(range(len(decision.levels)) for decision in space.decisions))
-        left = [x for x in every if x not in seen and space.normalised(x) == x and self._ledger.feasible(x)]
-        return self._rng.choice(left) if left else None
+        left = [x for x in every if x not in known and space.normalised(x) == x and self._ledger.feasible(x)]
+        return dict(zip(names, self._rng.choice(left), strict=True)) if left else None

@@ -63,7 +63,8 @@ class Study:
         trial = self._study.ask(self._distributions)
         self._asked[number] = trial
         storage, study_id = self._study._storage, self._study._study_id
-        indices = tuple(int(trial.params[key]) for key in self._distributions)
+        params = trial.params  # a copy, each time
+        indices = tuple(int(params[key]) for key in self._distributions)
         state = {"trial": dict(storage.get_trial(trial._trial_id).system_attrs), "study": dict(storage.get_study_system_attrs(study_id))}
         windows = int(state["trial"].get(WINDOWS, self._problem.windows))
         return Asked(Candidate(self._problem.space.normalised(indices), windows, "searched"), state)

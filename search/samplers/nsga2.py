@@ -6,17 +6,15 @@ from typing import ClassVar
 
 from optuna.samplers import BaseSampler, NSGAIISampler
 
-from autoeff.search.sampler import Feasible, Sampler
-from autoeff.search.samplers.problem import stream
+from autoeff.search.sampler import OptunaSampler
 
 __all__ = ["NSGA2"]
 
 
-class NSGA2(Sampler):
+class NSGA2(OptunaSampler):
     """Optuna's `NSGAIISampler`, kept within the limits."""
 
     name: ClassVar[str] = "nsga2"
 
-    def for_ask(self, number: int) -> BaseSampler:
-        seed = stream(self.problem.seed, self.name, number).getrandbits(32)
-        return Feasible(NSGAIISampler(seed=seed), self.problem, number)
+    def make(self, seed: int) -> BaseSampler:
+        return NSGAIISampler(seed=seed)

@@ -6,17 +6,16 @@ from typing import ClassVar
 
 from optuna.samplers import BaseSampler, RandomSampler
 
-from autoeff.search.sampler import Feasible, Sampler
-from autoeff.search.samplers.problem import stream
+from autoeff.search.sampler import OptunaSampler
 
 __all__ = ["Random"]
 
 
-class Random(Sampler):
+class Random(OptunaSampler):
     """Optuna's `RandomSampler`, kept within the limits."""
 
     name: ClassVar[str] = "random"
+    together: ClassVar[bool] = False
 
-    def for_ask(self, number: int) -> BaseSampler:
-        seed = stream(self.problem.seed, self.name, number).getrandbits(32)
-        return Feasible(RandomSampler(seed=seed), self.problem, number)
+    def make(self, seed: int) -> BaseSampler:
+        return RandomSampler(seed=seed)

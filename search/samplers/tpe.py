@@ -8,20 +8,17 @@ from typing import ClassVar
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, TPESampler
 
-from autoeff.search.sampler import Feasible, Sampler
-from autoeff.search.samplers.problem import stream
+from autoeff.search.sampler import OptunaSampler
 
 __all__ = ["TPE"]
 
 
-class TPE(Sampler):
+class TPE(OptunaSampler):
     """Optuna's `TPESampler`, kept within the limits."""
 
     name: ClassVar[str] = "tpe"
 
-    def for_ask(self, number: int) -> BaseSampler:
-        seed = stream(self.problem.seed, self.name, number).getrandbits(32)
+    def make(self, seed: int) -> BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # stable enough to be offered; the pin guards its behaviour
-            inner = TPESampler(seed=seed, multivariate=True)
-        return Feasible(inner, self.problem, number)
+            return TPESampler(seed=seed, multivariate=True)
