@@ -35,9 +35,12 @@ def rule_job(fields: Mapping[str, Any], rules: str, settings: Settings) -> JobSp
         raise InputError(f"rule {names[0]} is about every knob; name some with --knobs")
     spec = JobSpec.parse({**fields, "knobs": knobs, "seeds": names, "sampler": "none"})
     preparation = prepare(spec.setup(settings.bank))
-    points = 1 if spec.limits else max(3, len(preparation.space.uniform()))
-    least = minimum_trials(preparation.space, len(preparation.passages["search"].inputs))
-    needed = least + 2 * len(names) * points  # rules take at most half of what is left
+    space, windows = preparation.space, len(preparation.passages["search"].inputs)
+    points = 1 if spec.limits else max(3, len(space.uniform()))
+    short = sum(rule.measures(space) for rule in make_seeds(names, list(knobs)))
+    on_the_way = -(-short * max(1, windows // 4) // windows)
+    # rules take at most half of what is left, and a richer table up to a third
+    needed = minimum_trials(space, windows) + 2 * len(names) * points + 3 * on_the_way
     return spec.model_copy(update={"budget": spec.budget.model_copy(update={"trials": needed})})
 
 

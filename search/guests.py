@@ -19,6 +19,7 @@ from autoeff.spaces.space import Decision, SearchSpace
 __all__ = [
     "DamageTable",
     "Key",
+    "Proposing",
     "TableForm",
     "finalists",
     "full_table_trials",
@@ -39,6 +40,8 @@ _LEAST_DAMAGE = 1e-12  # stands for "no damage seen" where a logarithm is taken
 
 Key = tuple[tuple[int, ...], int]
 """Normalised level indices and windows: what names an evaluation."""
+Proposing = Generator[list[Candidate], Sequence[float | None], list[Candidate]]
+"""What must be measured on the way, batch by batch, and what is proposed in the end."""
 
 
 def table_form(space: SearchSpace, trials: int, windows: int) -> TableForm:
@@ -70,12 +73,12 @@ def left_to_search(problem: Problem) -> int:
 
 
 def preamble(
-    problem: Problem, *, table_only: bool = False, seeds: Callable[[DamageTable], list[Candidate]] | None = None
+    problem: Problem, *, table_only: bool = False, seeds: Callable[[DamageTable], Proposing] | None = None
 ) -> Generator[list[Candidate], Sequence[float | None], None]:
     """Yields the guests in batches, and takes back the quality of each batch, in its order; None stands for a failure.
 
     The batches are: dense and every uniform level; the damage table; the additive optimum at each operating point; what `seeds`
-    makes of the table, at most half of what is left; random
+    makes of the table and of what it has measured on the way, at most half of what is left; random
     configurations within the limits of each operating point, `min(32, N/5)` in all and at most half of what is left. With
     `table_only` they are dense and the damage table.
     """
@@ -84,18 +87,14 @@ def preamble(
     zero = tuple([0] * len(problem.space.decisions))
     uniform = [(problem.space.indices(c.levels), name) for name, c in problem.space.uniform().items()]
     dense = Candidate(zero, full, "dense")
-    batch = [dense, *(Candidate(indices, full, "uniform", name) for indices, name in uniform)]
-    batch_of: list[Callable[[], list[Candidate]]] = [
-        lambda: [dense] if table_only else batch,
-        lambda: table_candidates(problem),
-        lambda: _additive(problem, known),
-        *([] if seeds is None else [lambda: _seeds(problem, known, seeds)]),
-        lambda: _random(problem, sum((Fraction(windows, full) for _, windows in known), Fraction(0))),
-    ]
-    for make in batch_of[:2] if table_only else batch_of:
-        candidates = make()
-        values = yield candidates
-        known.update({(c.indices, c.windows): value for c, value in zip(candidates, values, strict=True)})
+    yield from _asked([dense] if table_only else [dense, *(Candidate(indices, full, "uniform", name) for indices, name in uniform)], known)
+    yield from _asked(table_candidates(problem), known)
+    if table_only:
+        return
+    yield from _asked(_additive(problem, known), known)
+    if seeds is not None:
+        yield from _seeds(problem, known, seeds(DamageTable.measured(problem, known)))
+    yield from _asked(_random(problem, _spent(problem, known)), known)
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,31 @@ def _additive(problem: Problem, known: Mapping[Key, float | None]) -> list[Candi
     return found
 
 
-def _seeds(problem: Problem, known: Mapping[Key, float | None], seeds: Callable[[DamageTable], list[Candidate]]) -> list[Candidate]:
-    spent = sum((Fraction(windows, problem.windows) for _, windows in known), Fraction(0))
-    return seeds(DamageTable.measured(problem, known))[: max(0, int((problem.trials - spent) / 2))]
+def _asked(candidates: list[Candidate], known: dict[Key, float | None]) -> Generator[list[Candidate], Sequence[float | None], None]:
+    values = yield candidates
+    known.update({(c.indices, c.windows): value for c, value in zip(candidates, values, strict=True)})
+
+
+def _seeds(
+    problem: Problem, known: dict[Key, float | None], proposing: Proposing
+) -> Generator[list[Candidate], Sequence[float | None], None]:
+    """What rules ask for on the way is measured once, and counts as failed where there is no room for it."""
+    room = (problem.trials - _spent(problem, known)) / 2
+    try:
+        batch = next(proposing)
+        while True:
+            new = [c for c in batch if (c.indices, c.windows) not in known]
+            if new and (cost := Fraction(sum(c.windows for c in new), problem.windows)) <= room:
+                room -= cost
+                yield from _asked(new, known)
+            batch = proposing.send([known.get((c.indices, c.windows)) for c in batch])
+    except StopIteration as end:
+        chosen: list[Candidate] = end.value
+    yield from _asked(chosen[: max(0, int(room))], known)
+
+
+def _spent(problem: Problem, known: Mapping[Key, float | None]) -> Fraction:
+    return sum((Fraction(windows, problem.windows) for _, windows in known), Fraction(0))
 
 
 def _random(problem: Problem, spent: Fraction) -> list[Candidate]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.evaluators.setup import measurement_from_json
 from autoeff.search.attribution import alternatives, attribution
-from autoeff.search.guests import DamageTable, left_to_search, minimum_trials, preamble, table_candidates, table_form
+from autoeff.search.guests import DamageTable, Proposing, left_to_search, minimum_trials, preamble, table_candidates, table_form
 from autoeff.search.job import JobSpec
 from autoeff.search.limits import Limit, check_reachable, least_reachable, parse_limit
 from autoeff.search.results import Results
 from autoeff.search.runner_process import RunnerProcess
 from autoeff.search.sampler import check_sampler
 from autoeff.search.samplers.problem import Candidate, Problem
-from autoeff.search.seed import Given, make_seeds
+from autoeff.search.seed import Given, Seed, make_seeds
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import Trial
 from autoeff.search.subject import Guests
@@ -119,7 +120,7 @@ class Plan:
     def guests(self, runner: Runner | None = None) -> Guests:
         return preamble(self.problem, table_only=self.spec.table_only, seeds=lambda table: self._seeds(table, runner))
 
-    def _seeds(self, table: DamageTable, runner: Runner | None) -> list[Candidate]:
+    def _seeds(self, table: DamageTable, runner: Runner | None) -> Proposing:
         """What each rule makes of each operating point; the same configuration once."""
         seeds = make_seeds(self.spec.seeds, list(self.spec.knobs))
         if self.spec.seeds is None and runner is None:  # none was asked for by name, and nobody here knows the model
@@ -140,7 +141,7 @@ class Plan:
             given = Given(self.problem, point.limits, table.damage, context, statistics=statistics)
             given = given if sizes is None else replace(given, least=sizes.least, window=sizes.window)
             for seed in seeds:
-                indices = seed.configuration(given)
+                indices = yield from _stepped(seed, given)
                 if indices is not None:
                     found.setdefault(indices, Candidate(indices, self.problem.windows, "seed", seed.name))
         return list(found.values())
@@ -230,6 +231,19 @@ class Plan:
             if trial is not None and (text := _completed(runner, trial, prompt)) is not None:
                 texts[name] = text
         return texts
+
+
+def _stepped(seed: Seed, given: Given) -> Generator[list[Candidate], Sequence[float | None], tuple[int, ...] | None]:
+    """What a rule proposes, after the measurements that it asks for on a quarter of the windows."""
+    steps, problem = seed.steps(given), given.problem
+    try:
+        asked = next(steps)
+        while True:
+            values = yield [Candidate(indices, problem.few_windows, "seed", f"on the way of {seed.name}") for indices in asked]
+            asked = steps.send([inf if value is None else value for value in values])
+    except StopIteration as end:
+        found: tuple[int, ...] | None = end.value
+        return found
 
 
 def plan(spec: JobSpec, settings: Settings, queue: str | None = None, prepared: Callable[..., Preparation] = prepare) -> Plan:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import ABC
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,8 +12,12 @@ from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.search.limits import Limit
 from autoeff.search.samplers.problem import Problem
 from autoeff.spaces.plugins import plugin, plugins
+from autoeff.spaces.space import SearchSpace
 
-__all__ = ["Given", "Seed", "known_seeds", "make_seeds"]
+__all__ = ["Given", "Seed", "Steps", "known_seeds", "make_seeds"]
+
+Steps = Generator[list[tuple[int, ...]], Sequence[float], "tuple[int, ...] | None"]
+"""Yields configurations, is sent the quality that each loses on few windows, and returns one."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Given:
 
 
 class Seed(ABC):
-    """A rule.
+    """A rule: `configuration`, or `steps` where it must see what comes of its choices.
 
     Attributes:
         name: As in `--seeds`.
@@ -54,9 +58,18 @@ class Seed(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     joins: ClassVar[bool] = True
 
-    @abstractmethod
     def configuration(self, given: Given) -> tuple[int, ...] | None:
         """Normalised level indices within the limits; None where it has nothing to say. Deterministic."""
+        raise NotImplementedError(f"rule {self.name} has neither `configuration` nor `steps`")
+
+    def steps(self, given: Given) -> Steps:
+        """As `configuration`, with measurements on the way: infinity where one failed, or where the budget has no room for them."""
+        yield from ()
+        return self.configuration(given)
+
+    def measures(self, space: SearchSpace) -> int:
+        """Configurations that `steps` has measured at the most."""
+        return 0
 
 
 _WHERE = ("autoeff.search.allocators", Seed, "autoeff.allocators")

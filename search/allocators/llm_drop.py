@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.seed import Given, Seed
 
-__all__ = ["LlmDrop"]
+__all__ = ["LlmDrop", "around"]
 
 
 class LlmDrop(Seed):
@@ -31,11 +32,14 @@ class LlmDrop(Seed):
             return None
         sublayers.sort(key=lambda i: (given.statistics.changes[space.decisions[i].site], i))
         for count in range(sum(base[i] > 0 for i in sublayers), len(sublayers) + 1):
-            left_out = set(sublayers[:count])
-            allowed = [
-                [int(i in left_out)] if decision.knob == self.knob else range(len(decision.levels))
-                for i, decision in enumerate(space.decisions)
-            ]
-            if (found := allocator.solve(given.damage, allowed)) is not None:
+            if (found := around(given, allocator, sublayers[:count])) is not None:
                 return found
         return None
+
+
+def around(given: Given, allocator: Allocator, left_out: Collection[int]) -> tuple[int, ...] | None:
+    """The additive optimum with exactly these decisions of `skip` taken; None where it breaks the limits."""
+    allowed = [
+        [int(i in left_out)] if d.knob == LlmDrop.knob else range(len(d.levels)) for i, d in enumerate(given.problem.space.decisions)
+    ]
+    return allocator.solve(given.damage, allowed)
