@@ -53,14 +53,16 @@ from autoeff.evaluators.super_adapter import Adapters
 from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
 from autoeff.evaluators.training import Course
-from autoeff.evaluators.weights import magnitudes_of, outlier_share, tail_exponent
+from autoeff.evaluators.weights import Magnitudes, magnitudes_of, outlier_share, tail_exponent
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.criteria.nirvana import Nirvana
 from autoeff.spaces.knobs.lora_rank import LoraRank
 from autoeff.spaces.kv_cache import KvCache, KvPlan, continuation_start, watched
-from autoeff.spaces.material import SAMPLES, dense_weight
+from autoeff.spaces.material import SAMPLES, Material, dense_weight
 from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.sites import Linear, Site
 from autoeff.spaces.thinned_tokens import remaining
+from autoeff.spaces.units import unit_scores
 
 __all__ = ["Evaluator"]
 
@@ -267,6 +269,7 @@ class Evaluator:
             "inputs": self._inputs,
             "magnitudes": lambda: {site.name: magnitudes_of(map(self._weight, site.linears)) for site in self._linear_sites},
             "outliers": self._outliers,
+            "saliency": self._saliency,
             "spectra": lambda: {
                 site.name: fmean(tail_exponent(self.model.get_parameter(linear.weight)) for linear in site.linears)
                 for site in self._linear_sites
@@ -307,6 +310,16 @@ class Evaluator:
             weights = [self._weight(linears[name]) for name in names]
             shares[block] = outlier_share(weights, [norm[f"{name}.input_norm"] for name in names], _OUTLIER_TIMES)
         return {site.name: shares[site.block] for site in self._linear_sites if site.block in shares}
+
+    def _saliency(self) -> dict[str, Magnitudes]:
+        units, text = [site for site in self.structure.sites if site.coupling is not None], self._texts["search"].passages
+        linears = dict.fromkeys(linear for site in units for linear in site.linears)
+        found, shares = gradients(self.model, linears, self._head, text.inputs, text.mask), {}
+        for site in units:
+            assert site.coupling is not None
+            material = Material({linear.name: self._weight(linear).cpu() for linear in site.linears}, statistics=found)
+            shares[site.name] = replace(magnitudes_of([unit_scores(site.coupling, Nirvana(), material)]), weights=site.parameters)
+        return shares
 
     def _run_dense(self, passages: Passages | None = None) -> None:
         """Runs what is in force over some text, by default that of the search, every block anew."""

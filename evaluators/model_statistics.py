@@ -24,6 +24,8 @@ class ModelStatistics:
         magnitudes: Of the weights of each site of linears.
         outliers: Share of outliers among the Wanda scores of its block, the same for all sites of linears of a block (OWL). Experts
             are left out, whose inputs are not watched.
+        saliency: Of the units of each sublayer (neurons, KV heads), where these are decided about: how far the greatest logits depend on
+            them, by weight (NIRVANA).
         spectra: Mean over the linears of a site of the exponent of its spectrum's tail (AlphaPruning).
     """
 
@@ -32,6 +34,7 @@ class ModelStatistics:
     inputs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     magnitudes: Mapping[str, Magnitudes] = field(default_factory=dict)
     outliers: Mapping[str, float] = field(default_factory=dict)
+    saliency: Mapping[str, Magnitudes] = field(default_factory=dict)
     spectra: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -46,5 +49,6 @@ class ModelStatistics:
     def from_json(cls, value: Mapping[str, Any]) -> ModelStatistics:
         made: Mapping[str, Callable[[Any], Any]] = {
             "attention": AttentionStatistics.from_json, "inputs": tuple, "magnitudes": Magnitudes.from_json,
+            "saliency": Magnitudes.from_json,
         }  # fmt: skip
         return cls(**{name: {site: made.get(name, float)(found) for site, found in sites.items()} for name, sites in value.items()})

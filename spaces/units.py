@@ -18,7 +18,7 @@ from autoeff.spaces.knob import Cost, Kind, Knob
 from autoeff.spaces.material import Material
 from autoeff.spaces.sites import BYTES_DENSE, Coupling, Site, Structure
 
-__all__ = ["UnitKnob"]
+__all__ = ["UnitKnob", "unit_scores"]
 
 _DENSE = 1
 
@@ -89,7 +89,7 @@ class UnitKnob(Knob):
 
     def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
         """The places of the kept units, ascending, int64 `[kept]`: a choice, no part of what is served."""
-        best = torch.sort(self._scores(_coupling(site), material), descending=True, stable=True).indices
+        best = torch.sort(unit_scores(_coupling(site), self._criterion, material), descending=True, stable=True).indices
         return {"units": best[: self._kept(site, level)].sort().values}
 
     def transform(self, site: Site, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:
@@ -99,17 +99,6 @@ class UnitKnob(Knob):
             for part in (coupling.rows, coupling.columns)
         )
         return material.cut(rows, columns)
-
-    def _scores(self, coupling: Coupling, material: Material) -> Tensor:
-        """Float64 [U]."""
-        total = torch.zeros(coupling.units, dtype=torch.float64)
-        for name, weight in material.weights.items():
-            scores = self._criterion.scores(weight.float(), material.needed(name)).double() ** self._criterion.power
-            if name in coupling.rows:
-                total += scores.sum(1)[coupling.rows[name]].sum(1)
-            if name in coupling.columns:
-                total += scores.sum(0)[coupling.columns[name]].sum(1)
-        return total
 
     def _kept(self, site: Site, level: Level) -> int:
         """Units that a level keeps: at least one."""
@@ -124,6 +113,18 @@ class UnitKnob(Knob):
             scoring = sorted(name for name, known in known_criteria().items() if issubclass(known, ScoreCriterion))
             raise InputError(f"{self.name}.criterion {self.criterion!r} gives no scores to compare units by; allowed: {', '.join(scoring)}")
         return criterion
+
+
+def unit_scores(coupling: Coupling, criterion: ScoreCriterion, material: Material) -> Tensor:
+    """What the rows and columns of each unit score together, float64 [U]."""
+    total = torch.zeros(coupling.units, dtype=torch.float64)
+    for name, weight in material.weights.items():
+        scores = criterion.scores(weight.float(), material.needed(name)).double() ** criterion.power
+        if name in coupling.rows:
+            total += scores.sum(1)[coupling.rows[name]].sum(1)
+        if name in coupling.columns:
+            total += scores.sum(0)[coupling.columns[name]].sum(1)
+    return total
 
 
 def _coupling(site: Site) -> Coupling:

@@ -10,7 +10,7 @@ from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.weights import Magnitudes
 from autoeff.search.allocators.pruning import PruningSeed
 
-__all__ = ["GlobalMagnitude"]
+__all__ = ["GlobalMagnitude", "below_one_threshold"]
 
 _FLOOR = 0.0005  # share of all weights that each layer keeps
 _HALVINGS = 60
@@ -27,17 +27,23 @@ class GlobalMagnitude(PruningSeed):
 
     def wanted(self, sites: Sequence[str], mean: float, statistics: ModelStatistics) -> list[float]:
         layers = [statistics.magnitudes[site] for site in sites]
-        total = sum(layer.weights for layer in layers)
-        low, high = 0.0, max(layer.quantiles[-1] for layer in layers)
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            pruned = sum(layer.weights * below(layer, middle) for layer in layers)
-            low, high = (middle, high) if pruned < mean * total else (low, middle)
-        floor = _FLOOR * total
-        return [max(0.0, min(below(layer, high), 1 - floor / layer.weights)) for layer in layers]
+        floor = _FLOOR * sum(layer.weights for layer in layers)
+        shares = zip(below_one_threshold(layers, mean), layers, strict=True)
+        return [max(0.0, min(share, 1 - floor / layer.weights)) for share, layer in shares]
 
 
-def below(layer: Magnitudes, threshold: float) -> float:
+def below_one_threshold(layers: Sequence[Magnitudes], mean: float) -> list[float]:
+    """The share of each layer below the one threshold that so large a share of all weights is below."""
+    total = sum(layer.weights for layer in layers)
+    low, high = 0.0, max(layer.quantiles[-1] for layer in layers)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        pruned = sum(layer.weights * _below(layer, middle) for layer in layers)
+        low, high = (middle, high) if pruned < mean * total else (low, middle)
+    return [_below(layer, high) for layer in layers]
+
+
+def _below(layer: Magnitudes, threshold: float) -> float:
     """The share of a layer's weights below a threshold, interpolated between quantiles."""
     quantiles = layer.quantiles
     place = bisect_left(quantiles, threshold)

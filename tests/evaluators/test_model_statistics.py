@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from autoeff.errors import InputError
+from autoeff.evaluators.calibration import gradients
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.spaces.sites import Site
 
-ALL = {"changes", "magnitudes", "outliers", "spectra"}
+ALL = {"changes", "magnitudes", "outliers", "saliency", "spectra"}
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_they_survive_json_and_leave_the_model_as_it_was(family: str, setup_of: Callable[..., EvaluationSetup]) -> None:
-    evaluator = Evaluator(setup_of(family, {"skip": {}}))
+    evaluator = Evaluator(setup_of(family, {"skip": {}, "width": {"criterion": "magnitude"}}))
     before = {name: tensor.clone() for name, tensor in evaluator.model.state_dict().items()}
     found = evaluator.statistics(ALL)
     assert ModelStatistics.from_json(json.loads(json.dumps(found.to_json()))) == found
@@ -29,8 +31,27 @@ def test_they_survive_json_and_leave_the_model_as_it_was(family: str, setup_of: 
     assert found.outliers
     assert set(found.changes) == {site.name for site in evaluator.structure.sites if site.kind in ("attention", "ffn")}
     assert not found.attention
+    assert set(found.saliency) == set(found.changes)
+    site = next(site for site in evaluator.structure.sites if site.kind == "ffn")
+    units = found.saliency[site.name]
+    assert units.weights == site.parameters
+    assert [units.quantiles[0], units.quantiles[-1]] == pytest.approx(extremes_of_saliency(evaluator, site), rel=1e-4)
     with pytest.raises(InputError, match="unknown statistic 'colour'; known: attention, changes"):
         evaluator.statistics({"colour"})
+
+
+def extremes_of_saliency(evaluator: Evaluator, site: Site) -> list[float]:
+    """The least and the greatest sum of |w dS/dw| over the rows and columns of a unit."""
+    text, model = evaluator.preparation.passages["search"], evaluator.model
+    found = gradients(model, site.linears, model.get_output_embeddings(), text.inputs, text.mask)
+    owed = {linear.name: (model.get_parameter(linear.weight).detach() * found[f"{linear.name}.gradient"]).abs() for linear in site.linears}
+    assert site.coupling is not None
+    parts = [
+        sum(float(owed[name][places[unit]].sum()) for name, places in site.coupling.rows.items())
+        + sum(float(owed[name][:, places[unit]].sum()) for name, places in site.coupling.columns.items())
+        for unit in range(site.coupling.units)
+    ]
+    return [min(parts), max(parts)]
 
 
 @torch.no_grad()
