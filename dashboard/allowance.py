@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from autoeff.dashboard.fetch import Terrain
+from autoeff.dashboard.words import unit_of
 from autoeff.errors import InputError
 from autoeff.search.limits import least_reachable, parse_limit
 from autoeff.spaces.measurements import described
@@ -14,7 +15,6 @@ from autoeff.spaces.measurements import described
 __all__ = ["Slider", "limits_of", "sliders_of"]
 
 _ORDER = ("weight_bytes", "kv_bytes", "decode_ms", "prefill_ms", "avg_bits", "linear_bytes", "bytes_per_token", "flops_per_token")
-_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 _STEPS = 200
 
 
@@ -79,13 +79,11 @@ def limits_of(sliders: Sequence[Slider], values: Mapping[str, float]) -> list[st
 
 
 def _slider(name: str, least: float, dense: float, bound: float | None) -> Slider:
-    unit = described(name).unit
-    word = "B" if unit.startswith("bytes") else "FLOP" if unit.startswith("FLOP") else None
-    prefix, factor = next(((p, f) for p, f in _PREFIXES if dense >= f), ("", 1.0)) if word else ("", 1.0)
+    unit, factor = unit_of(name, dense)
     step = _round_step((dense - least) / factor / _STEPS)
     low, high = ceil(least / factor / step) * step, ceil(dense / factor / step) * step
     start = high if bound is None else min(max(low, round(bound / factor / step) * step), high)
-    return Slider(name, low, high, step, start, f"{prefix}{word}" if word else unit, factor)
+    return Slider(name, low, high, step, start, unit, factor)
 
 
 def _round_step(step: float) -> float:

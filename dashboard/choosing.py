@@ -15,6 +15,8 @@ from autoeff.errors import Unavailable
 __all__ = ["chosen_job"]
 
 _OFFERED = 50
+_WIDE = 22
+"""Letters for which there is room before an age."""
 
 
 def chosen_job(found: Visitor) -> str | None:
@@ -57,4 +59,5 @@ def _pick() -> None:
 
 
 def _words(job: Any) -> str:
-    return f"{short_model(job.model)} · {plain(', '.join(job.limits) or 'no limits', 40)} · {age(job.created, datetime.now(UTC))}"
+    name = f"{short_model(job.model).rpartition('/')[2]} · {', '.join(job.limits) or 'no limits'}"
+    return f"{plain(name, _WIDE)} · {age(job.created, datetime.now(UTC)).removesuffix(' ago')}"

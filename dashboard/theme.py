@@ -28,7 +28,7 @@ class Palette:
         harm: From harmless to the worst, at equal steps of a logarithm.
         searched: Trials that the sampler proposed.
         trial: Other trials.
-        runs: Jobs over each other; dashes tell apart what comes after the last.
+        runs: Jobs over each other, told apart by dashes too.
     """
 
     name: str

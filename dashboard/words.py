@@ -28,6 +28,8 @@ __all__ = [
     "plain",
     "sentence",
     "short_model",
+    "titled",
+    "unit_of",
 ]
 
 STATES = {
@@ -45,6 +47,7 @@ _CUT = 160
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _SIGNS = re.compile(r"(?<!\S)(?:<->|<-|->|--|>=|<=|~=)(?!\S)")
 _WORD_JOINER = "\u2060"
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -77,6 +80,22 @@ def axis(name: str, method: str | None = None) -> str:
     """What to write at an axis: the measurement, its unit, and how values came about where they are not exact."""
     unit = described(name).unit
     return chart(", ".join(part for part in (name, "" if unit == "bytes" else unit) if part) + (f" ({method})" if method else ""))
+
+
+def titled(name: str) -> str:
+    """What to write above a value of `figure`: the measurement, and its unit where that does not stand behind the value."""
+    unit, words = described(name).unit, name.replace("_held_out", " held out")
+    return f"{words}, {unit}" if unit and not unit.startswith(("bytes", "FLOP")) else words
+
+
+def unit_of(name: str, largest: float) -> tuple[str, float]:
+    """The unit in which values of a measurement up to `largest` are written, with its prefix, and how many of its own make one of it."""
+    unit = described(name).unit
+    word = next((short for long, short in (("bytes", "B"), ("FLOP", "FLOP")) if unit.startswith(long)), None)
+    if word is None:
+        return unit, 1.0
+    prefix, factor = next(((prefix, factor) for prefix, factor in _PREFIXES if largest >= factor), ("", 1.0))
+    return prefix + word, factor
 
 
 def duration(seconds: float | None) -> str:
@@ -119,13 +138,13 @@ def short_model(name: str) -> str:
     return plain("/".join(str(name).rstrip("/").split("/")[-2:]) or name, 60)
 
 
-def sentence(error: AutoeffError) -> str:
-    """What went wrong, as a sentence for a page: without what only a terminal has."""
-    text = plain(error, 600)
+def sentence(told: AutoeffError | str) -> str:
+    """What went wrong or is to be known, as a sentence for a page: without what only a terminal has."""
+    text = plain(told, 600)
     text = text.removesuffix("; send one as `Authorization: Bearer ae_…`")
-    if isinstance(error, Unavailable):
+    if isinstance(told, Unavailable):
         text = text.split(" (")[0].removesuffix(";")
-    elif isinstance(error, Forbidden):
+    elif isinstance(told, Forbidden):
         text = text.replace("there is no key", "no key was given")
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?", "…")) else ".")
 

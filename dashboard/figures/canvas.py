@@ -43,7 +43,8 @@ def canvas(palette: Palette, height: int, revision: str) -> go.Figure:
             "xaxis": both,
             "yaxis": both,
             "legend": {
-                "orientation": "h", "x": 0, "y": -0.16, "xanchor": "left", "yanchor": "top", "font": {"size": 12, "color": palette.muted},
+                "orientation": "h", "x": 0, "y": 0, "yref": "container", "xanchor": "left", "yanchor": "bottom",
+                "font": {"size": 12, "color": palette.muted},
                 "itemsizing": "constant", "bgcolor": "rgba(0,0,0,0)",
             },
             "hoverlabel": {"bgcolor": palette.page, "bordercolor": palette.line, "font": {"color": palette.ink, "size": 12}},

@@ -13,6 +13,7 @@ from autoeff.dashboard.words import chart
 __all__ = ["draw_fronts"]
 
 _DASHES = ("solid", "dash", "dot")
+"""What lies over each other is seen through the gaps."""
 
 
 def draw_fronts(
@@ -29,7 +30,7 @@ def draw_fronts(
     drawn = canvas(palette, 480, revision)
     for number, (name, points) in enumerate(fronts.items()):
         shown = [point for point in points if linear or point[1] > 0]
-        colour, dash = palette.runs[number % len(palette.runs)], _DASHES[number // len(palette.runs) % len(_DASHES)]
+        colour, dash = palette.runs[number % len(palette.runs)], _DASHES[(number + number // len(palette.runs)) % len(_DASHES)]
         drawn.add_trace(
             go.Scatter(
                 x=[x for x, _, _ in shown], y=[y for _, y, _ in shown], mode="lines+markers", name=chart(name, 80),

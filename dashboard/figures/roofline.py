@@ -43,5 +43,5 @@ def draw_roofline(operations: Sequence[Operation], palette: Palette, *, revision
             )
         )  # fmt: skip
     drawn.update_xaxes(title_text="FLOP per byte moved", **logarithmic(xs))
-    drawn.update_yaxes(title_text="FLOP/s", **logarithmic([], "~s"))
+    drawn.update_yaxes(title_text="FLOP/s", **logarithmic([one.flops / one.seconds for one in operations], "~s"))
     return drawn

@@ -8,6 +8,7 @@ from typing import Any
 import streamlit as st
 
 from autoeff.dashboard.fetch import Snapshot
+from autoeff.dashboard.outline import is_open
 from autoeff.dashboard.theme import ROLES
 from autoeff.dashboard.words import NOTHING, figure, plain
 
@@ -26,7 +27,8 @@ def draw(now: Snapshot) -> None:
             if point.origin in ("dense", "uniform")
         ]
         if not rows:
-            st.write("The baselines are measured first: the dense model, and every level everywhere. They appear here.")
+            coming = "The baselines are measured first: the dense model, and every level everywhere. They appear here."
+            st.write(coming if is_open(now.job) else "No baseline was measured.")
             return
         st.dataframe(rows, hide_index=True, height="content")
         st.caption("The end table stands here when the search has ended.")

@@ -19,7 +19,7 @@ from autoeff.dashboard.outline import dots_of, front_of, guests_of
 from autoeff.dashboard.theme import ROLES
 from autoeff.dashboard.visit import Visitor, open_trial
 from autoeff.dashboard.watching import ground_of, show, watched
-from autoeff.dashboard.words import NOTHING, figure, markdown, plain, sentence
+from autoeff.dashboard.words import NOTHING, figure, markdown, plain, sentence, titled
 from autoeff.errors import InputError, UnreachableLimit
 
 __all__ = ["draw"]
@@ -41,39 +41,38 @@ def draw(found: Visitor) -> None:
         return
     st.caption("What is the best configuration for another budget? The answer comes from what the search has measured; no model is loaded.")
     sliders = sliders_of(ground, now.job.limits, now.job.quality)
-    left, right = st.columns([2, 5], gap="large")
-    with left:
-        values = _sliders(job_id, sliders)
+    values = _sliders(job_id, sliders)
     limits = limits_of(sliders, values)
-    with right:
-        if not limits:
-            st.info(
-                "Every slider stands at dense: nothing is limited, and the dense model is the answer. Move one to the left.",
-                icon=":material/tune:",
-            )
-            return
-        try:
-            with st.spinner("Solving …", show_time=True):
-                answer = _resolved(found, now, limits)
-        except UnreachableLimit as error:
-            st.warning(markdown(sentence(error), 600), icon=":material/block:")
-            return
-        except InputError as error:
-            st.info(markdown(sentence(error), 600), icon=":material/info:")
-            return
-        _answer(now, answer, limits, sliders, values)
+    if not limits:
+        st.info(
+            "Every slider stands at dense: nothing is limited, and the dense model is the answer. Move one to the left.",
+            icon=":material/tune:",
+        )
+        return
+    try:
+        with st.spinner("Solving …", show_time=True):
+            answer = _resolved(found, now, limits)
+    except UnreachableLimit as error:
+        st.warning(markdown(sentence(error), 600), icon=":material/block:")
+        return
+    except InputError as error:
+        st.info(markdown(sentence(error), 600), icon=":material/info:")
+        return
+    chosen = answer.predicted if answer.answer == "predicted" or answer.measured is None else answer.measured
+    _figures(now, answer)
+    _way_out(now, answer, chosen, limits)
+    _picture(now, answer, limits, sliders, values)
     with st.container(border=True):
-        chosen = answer.predicted if answer.answer == "predicted" or answer.measured is None else answer.measured
         st.subheader("Its configuration")
         levels = draw_levels(grids_of(ground, chosen["configuration"]), visit.colours(), revision="answer")
         show(levels, "answer_levels", "Levels of the answer by block and place")
-    _way_out(found, now, answer, chosen, limits)
 
 
 def _sliders(job_id: str, sliders: Sequence[Slider]) -> dict[str, float]:
     values = {}
-    for slider in sliders[:_FIRST]:
-        values[slider.name] = _slide(job_id, slider)
+    for place, slider in zip(st.columns(_FIRST, gap="large"), sliders, strict=False):
+        with place:
+            values[slider.name] = _slide(job_id, slider)
     if len(sliders) > _FIRST:
         with st.expander("Other costs"):
             for slider in sliders[_FIRST:]:
@@ -101,21 +100,20 @@ def _resolved(found: Visitor, now: Snapshot, limits: Sequence[str]) -> Any:
     return kept[key]
 
 
-def _answer(now: Snapshot, answer: Any, limits: Sequence[str], sliders: Sequence[Slider], values: Mapping[str, float]) -> None:
-    quality, cost = now.job.quality, now.job.judged_cost
+def _figures(now: Snapshot, answer: Any) -> None:
+    """What the answer is expected to lose, what was measured, and which of both it is."""
+    quality = now.job.quality
     expected = answer.predicted["measurements"][quality]
-    columns = st.columns(3)
-    columns[0].metric(f"expected {markdown(quality)}", f"{figure(quality, expected['value'])} ± {expected.get('spread') or 0.0:.2g}")
     measured = None if answer.measured is None else answer.measured["measurements"][quality]["value"]
-    columns[1].metric(
-        "best measured within",
-        figure(quality, measured),
-        None if answer.measured is None else f"trial {answer.measured['trial']}",
-        delta_color="off",
-        delta_arrow="off",
-    )
-    columns[2].metric("the answer is", answer.answer)
-    st.caption(markdown(answer.reason, 400))
+    left, right = st.columns(2)
+    left.metric(f"expected {markdown(titled(quality))}", f"{figure(quality, expected['value'])} ± {expected.get('spread') or 0.0:.2g}")
+    right.metric(f"best measured {markdown(titled(quality))}", figure(quality, measured))
+    st.caption(f"The answer is {markdown(answer.reason, 400)}.")
+
+
+def _picture(now: Snapshot, answer: Any, limits: Sequence[str], sliders: Sequence[Slider], values: Mapping[str, float]) -> None:
+    """Where the answer stands, and what it costs."""
+    quality, cost = now.job.quality, now.job.judged_cost
     guests = [guest for guest in guests_of(now) if guest.role in ("dense", "uniform")]
     same = answer.measured is not None and answer.predicted.get("trial") == answer.measured["trial"]
     for role, row in (("expected", None if same else answer.predicted), ("measured", answer.measured)):
@@ -134,20 +132,21 @@ def _answer(now: Snapshot, answer: Any, limits: Sequence[str], sliders: Sequence
         dots_of(now), front_of(now), guests, visit.colours(),
         quality=quality, cost=cost, limit=limit, method=now.method, revision=now.job.job, height=400,
     )  # fmt: skip
-    show(front, "budget_front", "The front with the answer in it")
-    names = list(dict.fromkeys([*(text.partition("<=")[0] for text in limits), cost, "weight_bytes", quality, f"{quality}_held_out"]))
+    with st.container(border=True):
+        show(front, "budget_front", "The front with the answer in it")
+    names = list(dict.fromkeys([quality, f"{quality}_held_out", *(text.partition("<=")[0] for text in limits), cost, "weight_bytes"]))
     rows = []
     for role, row in ((ROLES["expected"], None if same else answer.predicted), (ROLES["measured"], answer.measured)):
         if row is not None:
             found = row["measurements"]
             rows.append(
-                {"": role, "trial": str(row.get("trial", NOTHING))}
-                | {plain(n): figure(n, found[n]["value"]) if n in found else NOTHING for n in names}
+                {"": role + (f", trial {row['trial']}" if "trial" in row else "")}
+                | {plain(n.replace("_held_out", " held out")): figure(n, found[n]["value"]) if n in found else NOTHING for n in names}
             )
-    st.dataframe(rows, hide_index=True)
+    st.dataframe(rows, hide_index=True, height="content")
 
 
-def _way_out(found: Visitor, now: Snapshot, answer: Any, chosen: Mapping[str, Any], limits: Sequence[str]) -> None:
+def _way_out(now: Snapshot, answer: Any, chosen: Mapping[str, Any], limits: Sequence[str]) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         if "trial" in chosen:
             if st.button(f"Open trial {chosen['trial']}", type="primary", icon=":material/grid_on:", key="open_answer"):
@@ -162,4 +161,5 @@ def _way_out(found: Visitor, now: Snapshot, answer: Any, chosen: Mapping[str, An
         )  # fmt: skip
     if "trial" not in chosen:
         st.caption("Nobody has measured this configuration yet. Where the run directory is, this measures it and keeps it as a trial:")
-        st.code(f"autoeff resolve {now.job.job} " + " ".join(f"--limit '{text}'" for text in limits) + " --measure", language="sh")
+        command = " ".join(["autoeff resolve", now.job.job, *(f"--limit '{text}'" for text in limits), "--measure"])
+        st.code(command, language="sh", wrap_lines=True)

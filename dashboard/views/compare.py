@@ -57,7 +57,7 @@ def draw(found: Visitor) -> None:
         )  # fmt: skip
         show(drawn, "fronts", f"Fronts of {len(names)} jobs")
     for notice in compared.notices:
-        st.caption(markdown(notice, 400))
+        st.caption(markdown(sentence(notice), 400))
     budgets = _budgets(compared, names)
     if budgets:
         st.subheader(f"Best {markdown(compared.quality)} at common budgets")
@@ -69,15 +69,14 @@ def draw(found: Visitor) -> None:
 
 
 def _budgets(compared: Any, names: Sequence[str]) -> list[dict[str, str]]:
-    winners = {run["run"]: name for run, name in zip(compared.runs, names, strict=True)}
+    winners = {run["run"]: run["job"][:6] for run in compared.runs}
     rows = []
     for budget in compared.budgets:
         best = [NOTHING if one is None else figure(compared.quality, one[compared.quality]) for one in budget["best"]]
         row = {"within": plain(budget["budget"], 80)}
-        if budget["bound"] is not None:
-            row[compared.cost] = figure(compared.cost, budget["bound"])
+        row[compared.cost] = figure(compared.cost, budget["bound"])
         row |= {plain(name, 60): text for name, text in zip(names, best, strict=True)}
-        rows.append(row | {"best": plain(winners.get(budget["winner"], "equal" if any(budget["best"]) else NOTHING), 60)})
+        rows.append(row | {"best": winners.get(budget["winner"], "equal" if any(budget["best"]) else NOTHING)})
     return rows
 
 

@@ -18,8 +18,7 @@ from autoeff.dashboard.layers import changes, grids_of, place_of, saved_by_block
 from autoeff.dashboard.outline import guests_of
 from autoeff.dashboard.visit import Visitor
 from autoeff.dashboard.watching import ground_of, show, trial_of, watched
-from autoeff.dashboard.words import NOTHING, figure, markdown, plain
-from autoeff.spaces.measurements import described
+from autoeff.dashboard.words import NOTHING, figure, markdown, plain, titled, unit_of
 
 __all__ = ["draw", "timed_of"]
 
@@ -48,7 +47,7 @@ def draw(found: Visitor) -> None:
     if trial.failure is not None:
         st.error(markdown(f"{trial.failure.kind}: {trial.failure.message}", 800), icon=":material/error:")
     if ground is None:
-        st.dataframe([{"choice": plain(k), "value": plain(v)} for k, v in trial.configuration.items()], hide_index=True)
+        st.dataframe([{"choice": plain(k), "value": plain(v)} for k, v in trial.configuration.items()], hide_index=True, height="content")
     else:
         _maps(ground, trial, other)
     with st.expander("Every measurement", icon=":material/table_rows:"):
@@ -124,7 +123,7 @@ def _figures(now: Snapshot, trial: Any, other: Any) -> None:
     for place, name in zip(st.columns(len(names)), names, strict=True):
         change = _difference(trial, other, name)
         place.metric(
-            markdown(name.replace("_held_out", " held out")), figure(name, trial.measurements[name].value),
+            markdown(titled(name)), figure(name, trial.measurements[name].value),
             change and f"{change} against trial {other.trial}", delta_color="inverse", delta_arrow="off",
         )  # fmt: skip
 
@@ -190,9 +189,11 @@ def _layers(now: Snapshot, ground: Terrain, trial: Any) -> None:
         blocks = sorted({decision.block for decision in ground.space.decisions})
         drawn = draw_blocks(saved, blocks, visit.colours(), cost=cost, method=None if method == "exact" else method, revision=cost)
         show(drawn, "blocks", f"What each block saves of {cost}")
+        units = {name: unit_of(name, max(abs(share.saved[name]) for share in shares)) for name in names}
+        titles = {name: f"{name}, {unit}" for name, (unit, _) in units.items()}
         rows = [
             {"block": s.block, "place": plain(s.place), "knob": plain(s.knob), "level": str(s.level)}
-            | {f"{name} saved": s.saved[name] for name in names}
+            | {titles[name]: s.saved[name] / factor for name, (_, factor) in units.items()}
             | {f"{now.job.quality} alone": s.alone}
             for s in shares
         ]
@@ -200,19 +201,11 @@ def _layers(now: Snapshot, ground: Terrain, trial: Any) -> None:
             rows,
             hide_index=True,
             height=320 if len(rows) > 8 else "content",
-            column_config={f"{name} saved": _column(name) for name in names},
+            column_config={title: st.column_config.NumberColumn(format="%.4g") for title in titles.values()},  # numbers, so that they sort
         )
         st.caption(
             "Saved against the dense level at this place, everything else as it is. Alone: the loss with this level and nothing else."
         )
-
-
-def _column(name: str) -> Any:
-    """Of numbers, so that they sort; bytes and counts with prefixes."""
-    unit = described(name).unit
-    if unit.startswith("bytes"):
-        return st.column_config.NumberColumn(format="bytes")
-    return st.column_config.NumberColumn(format="compact" if unit.startswith("FLOP") else "%.4g")
 
 
 def _earned(now: Snapshot, number: int) -> None:
@@ -228,7 +221,7 @@ def _earned(now: Snapshot, number: int) -> None:
             | {f"{quality} held out then": figure(quality, row["held_out"]), "earned": f"{row['earned']:+.3g}"}
             for row in earned["rows"]
         ]
-        st.dataframe(rows, hide_index=True)
+        st.dataframe(rows, hide_index=True, height="content")
         st.caption(
             "The best confirmed configuration within the limits in which the knob has one level everywhere, and how much more that loses "
             f"than trial {number}: what choosing the knob place by place earned. Below zero, the search would have done better without."

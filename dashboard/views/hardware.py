@@ -10,10 +10,12 @@ import streamlit as st
 
 from autoeff.dashboard import visit
 from autoeff.dashboard.figures.roofline import draw_roofline
+from autoeff.dashboard.live_news import tell
 from autoeff.dashboard.plant import operation_of, queues_of, workers_of
 from autoeff.dashboard.visit import Visitor
 from autoeff.dashboard.watching import show
 from autoeff.dashboard.words import markdown, plain
+from autoeff.errors import Unavailable
 
 __all__ = ["draw"]
 
@@ -26,17 +28,32 @@ def draw(found: Visitor) -> None:
     st.title("Hardware")
     tables = found.client.kernel_latencies(limit=_MOST).items  # asked first: that nobody answers is said once
 
-    @st.fragment(run_every=_LOOK_S)
+    @st.fragment(key="workers")
     def workers() -> None:
         with visit.guarded(found):
-            _workers(found)
+            _workers(found.client.hardware().items)
 
     workers()
+
+    @st.fragment(run_every=_LOOK_S)
+    def look() -> None:
+        with visit.guarded(found):
+            tell("workers", _mark(found))
+
+    look()
     _latencies(tables)
 
 
-def _workers(found: Visitor) -> None:
-    items = found.client.hardware().items
+def _mark(found: Visitor) -> str:
+    """Changes with whatever is to be seen of the workers, or that the server does not answer."""
+    try:
+        rows = workers_of(found.client.hardware().items, datetime.now(UTC))
+    except Unavailable:
+        return "away"
+    return f"{hash(str(rows))}"
+
+
+def _workers(items: Sequence[Any]) -> None:
     alive = [worker for worker in items if worker.alive]
     columns = st.columns(3)
     columns[0].metric("workers", len(alive))
@@ -51,7 +68,7 @@ def _workers(found: Visitor) -> None:
         st.warning(
             "No worker is alive: what is submitted waits. What a lost one was doing is given to the next.", icon=":material/warning:"
         )
-    st.dataframe(workers_of(items, datetime.now(UTC)), hide_index=True, height="content", key="workers")
+    st.dataframe(workers_of(items, datetime.now(UTC)), hide_index=True, height="content", key="workers_table")
     queues = queues_of(items)
     if queues:
         st.subheader("Queues")
@@ -87,8 +104,9 @@ def _latencies(tables: Sequence[Any]) -> None:
         for row in table.items
         if all(word in row.operation for word in wanted.split())
     ]
-    st.dataframe(rows, hide_index=True, height=360, key="latencies")
+    times = {title: st.column_config.NumberColumn(format="%.2f") for title in ("median, µs", "low, µs", "high, µs")}
+    st.dataframe(rows, hide_index=True, height=360, key="latencies", column_config=times)
     st.caption(
         f"{len(rows):,} of {table.total:,} operations; median and quartiles over rounds."
-        + (f" Torch used {table.threads} threads." if table.threads else "")
+        + (f" Torch threads: {table.threads}." if table.threads else "")
     )

@@ -36,8 +36,8 @@ from autoeff.dashboard.steering import buttons
 from autoeff.dashboard.theme import Palette
 from autoeff.dashboard.visit import Visitor, open_trial
 from autoeff.dashboard.watching import CHART, ground_of, mark_of, watched
-from autoeff.dashboard.words import STATES, axis, duration, figure, markdown, plain, short_model
-from autoeff.spaces.measurements import described
+from autoeff.dashboard.words import STATES, axis, duration, figure, markdown, plain, short_model, titled
+from autoeff.errors import NotFound
 
 __all__ = ["draw"]
 
@@ -72,7 +72,10 @@ def draw(found: Visitor) -> None:
         @st.fragment(run_every=_SELDOM_S if now.job.state == "paused" else _LOOK_S)
         def look() -> None:
             with visit.guarded(found):
-                tell("picture", mark_of(found, job_id))
+                try:
+                    tell("picture", mark_of(found, job_id))
+                except NotFound:  # the whole page says so
+                    st.rerun()
 
         look()
     _panels(found, now)
@@ -143,7 +146,10 @@ def _picture(found: Visitor, now: Snapshot) -> None:
             st.progress(pace.share)
     if not now.whole:
         with st.container(border=True):
-            st.write("Nothing is measured yet. Points appear here as soon as the first evaluation has ended.")
+            if is_open(job):
+                st.write("Nothing is measured yet. Points appear here as soon as the first evaluation has ended.")
+            else:
+                st.write("It ended before anything was measured.")
             if job.driven_by is None and job.state in ("pending", "running"):
                 st.write("Nobody drives this job yet: is a coordinator running? `autoeff serve` starts one.")
         return
@@ -218,20 +224,15 @@ def _figures(now: Snapshot, pace: Pace, bounds: Mapping[str, float]) -> None:
     job, best = now.job, now.best
     names = list(bounds)[:_COSTS] or [job.judged_cost]
     columns = iter(st.columns(3 + len(names)))
-    next(columns).metric(markdown(_titled(job.quality)), figure(job.quality, now.front.best_quality))
+    next(columns).metric(markdown(titled(job.quality)), figure(job.quality, now.front.best_quality))
     for name in names:
         cost = None if best is None or name not in best.measurements else best.measurements[name].value
         said = f"of {figure(name, bounds[name])} allowed" if name in bounds else None
-        next(columns).metric(markdown(_titled(name)), figure(name, cost), said, delta_color="off", delta_arrow="off")
+        next(columns).metric(markdown(titled(name)), figure(name, cost), said, delta_color="off", delta_arrow="off")
     trials = f"{job.trials:,} trials" + (f", {job.failed} failed" if job.failed else "")
     next(columns).metric("evaluations", f"{job.used:.4g} of {job.budget}", trials, delta_color="off", delta_arrow="off")
     left = f"about {duration(pace.left_s)} left" if pace.left_s else None
     next(columns).metric("time", duration(pace.elapsed_s), left, delta_color="off", delta_arrow="off")
-
-
-def _titled(name: str) -> str:
-    unit = described(name).unit
-    return f"{name}, {unit}" if unit and not unit.startswith(("bytes", "FLOP")) else name
 
 
 def _alt(now: Snapshot) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from autoeff.dashboard import visit
-from autoeff.dashboard.words import markdown, plain, sentence
+from autoeff.dashboard.words import markdown, sentence
 from autoeff.errors import AutoeffError
 
 __all__ = ["draw"]
@@ -21,8 +21,7 @@ def draw() -> None:
         if told:
             st.warning(markdown(told, 800), icon=":material/lock:")
         with st.form("key", border=True):
-            st.caption("Server")
-            st.text(plain(visit.server(), 80))
+            st.caption(f"Server: {markdown(visit.server(), 80)}")
             text = st.text_input("Key", type="password", placeholder="ae_…", autocomplete="current-password")
             given = st.form_submit_button("Log in", type="primary", width="stretch")
         if given:

@@ -19,7 +19,15 @@ __all__ = ["draw"]
 _ESSENTIAL = ("model", "knobs", "limits", "objectives", "budget.trials", "data.source", "data.windows")
 _LIMITS = ("avg_bits<=3.5", "weight_bytes<=0.30x", "linear_bytes<=0.25x", "kv_bytes<=0.5x", "bytes_per_token<=0.5x", "decode_ms<=0.8x")
 _OBJECTIVES = ("quality", "weight_bytes", "kv_bytes", "bytes_per_token", "flops_per_token", "decode_ms", "prefill_ms")
-_GROUPS = {"": "Search", "data": "Search text", "eval_data": "Held-out text", "space": "Space", "budget": "Budget", "tasks": "Tasks"}
+_GROUPS = {
+    "": "Search",
+    "data": "Search text",
+    "eval_data": "Held-out text",
+    "tune_data": "Text for adapters",
+    "space": "Space",
+    "budget": "Budget",
+    "tasks": "Tasks",
+}
 
 
 def draw(found: Visitor) -> None:
@@ -30,7 +38,7 @@ def draw(found: Visitor) -> None:
         return
     fields = fields_of(_contract(found))
     start = _start(fields)
-    left, right = st.columns([3, 2], gap="large")
+    left, right = st.columns(2, gap="large")
     with left:
         values, fault = _filled(found, fields, start)
     body = body_of(fields, values)
@@ -76,7 +84,7 @@ def _filled(found: Visitor, fields: Sequence[Field], start: Mapping[str, Any]) -
 
 def _asked(found: Visitor, field: Field, value: Any) -> Any:
     key = f"field_{st.session_state.get('form', 0)}_{field.path}"
-    label = (f"{field.group.replace('_', ' ')}: " if field.path in _ESSENTIAL and field.group else "") + field.label
+    label = f"{_GROUPS[field.group]}: {field.label}" if field.path in _ESSENTIAL and field.group else field.label.capitalize()
     common: dict[str, Any] = {"key": key, "help": field.help or None}
     if field.path == "model":
         return _named(label, [row.model for row in _models(found).items], value, **common)
@@ -122,7 +130,7 @@ def _with_settings(chosen: Sequence[str], value: Mapping[str, Any], key: str) ->
     """Knobs with their settings, which stand in a field of their own."""
     known = {name: value.get(name) or {} for name in chosen}
     text = st.text_input(
-        "settings of the knobs",
+        "Settings of the knobs",
         written({n: s for n, s in known.items() if s}),
         key=f"{key}_settings",
         placeholder="{bits: {group_size: 64}}",
@@ -196,20 +204,19 @@ def _plan(plan: Any, body: Mapping[str, Any]) -> None:
         if asked < plan.minimum_trials:
             st.warning(f"At least {plan.minimum_trials} evaluations are needed.", icon=":material/warning:")
         for notice in plan.preflight.get("notices", ()):
-            st.caption(markdown(notice, 400))
+            st.caption(markdown(sentence(notice), 400))
         st.caption(f"Memory: {file_bytes(plan.preflight.get('memory_bytes'))} of {file_bytes(plan.memory_cap_bytes)} allowed.")
         bounds = {limit["name"]: limit["bound"] for limit in plan.limits}
         rows = [
             {
-                "cost": plain(name),
+                "cost": plain(name) + (f" ({method})" if (method := plan.methods.get(name, "exact")) != "exact" else ""),
                 "dense": figure(name, value),
                 "limit": figure(name, bounds.get(name)),
-                "least reachable": figure(name, plan.least.get(name)),
-                "how": plan.methods.get(name, "exact"),
+                "least": figure(name, plan.least.get(name)),
             }
-            for name, value in plan.dense.items()
+            for name, value in sorted(plan.dense.items(), key=lambda item: item[0] not in bounds)
         ]
-        st.dataframe(rows, hide_index=True)
+        st.dataframe(rows, hide_index=True, height="content", column_config={"limit": st.column_config.Column(width=80)})
 
 
 def _contract(found: Visitor) -> Mapping[str, Any]:

@@ -48,6 +48,7 @@ def test_the_page_of_a_job_shows_its_name_as_text(view: Any, jobs: list[str], ho
     page = view("job", "eve", job=jobs[number])
     check(page, hostile_names[number])
     assert page.error  # the job's own, whose text is the name
+    assert any("ended before anything was measured" in text for text in texts(page))
 
 
 def test_keys_with_such_names_are_listed(view: Any, client: Any, hostile_names: list[str]) -> None:

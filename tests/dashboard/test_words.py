@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from autoeff.dashboard.words import age, axis, chart, duration, figure, markdown, plain, sentence
+from autoeff.dashboard.words import age, axis, chart, duration, figure, markdown, plain, sentence, titled, unit_of
 from autoeff.errors import Forbidden, InputError, Unavailable
 
 NOW = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -59,6 +59,10 @@ def test_values_and_axes_carry_units() -> None:
     assert figure("kl", None) == "\u2013"
     assert axis("kl") == "kl, nats/token"
     assert axis("decode_ms", "predicted") == "decode_ms, ms (predicted)"
+    assert titled("kl_held_out") == "kl held out, nats/token"
+    assert titled("weight_bytes") == "weight_bytes"  # `figure` writes the unit
+    assert unit_of("bytes_per_token", 2.5e6) == ("MB", 1e6)
+    assert unit_of("kl", 2.5e6) == ("nats/token", 1.0)
     assert axis("<b>own</b>") == "&lt;b&gt;own&lt;/b&gt;"
 
 

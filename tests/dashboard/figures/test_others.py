@@ -26,7 +26,9 @@ def test_fronts_have_a_line_each() -> None:
     drawn = draw_fronts({"a <i>": [(1.0, 0.5, 3)], "b": [(1.0, 0.0, 4), (2.0, 0.1, 5)]}, LIGHT, quality="kl", cost="weight_bytes")
     assert [trace.name for trace in drawn.data] == ["a &lt;i&gt;", "b"]
     assert list(drawn.data[1].x) == [2.0]
-    assert drawn.data[0].line.color != drawn.data[1].line.color
+    many = draw_fronts({str(i): [(1.0, 0.5, i)] for i in range(8)}, LIGHT, quality="kl", cost="weight_bytes")
+    assert len({(trace.line.color, trace.line.dash) for trace in many.data}) == 8
+    assert drawn.data[0].line.dash != drawn.data[1].line.dash  # where both are the same, both are seen
 
 
 def test_predictions_stand_over_measurements() -> None:

@@ -21,6 +21,10 @@ def test_the_best_stands_beside_the_nearest_uniform_level(view: Any, shown: Any,
     assert list(zip(earned["knob"], map(float, earned["earned"]), strict=True)) == [
         (row["knob"], pytest.approx(row["earned"], rel=1e-2)) for row in rows
     ]
+    (saved,) = (one.value for one in page.dataframe if "kl alone" in one.value)
+    trial = {name: measured.value for name, measured in shown.best.measurements.items()}
+    dense = float(ground.costs.dense("weight_bytes"))
+    assert sum(saved["weight_bytes, kB"]) == pytest.approx((dense - trial["weight_bytes"]) / 1e3)
     assert len(page.get("plotly_chart")) == 3  # two maps and the blocks
     assert any(re.fullmatch(rf"What changed: \d+ of {len(ground.space.decisions)} decisions", one.label) for one in page.expander)
 

@@ -48,7 +48,7 @@ def test_trials_are_shown_in_pages_and_by_filter(view: Any, client: Any, shown: 
     assert shown.uniform.items() <= labels.items()
 
 
-def test_failed_trials_are_tried_again(view: Any, plant: Any, twins: tuple[str, str, str]) -> None:
+def test_a_job_is_steered(view: Any, plant: Any, twins: tuple[str, str, str]) -> None:
     page = view("job", "carol", job=twins[1])
     assert not page.exception
     assert {"Resume", "Retry failed", "Clone"} <= {button.label for button in page.button}
@@ -60,6 +60,12 @@ def test_failed_trials_are_tried_again(view: Any, plant: Any, twins: tuple[str, 
     assert (job.state, job.failed) == ("pending", 0)
     assert client.trial(twins[1], 150).state == "queued"
     assert "Retry failed" not in {button.label for button in page.button}
+
+    page.button(key="steer_pause").click().run()
+    assert client.job(twins[1]).state == "paused"
+    page.button(key="steer_resume").click().run()
+    assert client.job(twins[1]).state == "pending"
+    assert not page.exception
 
 
 def test_a_job_that_is_not_there_is_said_to_be_gone(view: Any, words: Any) -> None:
