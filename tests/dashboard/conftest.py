@@ -7,7 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +30,9 @@ SCOPES = {
     "stranger": ("jobs:read", "jobs:write"),
     "eve": ("jobs:read", "jobs:write"),
     "carol": ("jobs:read", "jobs:write"),
+    "dan": ("jobs:read", "jobs:write"),
 }
-OWNERS = {"stranger": "bob", "eve": "eve", "carol": "carol"}
+OWNERS = {"stranger": "bob", "eve": "eve", "carol": "carol", "dan": "dan"}
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Plant:
 
     Attributes:
         home: Its folder.
-        keys: Texts: `all` may do everything, `reader` only read, `stranger` owns nothing, `eve` and `carol` what tests add.
+        keys: Texts: `all` may do everything, `reader` only read, `stranger` owns nothing, `eve`, `carol` and `dan` what tests add.
         job: Id of the finished search.
         visitors: Who has looked so far, by key.
     """
@@ -121,29 +122,42 @@ def ground(shown: Snapshot, client: Client) -> Terrain:
     return found
 
 
+def _copy(base: sqlite3.Connection, table: str, where: str, **changed: Any) -> None:
+    """Adds the rows of a table again, changed so."""
+    found = base.execute(f"SELECT * FROM {table} WHERE {where}")
+    names = [column[0] for column in found.description]
+    for row in found.fetchall():
+        values = {**dict(zip(names, row, strict=True)), **changed}
+        base.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
+
+
+def _copy_job(base: sqlite3.Connection, job: str, new: str, *, first: int, spec: Mapping[str, Any], **changed: Any) -> None:
+    """Adds a job like this one with its first trials: one that differs in these fields of its spec and these columns."""
+    before = json.loads(base.execute("SELECT spec FROM job WHERE id = ?", (job,)).fetchone()[0])
+    _copy(base, "job", f"id = '{job}'", id=new, spec=json.dumps({**before, **spec}), **changed)
+    _copy(base, "trial", f"job_id = '{job}' AND number < {first}", job_id=new)
+
+
+@pytest.fixture(scope="session")
+def copy_job() -> Callable[..., None]:
+    """`copy_job(base, job, new, first=…, spec={…}, **columns)`: a job like this one with its first trials, changed so."""
+    return _copy_job
+
+
 @pytest.fixture(scope="session")
 def twins(plant: Plant) -> tuple[str, str, str]:
     """Carol's: the finished search; one of another seed and limit that failed early, its last trial too; one of another text."""
     ids = ("aaaa0000ca20", "bbbb0000ca20", "cccc0000ca20")
     with closing(sqlite3.connect(plant.home / "autoeff.db")) as base, base:
-        base.row_factory = sqlite3.Row
-
-        def copy(table: str, where: str, **changed: Any) -> None:
-            for row in base.execute(f"SELECT * FROM {table} WHERE {where}").fetchall():
-                values = {**dict(row), **changed}
-                base.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
-
-        mine = f"id = '{plant.job}'"
-        spec = json.loads(base.execute(f"SELECT spec FROM job WHERE {mine}").fetchone()[0]) | {"seed": 7, "limits": ["avg_bits<=4"]}
-        preflight = json.loads(base.execute(f"SELECT preflight FROM job WHERE {mine}").fetchone()[0])
+        preflight = json.loads(base.execute(f"SELECT preflight FROM job WHERE id = '{plant.job}'").fetchone()[0])
         preflight["text"]["search"]["digest"] = "0"
-        copy("job", mine, id=ids[0], owner="carol")
-        copy("job", mine, id=ids[2], owner="carol", preflight=json.dumps(preflight), result=None)
-        copy("job", mine, id=ids[1], owner="carol", spec=json.dumps(spec), state="failed", result=None, queue="cpu", trials=151, failed=1)
-        copy("trial", f"job_id = '{plant.job}'", job_id=ids[0])
-        copy("trial", f"job_id = '{plant.job}' AND number < 150", job_id=ids[1])
-        copy("evaluation", "id = 1", id=10**6, eval_key="f" * 64, state="failed")
-        copy("trial", f"job_id = '{plant.job}' AND number = 150", job_id=ids[1], evaluation_id=10**6)
+        other = {"seed": 7, "limits": ["avg_bits<=4"]}
+        failed = {"state": "failed", "result": None, "queue": "cpu", "trials": 151, "failed": 1}
+        _copy_job(base, plant.job, ids[0], first=10**6, spec={}, owner="carol")
+        _copy_job(base, plant.job, ids[1], first=150, spec=other, owner="carol", **failed)
+        _copy_job(base, plant.job, ids[2], first=0, spec={}, owner="carol", preflight=json.dumps(preflight), result=None)
+        _copy(base, "evaluation", "id = 1", id=10**6, eval_key="f" * 64, state="failed")
+        _copy(base, "trial", f"job_id = '{plant.job}' AND number = 150", job_id=ids[1], evaluation_id=10**6)
     return ids
 
 
@@ -257,14 +271,11 @@ def add_jobs() -> Callable[[Path, str, Sequence[str]], list[str]]:
     def add(path: Path, job: str, names: Sequence[str]) -> list[str]:
         ids = [f"{number:012x}" for number in range(0xBAD000, 0xBAD000 + len(names))]
         with closing(sqlite3.connect(path)) as base, base:
-            base.row_factory = sqlite3.Row
-            row = dict(base.execute("SELECT * FROM job WHERE id = ?", (job,)).fetchone())
-            for number, (new, name) in enumerate(zip(ids, names, strict=True)):
-                spec = json.loads(row["spec"]) | {"model": name, "sampler": name}
-                changed = {"id": new, "spec": json.dumps(spec), "state": "failed", "result": None, "error": name, "owner": "eve"}
-                changed |= {"trials": 0, "succeeded": 0, "failed": 0, "quarantined": 0, "created_at": row["created_at"] + number + 1}
-                values = {**row, **changed}
-                base.execute(f"INSERT INTO job ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
+            ((begun,),) = base.execute("SELECT created_at FROM job WHERE id = ?", (job,)).fetchall()
+            for number, (new, name) in enumerate(zip(ids, names, strict=True), start=1):
+                counts = dict.fromkeys(("trials", "succeeded", "failed", "quarantined"), 0)
+                changed = {"state": "failed", "result": None, "error": name, "owner": "eve", "created_at": begun + number, **counts}
+                _copy_job(base, job, new, first=0, spec={"model": name, "sampler": name}, **changed)
         return ids
 
     return add
