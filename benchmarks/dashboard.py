@@ -1,7 +1,8 @@
 """How fast the dashboard is with a job of many trials: `python benchmarks/dashboard.py [--trials 100000] [--write]`.
 
 In a warm browser: from the click that opens the job to the drawn chart, turning a page of its trials, the processor time that both servers
-spend on an opening, and what an idle page costs them: of a job that is paused, of one that runs but has no news, and of a finished one.
+spend on an opening, and what an idle page costs them: of a job that is paused, of one that runs but has no news, and of a finished one;
+the list of jobs while one of them runs, and the hardware with three workers.
 `--write` keeps the figures in `benchmarks/results/dashboard.json`.
 """
 
@@ -45,10 +46,17 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 CHART = "document.querySelector('.st-key-front .js-plotly-plot')"
 OPENING, PAGING = "from the click to the drawn chart, s", "from the click to the next page of trials, s"
 WORK = "processor time of both servers for an opening, s"
-IDLE = "processor time of both servers while the page of a {} job is idle, % of a core"
+IDLE = "processor time of both servers while the page of {} is idle, % of a core"
 BUSY = "processor time of both servers while a job has news every 2 s, % of a core"
-STATES = {"paused": JobState.PAUSED, "running": JobState.RUNNING, "finished": JobState.SUCCEEDED}
-LIMITS = {OPENING: 2.0, PAGING: 0.5, WORK: 1.0} | {IDLE.format(name): 1.0 for name in STATES}
+IDLERS = {
+    "a paused job": ("Job", JobState.PAUSED),
+    "a running job": ("Job", JobState.RUNNING),
+    "jobs of which one runs": ("Jobs", JobState.RUNNING),
+    "the hardware": ("Hardware", JobState.RUNNING),
+    "a finished job": ("Job", JobState.SUCCEEDED),
+}
+"""Pages that stand open, by name: the view, and the state of the job then."""
+LIMITS = {OPENING: 2.0, PAGING: 0.5, WORK: 1.0} | {IDLE.format(name): 1.0 for name in IDLERS}
 RESULTS = Path(__file__).parent / "results" / "dashboard.json"
 
 
@@ -77,11 +85,13 @@ def main() -> None:
             page.set_default_timeout(120_000)
             found = measured(page, f"http://127.0.0.1:{port}", key, job, [api, pages])
             with Store.open(Settings(home=home).database) as store:
-                for name, state in STATES.items():
+                for number in range(3):
+                    store.announce_worker(f"box/0-1.2/{number}/1.0", ["cpu"], "cpu", {"name": "x86_64", "cores": 2}, ttl_s=3600.0)
+                for name, (view, state) in IDLERS.items():
                     simulated.state_of(store, job, state)
-                    found[IDLE.format(name)] = idle(page, [api, pages])
-                    if state is JobState.RUNNING:
-                        found[BUSY] = idle(page, [api, pages], lambda: simulated.state_of(store, job, JobState.RUNNING))
+                    found[IDLE.format(name)] = idle(page, view, [api, pages])
+                    if name == "a running job":
+                        found[BUSY] = idle(page, view, [api, pages], lambda: simulated.state_of(store, job, JobState.RUNNING))
             browser.close()
     if given.write:
         facts = {
@@ -157,10 +167,10 @@ def measured(page: Page, url: str, key: str, job: str, processes: list[psutil.Pr
     return {OPENING: statistics.median(openings), PAGING: statistics.median(turns[1:]), WORK: statistics.median(costs)}
 
 
-def idle(page: Page, processes: list[psutil.Process], news: Callable[[], None] = lambda: None) -> float:
-    """Per cent of a core while the page of the job stands open and nothing happens, `news` every 2 s excepted."""
+def idle(page: Page, view: str, processes: list[psutil.Process], news: Callable[[], None] = lambda: None) -> float:
+    """Per cent of a core while a view stands open and nothing happens, `news` every 2 s excepted."""
     links = page.get_by_test_id("stSidebarNav")
-    for name in ("Jobs", "Job"):
+    for name in ("Compare", view):
         links.get_by_role("link", name=name, exact=True).click()
         page.wait_for_timeout(2000)
     before = spent(processes)
