@@ -12,6 +12,7 @@ anew after every round of all faults.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib.util
 import json
 import os
@@ -45,6 +46,7 @@ from autoeff.search.results import all_trials
 from autoeff.search.settings import Settings
 from autoeff.search.storage import State, Store
 from autoeff.search.storage.keys import KeyRing
+from autoeff.search.storage.leases import LOSSES_TO_QUARANTINE
 from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, OutboxRow, TrialRow
 
 LEASE_S = 2.0
@@ -408,9 +410,12 @@ def audit(store: Store, submitted: Sequence[str]) -> list[str]:
     state = {row.id: row.state for row in evaluations}
     for row in evaluations:
         mine = [a for a in attempts if a.evaluation_id == row.id]
-        if row.state not in (State.SUCCEEDED, State.FAILED):
+        if row.state not in (State.SUCCEEDED, State.FAILED, State.QUARANTINED):
             wrong.append(f"evaluation {row.id} is {row.state}")
-        if [a.fence for a in mine if a.outcome in ("succeeded", "failed")] != [row.accepted_fence]:
+        decided = [a.fence for a in mine if a.outcome in ("succeeded", "failed")]
+        if row.state is State.QUARANTINED:  # hit three times: then the last loss decides
+            decided += [a.fence for a in mine if a.outcome == "lost"][LOSSES_TO_QUARANTINE - 1 :]
+        if decided != [row.accepted_fence]:
             wrong.append(f"evaluation {row.id}: attempts {[(a.fence, a.outcome) for a in mine]}, accepted {row.accepted_fence}")
         if row.attempts != len(mine) or any(a.outcome is None for a in mine):
             wrong.append(f"evaluation {row.id} counts {row.attempts} attempts, has {[(a.fence, a.outcome) for a in mine]}")
@@ -437,6 +442,15 @@ def audit(store: Store, submitted: Sequence[str]) -> list[str]:
             if set(told.values()) - {1}:
                 wrong.append(f"job {job.id}: {kind} more than once for {[n for n, times in told.items() if times > 1]}")
     return wrong
+
+
+def tally(store: Store) -> dict[str, int]:
+    """How much there was to be lost."""
+    with store.database.read() as connection:
+        states = Counter(connection.execute(select(EvaluationRow.state)).scalars())
+        attempts = Counter(connection.execute(select(AttemptRow.outcome)).scalars())
+        jobs = connection.execute(select(func.count()).select_from(JobRow)).scalar_one()
+    return {"jobs": jobs, "evaluations": states.total(), "quarantined": states[State.QUARANTINED], "attempts_lost": attempts["lost"]}
 
 
 def same_values(store: Store, job_id: str, settings: Settings, count: int) -> None:
@@ -492,7 +506,10 @@ def main(
                 flush=True,
             )
             if out is not None:
-                facts = {"seed": seed, "lease_s": LEASE_S, "seconds": round(time.monotonic() - begun), "load": os.getloadavg()[0]}
+                facts = {
+                    "date": datetime.date.today().isoformat(), "seed": seed, "lease_s": LEASE_S, "rounds": round_ + 1, "faults": len(FAULTS),
+                    "seconds": round(time.monotonic() - begun), "load": os.getloadavg()[0], **tally(cluster.store),
+                }  # fmt: skip
                 out.write_text(json.dumps(facts | {"moments": [asdict(moment) for moment in done]}, indent=1) + "\n")
 
 
