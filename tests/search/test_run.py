@@ -19,6 +19,7 @@ from autoeff.search.coordinator import Coordinator, Progress
 from autoeff.search.job import JobSpec
 from autoeff.search.run import Result, export, plan, resume, start
 from autoeff.search.runner_process import RunnerProcess
+from autoeff.search.sampler import known_samplers
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import JobState
 from autoeff.search.storage.store import Store
@@ -70,10 +71,27 @@ def test_the_same_job_makes_the_same_trials_without_evaluating_again(tiny_job: J
         assert keys == [store.trial(first.job_id, row["trial"]).evaluation_id for row in first.rows]
 
 
-@pytest.mark.parametrize("sampler", ["additive", pytest.param("nsga2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("sampler", "database"),
+    [
+        pytest.param(sampler, database, marks=[pytest.mark.slow] * ((sampler, database) != ("additive", "sqlite")))
+        for sampler in sorted(known_samplers().keys() - {"none"})
+        for database in ("sqlite", "postgresql")
+    ],
+)
 def test_a_stopped_search_resumes_with_the_sequence_of_an_undisturbed_one(
-    tiny_job: Job, searched: Any, settings: Settings, tmp_path: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
+    tiny_job: Job,
+    searched: Any,
+    settings: Settings,
+    tmp_path: Path,
+    sampler: str,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if database == "postgresql":
+        url = request.getfixturevalue("servers").new_database(request.getfixturevalue("postgres"))
+        settings = settings.model_copy(update={"database_url": url})
     job = tiny_job(limits=[LOOSE], sampler=sampler)
     whole = resume(searched.loose, searched.settings) if sampler == "additive" else start(job, tmp_path / "whole", searched.settings)
     evaluate, calls = Coordinator._propose, []
