@@ -69,9 +69,7 @@ def _foot(found: visit.Visitor) -> None:
                 200,
             )
         )
-        if st.button("Log out", icon=":material/logout:", type="tertiary"):
-            visit.log_out()
-            st.rerun()
+        st.button("Log out", icon=":material/logout:", type="tertiary", on_click=visit.log_out)
 
 
 def _view(draw: Callable[[visit.Visitor], None], found: visit.Visitor) -> Callable[[], None]:

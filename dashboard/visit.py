@@ -99,6 +99,8 @@ def log_out(told: str | None = None) -> None:
 @contextmanager
 def guarded(found: Visitor) -> Iterator[None]:
     """Turns what goes wrong in a view into a sentence, from which the page recovers by itself where it can."""
+    if st.session_state.get("visitor") is not found:  # a part that draws itself again may outlive the visit by a moment
+        st.rerun()
     try:
         yield
     except Forbidden as error:

@@ -60,6 +60,23 @@ def test_a_revoked_key_is_asked_for_anew(view: Any, plant: Any, client: Client, 
     assert "revoked" in page.session_state["told"]
 
 
+def test_a_part_that_outlives_the_visit_asks_nothing(plant: Any) -> None:
+    from streamlit.testing.v1 import AppTest
+
+    script = """
+import streamlit as st
+from autoeff.dashboard import visit
+if (found := st.session_state.pop("earlier", None)) is not None:
+    with visit.guarded(found):
+        st.text("drawn for who has left")
+st.text("asks for a key")
+"""
+    page = AppTest.from_string(script)
+    page.session_state["earlier"] = plant.visitor()
+    page.run()
+    assert [text.value for text in page.text] == ["asks for a key"]
+
+
 def test_a_key_that_may_not_is_told_so_and_stays(
     view: Any, words: Any, plant: Any, client: Client, client_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
