@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 from torch.nn.functional import pad
 
-from autoeff.kernels import tuned
+from autoeff.kernels import split_k, tuned
 
 try:
     import triton
@@ -159,20 +159,8 @@ def launch(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, config: Ma
         RuntimeError: Triton is not installed.
     """
     _check(x, weight, bias)
-    if tuple(y.shape) != (x.shape[0], weight.n) or y.dtype != x.dtype or not (x.is_contiguous() and y.is_contiguous()):
-        raise ValueError(f"y must be contiguous {x.dtype} {(x.shape[0], weight.n)}: got {y.dtype} {tuple(y.shape)}")
-    if triton is None:
-        raise RuntimeError("2:4 weights on a GPU need Triton, which is not installed: pip install 'triton>=3.6'")
-    if not y.numel():
-        return
-    splits = config["splits"]
-    sums = y if splits == 1 else torch.empty(splits, *y.shape, dtype=torch.float32, device=y.device)
-    kernel, grid, arguments, options = _arguments(x, weight, bias if splits == 1 else None, sums, config)
-    with torch.cuda.device(y.get_device()):  # on the CPU (-1) it does nothing
-        kernel[grid](*arguments, **options)
-    if splits > 1:  # a second launch, in a fixed order: the same bits at every run
-        total = sums.sum(0)
-        y.copy_(total if bias is None else total.add_(bias))
+    split_k.check_output(x, y, weight.n)
+    split_k.launch("2:4 weights", y, bias, config["splits"], lambda added, to: _arguments(x, weight, added, to, config))
 
 
 def hopper_cases() -> Iterator[tuple[str, str, Any, Any, Any, Any, bool]]:

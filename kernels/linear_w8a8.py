@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from autoeff.kernels import tuned
+from autoeff.kernels import split_k, tuned
 
 try:
     import triton
@@ -201,18 +201,7 @@ def launch(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None, y:
         raise ValueError(f"codes must be contiguous {weight.codes.dtype} (M, {weight.k}): got {codes.dtype} {tuple(codes.shape)}")
     if tuple(y.shape) != (m, weight.n) or y.dtype not in _OUT or not y.is_contiguous():
         raise ValueError(f"y must be contiguous float16 or bfloat16 {(m, weight.n)}: got {y.dtype} {tuple(y.shape)}")
-    if triton is None:
-        raise RuntimeError("8-bit products on a GPU need Triton, which is not installed: pip install 'triton>=3.6'")
-    if not y.numel():
-        return
-    splits = config["splits"]
-    sums = y if splits == 1 else torch.empty(splits, *y.shape, dtype=torch.float32, device=y.device)
-    kernel, grid, arguments, options = _arguments(codes, scale, weight, bias if splits == 1 else None, sums, config)
-    with torch.cuda.device(y.get_device()):
-        kernel[grid](*arguments, **options)
-    if splits > 1:  # a second launch, in a fixed order: the same bits at every run
-        total = sums.sum(0)
-        y.copy_(total if bias is None else total.add_(bias))
+    split_k.launch("8-bit products", y, bias, config["splits"], lambda added, to: _arguments(codes, scale, weight, added, to, config))
 
 
 def hopper_cases() -> Iterator[tuple[str, str, Any, Any, Any, Any, bool]]:
