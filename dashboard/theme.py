@@ -67,6 +67,7 @@ LIGHT = Palette(
             "bits": "#0072b2", "sparsity": "#d55e00", "skip": "#5b6472", "kv_budget": "#b3558c", "kv_bits": "#009e73", "experts": "#c98a00",
             "heads": "#3a9bd1", "width": "#7a5ab5", "rank": "#7d7400", "lora_rank": "#a63d57", "experts_kept": "#a0522d",
             "activation_sparsity": "#e0732a", "attention_sparsity": "#2f7d6b", "passes": "#8a8f99", "token_keep": "#c2468f",
+            "ffn_experts": "#6b8e23",
         }
     ),
     _others=("#4c6a92", "#8a6d3b", "#3f7f7f", "#8c4a6b"),
@@ -88,6 +89,7 @@ DARK = Palette(
             "bits": "#4fa8e0", "sparsity": "#f08a4b", "skip": "#98a1b2", "kv_budget": "#dd8fbb", "kv_bits": "#3cc7a0", "experts": "#f0b93a",
             "heads": "#8fd0f5", "width": "#a98be0", "rank": "#c9c04a", "lora_rank": "#e07a92", "experts_kept": "#d89a78",
             "activation_sparsity": "#f7a878", "attention_sparsity": "#7fcab8", "passes": "#c0c6d0", "token_keep": "#f0a0d0",
+            "ffn_experts": "#b5d56a",
         }
     ),
     _others=("#8aa6cf", "#c9a86b", "#7bbcbc", "#c98aa9"),

@@ -463,6 +463,20 @@ def experts_front() -> str:
     return table(["", "seeds", "alike", "layer by layer", ""], rows)
 
 
+def ffn_experts() -> str:
+    """Means over seeds, by model and share of the experts."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in results("ffn_experts")["rows"]:
+        groups.setdefault((row["model"], row["share"]), []).append(row)
+    ways = {"ffn_experts": "`ffn_experts`", "width": "`width`", "chess": "CHESS", "magnitude": "magnitude"}
+    rows = []
+    for (model, share), found in groups.items():
+        left = f"{fmean(row['ffn_experts']['operations'] for row in found):.0%}"
+        values = [f"{fmean(row[way]['kl'] for row in found):.3g}" if way in found[0] else None for way in ways]
+        rows.append([model, f"{share:.0%}", left, len(found), *values])
+    return table(["model", "experts", "FFN operations", "seeds", *ways.values()], rows)
+
+
 def every_knob() -> str:
     """One search by model: what is found beside its baselines, and the knobs that earned most."""
     rows = []
@@ -531,6 +545,7 @@ RESULTS: Mapping[str, Callable[[], str]] = {
         kv_front,
         joint_vs_sequential,
         experts_front,
+        ffn_experts,
         every_knob,
         lora_rank,
         kernel_linear_wq,

@@ -198,7 +198,8 @@ def entry_bytes(step: Step) -> int:
     if step.knob.applies_built:
         if step.site.kv is not None and not step.site.linears:
             return 4 * step.site.kv_heads * max(step.site.kv.key_size, step.site.kv.value_size) ** 2  # axes
-        return 8 * sum(max(linear.in_features, linear.experts) for linear in step.site.linears)  # a choice, or a number for each input
+        routers = step.knob.cost(step.site, step.level).get("router_bytes", 0)
+        return routers + 8 * sum(max(linear.in_features, linear.experts) for linear in step.site.linears)  # a choice, or a number an input
     stored = _stored(step)
     return BYTES_DENSE * stored.site.parameters + stored.knob.cost(stored.site, stored.level).get("linear_bytes", 0)
 

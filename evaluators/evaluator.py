@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
+from autoeff.evaluators.amounts import amounts
 from autoeff.evaluators.attention import AttentionStatistics, Moments, OfWindows, mean_of, of_windows
 from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected, explained, gradients
@@ -137,9 +138,13 @@ class Evaluator:
         plain = [linear.name for linear in self.structure.linears if not linear.experts]
         if (calibration := self.preparation.calibration) is not None:
             text = calibration.to(device)
-            with collected(self.model, plain, needs) as statistics, sampled(self.model, self._sampled_sites()) as samples:
+            with (
+                collected(self.model, plain, needs) as statistics,
+                sampled(self.model, self._sites_asking(SAMPLES)) as samples,
+                amounts(self.model, self._sites_asking({"amounts"})) as of_neurons,
+            ):
                 self._run_dense(text)
-            found = {**statistics(), **samples(), **self._gradients(text), **self._of_caches(text)}
+            found = {**statistics(), **samples(), **of_neurons(), **self._gradients(text), **self._of_caches(text)}
             self.bank.statistics = Statistics(calibration.digest, found)
         self._learn_targets(self._texts["search"], "search")
         self._build_bank(progress)
@@ -512,12 +517,12 @@ class Evaluator:
         """The first token of each window that counts: what stands before is a prompt, where candidates differ in their caches."""
         return continuation_start(text.passages.length) if self.preparation.generates else 0
 
-    def _sampled_sites(self) -> dict[Site, frozenset[str]]:
-        """What is kept of some tokens, by sublayer."""
+    def _sites_asking(self, statistics: Collection[str]) -> dict[Site, frozenset[str]]:
+        """Which of these statistics knobs ask for, by sublayer."""
         knobs, sites = self.preparation.knobs, {site.name: site for site in self.structure.sites}
         found: dict[Site, frozenset[str]] = {}
         for decision in self.space.decisions:
-            if needs := knobs[decision.knob].needs & SAMPLES:
+            if needs := knobs[decision.knob].needs.intersection(statistics):
                 found[sites[decision.site]] = found.get(sites[decision.site], frozenset()) | needs
         return found
 

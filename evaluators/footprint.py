@@ -172,7 +172,9 @@ def _statistics_bytes(structure: Structure, steps: Collection[Step], needs: Coll
     of_inputs = sum(4 * k * (k * ("hessian" in needs) + ("input_norm" in needs)) for k in widths)
     sampled = {(step.site.name, need): step.site for step in steps for need in step.knob.needs & SAMPLES}
     of_tokens = sum(4 * MOST_TOKENS * max(max(i.in_features, i.out_features) for i in site.linears) for site in sampled.values())
-    return of_inputs + of_tokens + 4 * sum(linear.parameters for linear in asking.values() if not linear.experts)
+    divided = {step.site.name: step.site.linears for step in steps if "amounts" in step.knob.needs}
+    of_neurons = sum(4 * (i[0].in_features + 1) * (i[0].in_features + 1 + i[-1].in_features) for i in divided.values())
+    return of_inputs + of_tokens + of_neurons + 4 * sum(linear.parameters for linear in asking.values() if not linear.experts)
 
 
 def _activation_bytes(structure: Structure, hidden: int, length: int) -> int:

@@ -177,7 +177,7 @@ class Floors(Operations):
         # experts that some token of the batch is sent to, at the most
         matrices = min(linear.experts, m * linear.experts_per_token) if linear.experts else 1
         rows = m * (linear.experts_per_token if linear.experts else 1)
-        if form.kernel in ("linear_wq", "moe"):
+        if form.kernel in ("linear_wq", "moe") and settings:  # of codes
             packed = linear_wq.moved_bytes(0, n, k, settings["bits"], settings["group"], bool(settings["symmetric"]))
             return self._made(
                 form.kernel, {"bytes": matrices * packed + BYTES_DENSE * rows * (n + k), "flops": linear_wq.flops(rows, n, k)}

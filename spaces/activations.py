@@ -7,9 +7,16 @@ from torch import nn
 from autoeff.errors import InputError
 from autoeff.spaces.sites import Site
 
-__all__ = ["activation_of"]
+__all__ = ["activation_of", "is_swiglu"]
 
 _FILES = ("transformers.activations", "torch.nn.modules.activation")
+_SILU = ("silu", "swish")
+
+
+def is_swiglu(site: Site) -> bool:
+    """Whether an FFN is down(silu(gate x) * up x), as it is left."""
+    *before, last = site.linears
+    return sum(linear.out_features for linear in before) == 2 * last.in_features and site.activation in _SILU
 
 
 def activation_of(model: nn.Module, site: Site) -> nn.Module:

@@ -80,9 +80,10 @@ class CostModel:
             self.measures["attention_flops"] = Affine(Fraction(0), {"attention_flops": one})
         if "adapter_bytes" in dense:
             self.measures["trainable_parameters"] = Affine(Fraction(0), {"trainable_parameters": one})
+        for beside in {"adapter_bytes", "router_bytes"} & dense.keys():
             for name, share in (("weight_bytes", one), ("bytes_per_token", Fraction(1, batch))):
                 form = self.measures[name]
-                self.measures[name] = replace(form, coefficients={**form.coefficients, "adapter_bytes": share})
+                self.measures[name] = replace(form, coefficients={**form.coefficients, beside: share})
         if "block_bytes" in dense:
             self.measures["kv_peak_bytes"] = Affine(kept.offset, {**kept.coefficients, "block_bytes": one}).times(batch)
         for quantity, (name, method) in LATENCIES.items():

@@ -20,6 +20,8 @@ STATISTICS: Mapping[str, tuple[str, ...]] = {
     "activation": ("tokens", "K"),
     "routing": ("tokens", "experts"),
     "outputs": ("tokens", "stream"),
+    "fed": ("stream", "stream"),
+    "amounts": ("stream", "K"),
     "mean": ("heads", "size"),
     "covariance": ("heads", "size", "size"),
 }

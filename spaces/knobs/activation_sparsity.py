@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
-from autoeff.spaces.activations import activation_of
+from autoeff.spaces.activations import activation_of, is_swiglu
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import Cost, Kind, Knob, Undo, swap
 from autoeff.spaces.material import Material
@@ -20,7 +20,6 @@ __all__ = ["ActivationSparsity"]
 
 _DENSE = 0
 _METHODS = ("chess", "magnitude", "top_k")
-_SILU = ("silu", "swish")
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,7 @@ class ActivationSparsity(Knob):
         }
 
     def _served(self, site: Site) -> bool:
-        *before, last = site.linears
-        gated = sum(linear.out_features for linear in before) == 2 * last.in_features
-        return self.method == "magnitude" and gated and site.activation in _SILU
+        return self.method == "magnitude" and is_swiglu(site)
 
 
 def _quantile(numbers: Tensor, share: float) -> Tensor:

@@ -45,11 +45,14 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "lora_rank": ("lora_rank", {"ranks": (4, 1, 0)}),
     "attention_sparsity": ("attention_sparsity", {}),
     "activation_sparsity": ("activation_sparsity", {}),
+    "ffn_experts": ("ffn_experts", {"neurons": 4}),
     "passes": ("passes", {}),
     "token_keep": ("token_keep", {}),
     "third party": ("noise", {"seed": 3}),
 }
 CONTEXT = 48
+STRUCTURES: dict[tuple[str, bool], Structure] = {}
+"""By family: all its models are built alike."""
 TOKENS = torch.randint(2, 61, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
 
 
@@ -74,7 +77,10 @@ def structure(model: nn.Module, family: str, knob: Knob) -> Structure:
         pytest.skip("encoders keep no keys and values")
     if knob.name == "token_keep" and family != "bert":
         pytest.skip("decoders have no class token")
-    return coupled(model, find_structure(model))[0].with_blocks().at_context(CONTEXT)
+    key = family, isinstance(knob, LoraRank)  # adapters hang on the model that is then looked at
+    if key not in STRUCTURES:
+        STRUCTURES[key] = coupled(model, find_structure(model))[0].with_blocks().at_context(CONTEXT)
+    return STRUCTURES[key]
 
 
 def _output(model: nn.Module) -> Tensor:
@@ -94,6 +100,9 @@ def _material(model: nn.Module, site: Site) -> Material:
         known |= {f"{name}.input_norm": torch.ones(k), f"{name}.hessian": torch.eye(k), f"{name}.gradient": weight.float().cos()}
         inputs = torch.randn(64, k, generator=torch.Generator().manual_seed(k))
         known |= {f"{name}.inputs": inputs, f"{name}.activation": inputs.sigmoid()}
+        fed = torch.randn(64, site.linears[0].in_features + 1, generator=torch.Generator().manual_seed(2))
+        fed[:, -1] = 1
+        known |= {f"{name}.fed": fed.T @ fed / 64, f"{name}.amounts": fed.T @ inputs.abs() / 64}
     return Material(weights, statistics=known)
 
 
