@@ -27,6 +27,28 @@ from autoeff import commands_dashboard, commands_kernels, commands_server, comma
 from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
 from autoeff.errors import AutoeffError, ExitCode, InputError
 from autoeff.flags import job_fields
+from autoeff.options import (
+    Batch,
+    Context,
+    Data,
+    Device,
+    Draw,
+    EvalData,
+    EvalWindows,
+    Exclude,
+    Include,
+    JobFile,
+    KnobSettings,
+    Length,
+    Levels,
+    ModelRef,
+    NewRun,
+    RunRef,
+    Seed,
+    TrialRef,
+    Windows,
+    option,
+)
 from autoeff.sources import Listing, Local, Remote, Shown, Source, opened
 from autoeff.spaces.measurements import MEASURES, described
 
@@ -59,13 +81,7 @@ class Form(StrEnum):
     JSON = "json"
 
 
-RunRef = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or a job id.")]
-TrialRef = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best.")]
 Format = Annotated[Form, typer.Option("--format", help="How to print.")]
-
-
-def _option(panel: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -90,64 +106,58 @@ def _root(
 @app.command()
 def search(
     ctx: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", show_default=False, help="Directory, hub id, or demo. May stand in --config.")
-    ] = None,
+    model: ModelRef = None,
     data: Annotated[
-        str | None, _option("Text", "Search text: file, directory, JSONL, parquet, CSV of scored pairs, package:NAME or hub:OWNER/NAME.")
+        str | None, option("Text", "Search text: file, directory, JSONL, parquet, CSV of scored pairs, package:NAME or hub:OWNER/NAME.")
     ] = None,
-    windows: Annotated[int | None, _option("Text", "Windows of text (sentences for encoders); 0 takes all.")] = None,
-    length: Annotated[int | None, _option("Text", "Tokens per window.")] = None,
-    draw: Annotated[str | None, _option("Text", "Which windows: random, first, or their starts.", metavar="random|first|N,N…")] = None,
-    bos: Annotated[str | None, _option("Text", "Where a BOS token is put.", metavar="per_window|per_document")] = None,
-    eval_data: Annotated[str | None, _option("Text", "Held-out text; default is the last fifth of the search text.")] = None,
-    eval_windows: Annotated[int | None, _option("Text", "As --windows, held-out text.")] = None,
-    eval_length: Annotated[int | None, _option("Text", "As --length, held-out text.")] = None,
-    eval_draw: Annotated[str | None, _option("Text", "As --draw, held-out text.")] = None,
-    eval_bos: Annotated[str | None, _option("Text", "As --bos, held-out text.")] = None,
-    tune_data: Annotated[str | None, _option("Text", "Text that adapters are trained on (knob lora_rank).")] = None,
-    tune_windows: Annotated[int | None, _option("Text", "As --windows, text that adapters are trained on; default all.")] = None,
-    tune_length: Annotated[int | None, _option("Text", "As --length, text that adapters are trained on.")] = None,
-    tune_draw: Annotated[str | None, _option("Text", "As --draw, text that adapters are trained on.")] = None,
-    tune_bos: Annotated[str | None, _option("Text", "As --bos, text that adapters are trained on.")] = None,
-    knobs: Annotated[str | None, _option("Space", "Knobs to search; default bits.", metavar="NAME,NAME…")] = None,
-    settings: Annotated[
-        list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
-    ] = None,
-    include: Annotated[list[str] | None, _option("Space", "Only decisions (site:knob) like this; may be repeated.", metavar="GLOB")] = None,
-    exclude: Annotated[list[str] | None, _option("Space", "No decisions like this; may be repeated.", metavar="GLOB")] = None,
-    levels: Annotated[
-        list[str] | None, _option("Space", "Only these levels where decisions match; may be repeated.", metavar="GLOB=LEVEL,LEVEL…")
-    ] = None,
-    untie: Annotated[bool | None, _option("Space", "Let fused linears (q/k/v, gate/up) decide apart.", "--untie/--tie")] = None,
-    objective: Annotated[str | None, _option("Goal", "What to minimise; quality first.", metavar="NAME,NAME…")] = None,
+    windows: Windows = None,
+    length: Length = None,
+    draw: Draw = None,
+    bos: Annotated[str | None, option("Text", "Where a BOS token is put.", metavar="per_window|per_document")] = None,
+    eval_data: EvalData = None,
+    eval_windows: EvalWindows = None,
+    eval_length: Annotated[int | None, option("Text", "As --length, held-out text.")] = None,
+    eval_draw: Annotated[str | None, option("Text", "As --draw, held-out text.")] = None,
+    eval_bos: Annotated[str | None, option("Text", "As --bos, held-out text.")] = None,
+    tune_data: Annotated[str | None, option("Text", "Text that adapters are trained on (knob lora_rank).")] = None,
+    tune_windows: Annotated[int | None, option("Text", "As --windows, text that adapters are trained on; default all.")] = None,
+    tune_length: Annotated[int | None, option("Text", "As --length, text that adapters are trained on.")] = None,
+    tune_draw: Annotated[str | None, option("Text", "As --draw, text that adapters are trained on.")] = None,
+    tune_bos: Annotated[str | None, option("Text", "As --bos, text that adapters are trained on.")] = None,
+    knobs: Annotated[str | None, option("Space", "Knobs to search; default bits.", metavar="NAME,NAME…")] = None,
+    settings: KnobSettings = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    levels: Levels = None,
+    untie: Annotated[bool | None, option("Space", "Let fused linears (q/k/v, gate/up) decide apart.", "--untie/--tie")] = None,
+    objective: Annotated[str | None, option("Goal", "What to minimise; quality first.", metavar="NAME,NAME…")] = None,
     limit: Annotated[
-        list[str] | None, _option("Goal", "A hard limit such as weight_bytes<=0.30x or decode_ms<=4ms; may be repeated.", metavar="LIMIT")
+        list[str] | None, option("Goal", "A hard limit such as weight_bytes<=0.30x or decode_ms<=4ms; may be repeated.", metavar="LIMIT")
     ] = None,
-    tasks: Annotated[str | None, _option("Goal", "Tasks of lm-eval to ask finalists (extra tasks).", metavar="NAME,NAME…")] = None,
-    tasks_path: Annotated[str | None, _option("Goal", "Folder of task files of one's own.", metavar="DIR")] = None,
-    task_documents: Annotated[int | None, _option("Goal", "Documents asked of each task; default all.")] = None,
-    max_degradation: Annotated[float | None, _option("Goal", "Share of dense accuracy that may be lost on any task, e.g. 0.01.")] = None,
+    tasks: Annotated[str | None, option("Goal", "Tasks of lm-eval to ask finalists (extra tasks).", metavar="NAME,NAME…")] = None,
+    tasks_path: Annotated[str | None, option("Goal", "Folder of task files of one's own.", metavar="DIR")] = None,
+    task_documents: Annotated[int | None, option("Goal", "Documents asked of each task; default all.")] = None,
+    max_degradation: Annotated[float | None, option("Goal", "Share of dense accuracy that may be lost on any task, e.g. 0.01.")] = None,
     metric: Annotated[
         list[str] | None,
-        _option("Goal", "Own function of model and tokenizer, for finalists; may be repeated.", metavar="PACKAGE.MODULE:FUNCTION"),
+        option("Goal", "Own function of model and tokenizer, for finalists; may be repeated.", metavar="PACKAGE.MODULE:FUNCTION"),
     ] = None,
-    batch: Annotated[int | None, _option("Goal", "Sequences decoded together, for cache and read costs.")] = None,
-    context: Annotated[int | None, _option("Goal", "Tokens in the cache, for cache and read costs.")] = None,
-    trials: Annotated[int | None, _option("Search", "Budget in full-token evaluations; default 300.")] = None,
-    timeout: Annotated[str | None, _option("Search", "Budget of wall time: 90s, 20m, 2h.", metavar="TIME")] = None,
-    sampler: Annotated[str | None, _option("Search", "Who proposes; default additive.")] = None,
-    seeds: Annotated[str | None, _option("Search", "Rules as guests; default all that apply; none.", metavar="NAME,NAME…")] = None,
-    table_only: Annotated[bool | None, _option("Search", "Measure the damage table and stop there.", "--table-only")] = None,
-    seed: Annotated[int | None, _option("Search", "Draws the windows and everything random; default 0.")] = None,
-    device: Annotated[str | None, _option("Search", "cpu, cuda or cuda:N; default cpu.")] = None,
-    queue: Annotated[str | None, _option("Search", "On a server, its workers: cpu, gpu.any, gpu.KIND; default by the device.")] = None,
+    batch: Batch = None,
+    context: Context = None,
+    trials: Annotated[int | None, option("Search", "Budget in full-token evaluations; default 300.")] = None,
+    timeout: Annotated[str | None, option("Search", "Budget of wall time: 90s, 20m, 2h.", metavar="TIME")] = None,
+    sampler: Annotated[str | None, option("Search", "Who proposes; default additive.")] = None,
+    seeds: Annotated[str | None, option("Search", "Rules as guests; default all that apply; none.", metavar="NAME,NAME…")] = None,
+    table_only: Annotated[bool | None, option("Search", "Measure the damage table and stop there.", "--table-only")] = None,
+    seed: Annotated[int | None, option("Search", "Draws the windows and everything random; default 0.")] = None,
+    device: Annotated[str | None, option("Search", "cpu, cuda or cuda:N; default cpu.")] = None,
+    queue: Annotated[str | None, option("Search", "On a server, its workers: cpu, gpu.any, gpu.KIND; default by the device.")] = None,
     target: Annotated[
-        str | None, _option("Goal", "A GPU that is not here, such as H200, for estimated decode_ms and prefill_ms.", metavar="GPU")
+        str | None, option("Goal", "A GPU that is not here, such as H200, for estimated decode_ms and prefill_ms.", metavar="GPU")
     ] = None,
-    config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
-    out: Annotated[Path | None, _option("Run", "New folder for the run; default runs/<model>-<time>.", metavar="DIR")] = None,
-    dry_run: Annotated[bool, _option("Run", "Check the job, print what is known of it, and stop.", "--dry-run")] = False,
+    config: JobFile = None,
+    out: NewRun = None,
+    dry_run: Annotated[bool, option("Run", "Check the job, print what is known of it, and stop.", "--dry-run")] = False,
     form: Format = Form.TABLE,
 ) -> None:
     """Searches a model for its best configurations within limits."""
@@ -251,10 +261,10 @@ def resolve(
     ctx: typer.Context,
     run: RunRef,
     limit: Annotated[
-        list[str] | None, _option("Goal", "The new budget, such as linear_bytes<=0.22x; may be repeated.", metavar="LIMIT")
+        list[str] | None, option("Goal", "The new budget, such as linear_bytes<=0.22x; may be repeated.", metavar="LIMIT")
     ] = None,
     measure_them: Annotated[
-        bool, _option("Run", "Measure up to 24 proposals with the model, and keep them as trials of the run.", "--measure")
+        bool, option("Run", "Measure up to 24 proposals with the model, and keep them as trials of the run.", "--measure")
     ] = False,
     form: Format = Form.TABLE,
 ) -> None:
@@ -275,24 +285,20 @@ def sensitivity(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL|RUN", show_default=False, help="A model to measure, or a run whose table is shown.")
     ] = None,
-    data: Annotated[str | None, _option("Text", "Text to measure on, as in search.")] = None,
-    windows: Annotated[int | None, _option("Text", "Windows of text (sentences for encoders); 0 takes all.")] = None,
-    length: Annotated[int | None, _option("Text", "Tokens per window.")] = None,
-    draw: Annotated[str | None, _option("Text", "Which windows: random, first, or their starts.", metavar="random|first|N,N…")] = None,
-    knobs: Annotated[str | None, _option("Space", "Knobs to measure; default bits.", metavar="NAME,NAME…")] = None,
-    settings: Annotated[
-        list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
-    ] = None,
-    include: Annotated[list[str] | None, _option("Space", "Only decisions (site:knob) like this; may be repeated.", metavar="GLOB")] = None,
-    exclude: Annotated[list[str] | None, _option("Space", "No decisions like this; may be repeated.", metavar="GLOB")] = None,
-    levels: Annotated[
-        list[str] | None, _option("Space", "Only these levels where decisions match; may be repeated.", metavar="GLOB=LEVEL,LEVEL…")
-    ] = None,
-    seed: Annotated[int | None, _option("Run", "Draws the windows; default 0.")] = None,
-    device: Annotated[str | None, _option("Run", "cpu, cuda or cuda:N; default cpu.")] = None,
-    config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
+    data: Data = None,
+    windows: Windows = None,
+    length: Length = None,
+    draw: Draw = None,
+    knobs: Annotated[str | None, option("Space", "Knobs to measure; default bits.", metavar="NAME,NAME…")] = None,
+    settings: KnobSettings = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    levels: Levels = None,
+    seed: Seed = None,
+    device: Device = None,
+    config: JobFile = None,
     out: Annotated[
-        Path | None, _option("Run", "New folder for the run; default runs/<model>-<time>. Of a RUN: folder for the picture.", metavar="DIR")
+        Path | None, option("Run", "New folder for the run; default runs/<model>-<time>. Of a RUN: folder for the picture.", metavar="DIR")
     ] = None,
     form: Format = Form.TABLE,
 ) -> None:
@@ -331,31 +337,23 @@ def sensitivity(
 @app.command()
 def allocate(
     ctx: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", show_default=False, help="Directory, hub id, or demo. May stand in --config.")
-    ] = None,
-    rule: Annotated[str, _option("Space", "Published rules such as owl, separated by commas.", metavar="NAME,NAME…")] = "",
-    limit: Annotated[
-        list[str] | None, _option("Goal", "A hard limit such as linear_bytes<=0.6x; may be repeated.", metavar="LIMIT")
-    ] = None,
-    knobs: Annotated[str | None, _option("Space", "Knobs to decide about; default those of the rules.", metavar="NAME,NAME…")] = None,
-    settings: Annotated[
-        list[str] | None, _option("Space", "A knob's setting; may be repeated.", "--set", metavar="KNOB.NAME=VALUE")
-    ] = None,
-    levels: Annotated[
-        list[str] | None, _option("Space", "Only these levels where decisions match; may be repeated.", metavar="GLOB=LEVEL,LEVEL…")
-    ] = None,
-    data: Annotated[str | None, _option("Text", "Text to measure on, as in search.")] = None,
-    windows: Annotated[int | None, _option("Text", "Windows of text (sentences for encoders); 0 takes all.")] = None,
-    length: Annotated[int | None, _option("Text", "Tokens per window.")] = None,
-    eval_data: Annotated[str | None, _option("Text", "Held-out text; default is the last fifth of the search text.")] = None,
-    eval_windows: Annotated[int | None, _option("Text", "As --windows, held-out text.")] = None,
-    batch: Annotated[int | None, _option("Goal", "Sequences decoded together, for cache and read costs.")] = None,
-    context: Annotated[int | None, _option("Goal", "Tokens in the cache, for cache and read costs.")] = None,
-    seed: Annotated[int | None, _option("Run", "Draws the windows; default 0.")] = None,
-    device: Annotated[str | None, _option("Run", "cpu, cuda or cuda:N; default cpu.")] = None,
-    config: Annotated[Path | None, _option("Run", "A job in YAML or JSON; flags win over it.", metavar="FILE")] = None,
-    out: Annotated[Path | None, _option("Run", "New folder for the run; default runs/<model>-<time>.", metavar="DIR")] = None,
+    model: ModelRef = None,
+    rule: Annotated[str, option("Space", "Published rules such as owl, separated by commas.", metavar="NAME,NAME…")] = "",
+    limit: Annotated[list[str] | None, option("Goal", "A hard limit such as linear_bytes<=0.6x; may be repeated.", metavar="LIMIT")] = None,
+    knobs: Annotated[str | None, option("Space", "Knobs to decide about; default those of the rules.", metavar="NAME,NAME…")] = None,
+    settings: KnobSettings = None,
+    levels: Levels = None,
+    data: Data = None,
+    windows: Windows = None,
+    length: Length = None,
+    eval_data: EvalData = None,
+    eval_windows: EvalWindows = None,
+    batch: Batch = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    config: JobFile = None,
+    out: NewRun = None,
     form: Format = Form.TABLE,
 ) -> None:
     """Shares out a budget by published rules, without a search, and measures what they give beside the baselines."""
@@ -377,7 +375,7 @@ def allocate(
 def compare(
     ctx: typer.Context,
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Run directories or job ids.")],
-    out: Annotated[Path | None, _option("Run", "New folder for a picture of the fronts.", metavar="DIR")] = None,
+    out: Annotated[Path | None, option("Run", "New folder for a picture of the fronts.", metavar="DIR")] = None,
     form: Format = Form.TABLE,
 ) -> None:
     """Compares searches of one model on one text: what they found, the best of each at common budgets, settings that differ."""
