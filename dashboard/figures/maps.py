@@ -20,14 +20,16 @@ _FEW = 4
 """Places of a map that would only be stretched by the width of a page."""
 _TOP, _LEFT = 110, 90
 """Pixels for the names around the cells."""
+_SHARES = {"light": (0.06, 0.72), "dark": (0.06, 0.45)}
+"""Of a knob's colour in a cell, from dense to the strongest level, on which ink can still be read."""
 _LETTER = 6
 """Pixels that a letter of a slanted name takes downwards."""
 
 
 def draw_levels(grids: Sequence[Grid], palette: Palette, *, revision: str = "") -> go.Figure:
     """Levels: each knob in its own colour, the stronger the further from dense."""
-    ends = [[mixed(palette.page, palette.knob(grid.knob), share) for share in (0.06, 0.72)] for grid in grids]
-    drawn = _draw(grids, palette, revision, ends)
+    ends = [[mixed(palette.page, palette.knob(grid.knob), share) for share in _SHARES[palette.name]] for grid in grids]
+    drawn = _draw(grids, palette, revision, ends).update_traces(textfont_color=palette.ink)
     cells = sum(len(grid.places) for grid in grids)
     return drawn if cells > _FEW else drawn.update_layout(width=_LEFT + 2 * _WIDE * cells)
 

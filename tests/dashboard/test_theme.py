@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from autoeff.dashboard.figures.maps import draw_levels
+from autoeff.dashboard.layers import Grid
 from autoeff.dashboard.theme import DARK, LIGHT, Palette, mixed, palette
 from autoeff.spaces.knob import known_knobs
 
@@ -26,6 +28,8 @@ def test_text_and_marks_can_be_read(colours: Palette) -> None:
         assert contrast(getattr(colours, name), colours.page) >= 4.5, name
     for knob in known_knobs():
         assert contrast(colours.knob(knob), colours.page) >= 2.6, knob
+        drawn = draw_levels([Grid(knob, (("q",),), {"q": "q"}, (0,), {})], colours).data[0]
+        assert all(contrast(drawn.textfont.color, cell) >= 4.5 for _, cell in drawn.colorscale), knob
 
 
 @pytest.mark.parametrize("colours", [LIGHT, DARK], ids=lambda colours: str(colours.name))
