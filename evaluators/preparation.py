@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,19 @@ import torch
 
 from autoeff.errors import InputError
 from autoeff.evaluators.footprint import Footprint, footprint_of
+from autoeff.evaluators.ground import Ground, ground_of
 from autoeff.evaluators.images import make_images
 from autoeff.evaluators.latency import Latency, latency_of
-from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, load_tokenizer, resolve_model, skeleton
+from autoeff.evaluators.loading import ModelFacts, load_tokenizer
 from autoeff.evaluators.metrics import check_metrics
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.tasks import check_tasks
 from autoeff.evaluators.text import Passages, make_passages, make_windows
 from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
-from autoeff.spaces.couplings import coupled
-from autoeff.spaces.knob import Knob, known_knobs
+from autoeff.spaces.knob import Knob
 from autoeff.spaces.measurements import Split
-from autoeff.spaces.sites import Structure, find_structure
+from autoeff.spaces.sites import Structure
 from autoeff.spaces.space import SearchSpace
 from autoeff.spaces.units import UnitKnob
 
@@ -133,31 +133,24 @@ class Preparation:
         }  # fmt: skip
 
 
-def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode | None = None) -> Preparation:
+def prepare(
+    setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode | None = None, ground: Callable[..., Ground] = ground_of
+) -> Preparation:
     """Reads headers, config and text; loads no weights.
 
     Args:
         setup: What is to be evaluated.
         elsewhere: For machines other than this one, which need not have the device.
         encode: As of `make_windows`.
+        ground: May stand for `ground_of`, as what remembers grounds does.
 
     Raises:
         InputError: Anything wrong with the model, the text, the knobs or the device.
     """
     started = time.perf_counter()
     device = device_of("cpu" if elsewhere else setup.device)
-    facts = inspect_model(resolve_model(setup.model))
-    check_memory(facts, device)
-    model = skeleton(facts)
-    structure = find_structure(model, untie=setup.space.untie).at_batch(setup.batch)
-    left_out: Mapping[str, str] = {}
-    if any(knob.of_blocks for name, knob in known_knobs().items() if name in setup.space.knobs):
-        structure = structure.with_blocks()
-    if any(knob.coupled for name, knob in known_knobs().items() if name in setup.space.knobs):
-        structure, left_out = coupled(model, structure)
-    if any(knob.kind == "cache" or knob.of_context for name, knob in known_knobs().items() if name in setup.space.knobs):
-        structure = _with_cache(structure, setup, facts)
-    space, knobs = build_space(structure, setup.space)
+    found = ground(setup.model, setup.space, device, setup.batch, setup.context)
+    facts, structure, space, knobs = found.facts, found.structure, found.space, found.knobs
     trained = sorted(name for name, knob in knobs.items() if knob.kind == "trained")
     setup, tuning = _tuning(facts, setup, trained, encode)
     latency = None
@@ -179,7 +172,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode |
     for knob in knobs.values():
         if knob.kind == "cache":
             knob.check_length(min(p.length for p in passages.values()))
-    footprint = footprint_of(setup, facts, model, structure, space, knobs, passages, device, tuning)
+    footprint = footprint_of(setup, facts, found.model, structure, space, knobs, passages, device, tuning)
     digest = digest_of(
         {
             "evaluator": EVALUATOR_VERSION,
@@ -194,7 +187,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode |
         }
     )
     seconds = time.perf_counter() - started
-    return Preparation(facts, structure, space, knobs, passages, device, left_out, footprint, seconds, digest, latency, tuning)
+    return Preparation(facts, structure, space, knobs, passages, device, found.left_out, footprint, seconds, digest, latency, tuning)
 
 
 def _tuning(
@@ -229,12 +222,6 @@ def _passages(facts: ModelFacts, setup: EvaluationSetup, encode: Encode | None, 
     tuned_on = None if setup.tune_data is None else setup.tune_data.source
     tokenizer, spared = load_tokenizer(facts), _CALIBRATED * calibrated
     return make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on, spared=spared, encode=encode)
-
-
-def _with_cache(structure: Structure, setup: EvaluationSetup, facts: ModelFacts) -> Structure:
-    if (context := setup.context or facts.context) is None:
-        raise InputError(f"model_type {facts.model_type!r} states no context length, which budgets are shares of; give --context")
-    return structure.at_context(context)
 
 
 def device_of(name: str) -> torch.device:

@@ -6,9 +6,11 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from autoeff.evaluators.ground import Ground, ground_of
 from autoeff.evaluators.loading import resolve_model
 from autoeff.evaluators.preparation import Preparation, prepare
 from autoeff.evaluators.setup import EvaluationSetup
@@ -19,10 +21,12 @@ from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import digest_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from autoeff.evaluators.sources import Text
+    from autoeff.spaces.build import SpaceSpec
 
 __all__ = ["Preparations"]
 
@@ -45,17 +49,22 @@ class Preparations:
     def __init__(self, kept: int = 16) -> None:
         self._prepared = _Recent[Preparation](kept, lambda item: 1)
         self._plans = _Recent[Plan](kept, lambda item: 1)
+        self._grounds = _Recent[Ground](kept, lambda item: 1)
         self._ids = _Recent["Tensor"](_IDS_BYTES, lambda ids: ids.numel() * ids.itemsize)
 
     def __call__(self, setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
         """As `prepare`."""
         key = digest_of([setup.to_json(), elsewhere, _stamps(setup)])
-        return self._prepared.get(key, lambda: prepare(setup, elsewhere=elsewhere, encode=self._encoded))
+        return self._prepared.get(key, lambda: prepare(setup, elsewhere=elsewhere, encode=self._encoded, ground=self._ground))
 
     def plan(self, spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
         """As `plan`; equal jobs share one."""
         key = digest_of([spec.model_dump(mode="json"), queue, str(settings.home), settings.memory_cap, _stamps(spec.setup(settings.bank))])
         return self._plans.get(key, lambda: plan(spec, settings, queue, self))
+
+    def _ground(self, model: str, spec: SpaceSpec, device: torch.device, batch: int, context: int | None) -> Ground:
+        key = digest_of([_stamp(resolve_model(model)), asdict(spec), str(device), batch, context])
+        return self._grounds.get(key, lambda: ground_of(model, spec, device, batch, context))
 
     def _encoded(self, tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
         named = hashlib.sha256(digest_of([_stamp(Path(tokenizer.name_or_path)), bos]).encode())

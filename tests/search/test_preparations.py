@@ -33,7 +33,10 @@ def test_a_preparation_is_made_once_until_a_file_changes(
     assert first.digest == prepare(setup(), elsewhere=True).digest
     for same in (setup(), setup(limits=["avg_bits<=4"]), setup(budget={"trials": 99}), setup(sampler="random")):
         assert prepared(same, elsewhere=True) is first
-    assert prepared(setup(seed=1), elsewhere=True) is not first
+    other = prepared(setup(seed=1), elsewhere=True)
+    assert other.digest == prepare(setup(seed=1), elsewhere=True).digest != first.digest
+    assert other.space is first.space, "a model is looked through once"
+    assert prepared(setup(knobs={"skip": {}}), elsewhere=True).space is not first.space
     text.write_text(text.read_text() + "and one line more\n" * 40)
     second = prepared(setup(), elsewhere=True)
     assert second.digest == prepare(setup(), elsewhere=True).digest != first.digest
