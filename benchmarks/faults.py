@@ -1,6 +1,6 @@
 """Breaks every part of a running service, one after the other, in the middle of a search, and audits what is left.
 
-    python benchmarks/faults.py [--moments 3] [--seed 0] [--out FILE]
+    python benchmarks/faults.py [--moments 3] [--seed 0] [--out FILE [--add]]
 
 Throw-away PostgreSQL and Redis, the API, two coordinators and two Celery workers, of which some have a clock that is two hours wrong.
 Searches of the bundled model are submitted over REST, one after the other. At every fault, a kill at one of the steps named in
@@ -37,6 +37,7 @@ from celery import Celery
 from sqlalchemy import func, select
 
 from autoeff.client import Client
+from autoeff.errors import StorageError
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.setup import EvaluationRequest
 from autoeff.search.celery_app import app
@@ -44,7 +45,7 @@ from autoeff.search.job import JobSpec
 from autoeff.search.keys import LOCAL, SCOPES
 from autoeff.search.results import all_trials
 from autoeff.search.settings import Settings
-from autoeff.search.storage import State, Store
+from autoeff.search.storage import Job, State, Store
 from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.leases import LOSSES_TO_QUARANTINE
 from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, OutboxRow, TrialRow
@@ -132,7 +133,7 @@ class Cluster:
 
     def keep_busy(self) -> None:
         """One more search where the last one has ended."""
-        if not self.jobs or self.store.job(self.jobs[-1]).state.terminal:
+        if not self.jobs or seen(self.store, self.jobs[-1]).state.terminal:
             self.submit()
 
     def stop(self) -> None:
@@ -385,13 +386,24 @@ def ended(store: Store, job_id: str, count: int, what: str) -> int:
     """Waits until so many trials, or the job, have ended; returns how many trials have."""
     deadline = time.monotonic() + WAIT_S
     while True:
-        job = store.job(job_id)
+        job = seen(store, job_id)
         done = job.counts.trials - job.counts.open
         if done >= count or job.state.terminal:
             assert job.error is None, job.error
             return done
         assert time.monotonic() < deadline, f"{what}: {done} of {count} trials ended in {WAIT_S:g} s; {job.state}, {job.counts}"
         time.sleep(0.1)
+
+
+def seen(store: Store, job_id: str) -> Job:
+    """The job, as soon as the database answers."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return store.job(job_id)
+        except StorageError:
+            assert time.monotonic() < deadline, f"the database has not answered for {WAIT_S:g} s"
+            time.sleep(0.1)
 
 
 def audit(store: Store, submitted: Sequence[str]) -> list[str]:
@@ -486,11 +498,13 @@ def check(cluster: Cluster, faults: Sequence[str], rng: random.Random) -> tuple[
 def main(
     moments: Annotated[int, typer.Option(help="Of every fault.")] = 3,
     seed: Annotated[int, typer.Option(help="Of moments and victims.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file, a run in a list.")] = None,
+    add: Annotated[bool, typer.Option(help="Keep the runs that it has.")] = False,
 ) -> None:
     rng = random.Random(seed)
     begun = time.monotonic()
     done: list[Moment] = []
+    earlier = json.loads(out.read_text()) if add and out is not None and out.exists() else []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         postgres, redis = (stack.enter_context(make()) for make in (servers.postgres_server, servers.redis_server))
@@ -506,11 +520,12 @@ def main(
                 flush=True,
             )
             if out is not None:
-                facts = {
+                run = {
                     "date": datetime.date.today().isoformat(), "seed": seed, "lease_s": LEASE_S, "rounds": round_ + 1, "faults": len(FAULTS),
                     "seconds": round(time.monotonic() - begun), "load": os.getloadavg()[0], **tally(cluster.store),
+                    "moments": [asdict(moment) for moment in done],
                 }  # fmt: skip
-                out.write_text(json.dumps(facts | {"moments": [asdict(moment) for moment in done]}, indent=1) + "\n")
+                out.write_text(json.dumps([*earlier, run], indent=1) + "\n")
 
 
 if __name__ == "__main__":
