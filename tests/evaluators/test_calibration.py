@@ -143,6 +143,6 @@ def test_gradients_do_not_depend_on_how_the_vocabulary_is_cut(tiny_models: dict[
 
 
 def test_unknown_statistic_is_refused() -> None:
-    refused = pytest.raises(InputError, match="unknown calibration statistic 'magic'; known: activation, covariance, gradient")
+    refused = pytest.raises(InputError, match="unknown calibration statistic 'magic'; known: activation, .*covariance, .*gradient")
     with refused, collected(nn.Module(), [], {"magic"}):
         pass
