@@ -84,7 +84,7 @@ class Faulty(Knob):
             while True:
                 kept.append(b"\1" * (1 << 24))  # written, so that it is resident
         if level == "forks":
-            for _ in range(3):  # eight processes, this one included
+            for _ in range(2):  # four processes, this one included
                 os.fork()
         while level in ("loop", "forks"):
             pass
