@@ -43,7 +43,7 @@ __all__ = ["draw"]
 
 _COSTS = 2
 """Limited costs that are shown above the charts."""
-_LOOK_S = 4.0
+_LOOK_S = 5.0
 _SELDOM_S = 60.0
 """Of a paused job, which only somebody's resuming it can change."""
 

@@ -20,7 +20,7 @@ __all__ = ["draw", "rows_of"]
 
 _PAGE = 25
 _MOST = 500
-_LOOK_S = 4.0
+_LOOK_S = 5.0
 _MOVING = frozenset({"pending", "running", "cancelling"})
 """States that change without anybody's doing."""
 
