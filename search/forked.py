@@ -83,13 +83,10 @@ class ForkedRunner:
         started = time.monotonic()
         self._printed.begin()
         timeout_s = self._settings.evaluation_timeout_s
-
-        def look() -> None:
-            tick()
-            self._printed.check()
-
         with _Child(lambda pipe: self._measure(request.levels, pipe)) as child:
-            for answer in answers(child.pipe, child.pid, bytearray(), self._settings, timeout_s, child.watched(look)):
+            for answer in answers(
+                child.pipe, child.pid, bytearray(), self._settings, timeout_s, child.watched(self._printed.watched(tick))
+            ):
                 if answer["kind"] == "failed":
                     raise CandidateError(FailureClass(answer["class"]), answer["message"])
                 self._check(request.levels, answer["values"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +46,15 @@ class Printed:
         """
         if self._size() - self._start > MOST_BYTES:
             raise CandidateError(FailureClass.INVALID, f"printed more than {MOST_BYTES >> 20} MiB")
+
+    def watched(self, tick: Callable[[], None]) -> Callable[[], None]:
+        """`tick`, and then `check`."""
+
+        def look() -> None:
+            tick()
+            self.check()
+
+        return look
 
     def tail(self) -> str:
         """The end of what the present candidate printed; nothing where there is no file."""

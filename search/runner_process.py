@@ -182,17 +182,12 @@ class RunnerProcess:
     def _exchange(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
         process = self._process
         assert process is not None
-
-        def look() -> None:
-            tick()
-            self._printed.check()
-
         assert process.stdin is not None
         with _ignoring_broken_pipe():  # a dead process is seen below, with its exit status
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
         assert process.stdout is not None
-        for answer in answers(process.stdout.fileno(), process.pid, self._pending, self._settings, timeout_s, look):
+        for answer in answers(process.stdout.fileno(), process.pid, self._pending, self._settings, timeout_s, self._printed.watched(tick)):
             match answer["kind"]:
                 case "progress":
                     self._progress(answer["done"], answer["total"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -14,7 +14,7 @@ from autoeff.search.samplers.problem import Problem
 from autoeff.spaces.plugins import plugin, plugins
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["Given", "Seed", "Steps", "known_seeds", "make_seeds"]
+__all__ = ["Formula", "Given", "Seed", "Steps", "known_seeds", "make_seeds"]
 
 Steps = Generator[list[tuple[int, ...]], Sequence[float], "tuple[int, ...] | None"]
 """Yields configurations, is sent the quality that each loses on few windows, and returns one."""
@@ -44,7 +44,7 @@ class Given:
 
 
 class Seed(ABC):
-    """A rule: `configuration`, or `steps` where it must see what comes of its choices.
+    """A rule that may have configurations measured on its way; `Formula` is one that need not.
 
     Attributes:
         name: As in `--seeds`.
@@ -58,17 +58,30 @@ class Seed(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     joins: ClassVar[bool] = True
 
+    @abstractmethod
+    def steps(self, given: Given) -> Steps:
+        """Yields what it wants to have measured, and returns normalised level indices within the limits. Deterministic.
+
+        It is sent infinity where a measurement failed or the budget has no room for it, and returns None where it has nothing to say.
+        """
+
+    @abstractmethod
+    def measures(self, space: SearchSpace) -> int:
+        """Configurations that `steps` has measured at the most."""
+
+
+class Formula(Seed):
+    """A rule that goes by the damage table and statistics alone."""
+
+    @abstractmethod
     def configuration(self, given: Given) -> tuple[int, ...] | None:
         """Normalised level indices within the limits; None where it has nothing to say. Deterministic."""
-        raise NotImplementedError(f"rule {self.name} has neither `configuration` nor `steps`")
 
     def steps(self, given: Given) -> Steps:
-        """As `configuration`, with measurements on the way: infinity where one failed, or where the budget has no room for them."""
         yield from ()
         return self.configuration(given)
 
     def measures(self, space: SearchSpace) -> int:
-        """Configurations that `steps` has measured at the most."""
         return 0
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from autoeff.search.allocators.dp import Allocator
-from autoeff.search.seed import Given, Seed
+from autoeff.search.seed import Formula, Given
 
 __all__ = ["AdditiveOptimum"]
 
 
-class AdditiveOptimum(Seed):
+class AdditiveOptimum(Formula):
     """The configuration of least summed damage within the limits. Every search has it among its baselines.
 
     Source: the dual of L-GreCo's program, arXiv:2210.17357.

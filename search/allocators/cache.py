@@ -12,7 +12,7 @@ from typing import ClassVar
 from autoeff.evaluators.attention import AttentionStatistics
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.allocators.nearest import nearest
-from autoeff.search.seed import Given, Seed
+from autoeff.search.seed import Formula, Given
 
 __all__ = ["CacheSeed", "Tokens", "exact_shares"]
 
@@ -44,7 +44,7 @@ class Tokens:
         return self.total / self.layers
 
 
-class CacheSeed(Seed):
+class CacheSeed(Formula):
     """A rule that says how many tokens each layer keeps.
 
     Everything else is as in the additive optimum, and so is the cache's share of the budget: the rule distributes it. Levels are

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.allocators.nearest import nearest
-from autoeff.search.seed import Given, Seed
+from autoeff.search.seed import Formula, Given
 
 __all__ = ["Eva"]
 
 
-class Eva(Seed):
+class Eva(Formula):
     """The explained-variance ratios of the inputs of all linears in one list; the rank of a linear is how many of the greatest are its own.
 
     As many are taken as parameters of the additive optimum allow; everything else is as there. Variances are second moments, not

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from autoeff.search.allocators.dp import integer_costs
-from autoeff.search.seed import Given, Seed
+from autoeff.search.seed import Formula, Given
 from autoeff.spaces.space import Context
 
 __all__ = ["IntegerProgram"]
@@ -16,7 +16,7 @@ __all__ = ["IntegerProgram"]
 _SECONDS = 60.0
 
 
-class IntegerProgram(Seed):
+class IntegerProgram(Formula):
     """One binary variable for each level of each decision under each branch of its ancestors; every limit is a row.
 
     A decision takes one level where its parent takes the branch that leads to it, and none elsewhere. Levels of infinite damage are

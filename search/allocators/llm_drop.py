@@ -6,12 +6,12 @@ from collections.abc import Collection
 from typing import ClassVar
 
 from autoeff.search.allocators.dp import Allocator
-from autoeff.search.seed import Given, Seed
+from autoeff.search.seed import Formula, Given
 
 __all__ = ["LlmDrop", "around"]
 
 
-class LlmDrop(Seed):
+class LlmDrop(Formula):
     """Attention and FFN in one list by how little they change the residual stream.
 
     As many are left out as in the additive optimum, or more where the limits ask for it. Everything else is solved again around them.

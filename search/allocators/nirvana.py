@@ -7,14 +7,14 @@ from typing import ClassVar
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.allocators.global_magnitude import below_one_threshold
 from autoeff.search.allocators.nearest import nearest
-from autoeff.search.seed import Given, Seed
+from autoeff.search.seed import Formula, Given
 
 __all__ = ["Nirvana"]
 
 _GAMMA = 3.36  # the source's for Llama 3.1 8B; 3.0 for Llama 3.2 3B
 
 
-class Nirvana(Seed):
+class Nirvana(Formula):
     """FFNs lose 3.36 times the share of their neurons that attentions lose of their KV heads, where `heads` is searched, too.
 
     As many weights go as in the additive optimum, whose other decisions stay. Within each kind the units of least saliency go, wherever

@@ -9,7 +9,7 @@ from typing import ClassVar
 from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.allocators.nearest import nearest
-from autoeff.search.seed import Given, Seed
+from autoeff.search.seed import Formula, Given
 from autoeff.spaces.configuration import Level
 
 __all__ = ["PruningSeed", "scaled", "share_of_zeros"]
@@ -17,7 +17,7 @@ __all__ = ["PruningSeed", "scaled", "share_of_zeros"]
 _HALVINGS = 100
 
 
-class PruningSeed(Seed):
+class PruningSeed(Formula):
     """A rule that says which share of each layer's weights is zero.
 
     Everything else is as in the additive optimum, and so is the mean share over all weights: the rule distributes it. Levels are those
