@@ -18,6 +18,8 @@ __all__ = ["Away", "Crew", "Here", "Stopped"]
 _QUICKEST_S, _SLOWEST_S, _SHARE = 0.01, 0.5, 0.05
 """Between looks for results: this share of the time that was waited already, within these bounds."""
 _WIDTH_KEPT_S = 1.0
+_AHEAD = 16
+"""For so many workers one evaluation more is in flight, so that they need not wait for the coordinator; a few workers see every outcome."""
 
 
 class Stopped(AutoeffError):
@@ -89,7 +91,7 @@ class Here:
 
 
 class Away:
-    """Workers in other processes; as many evaluations are in flight as there are workers.
+    """Workers in other processes; as many evaluations are in flight as there are workers, of many workers a few more.
 
     Args:
         store: Where outcomes are found.
@@ -107,7 +109,8 @@ class Away:
 
     def width(self) -> int:
         if time.monotonic() - self._counted > _WIDTH_KEPT_S:
-            self._width = max(1, sum(worker.alive and self._queue in worker.queues for worker in self._store.workers()))
+            workers = sum(worker.alive and self._queue in worker.queues for worker in self._store.workers())
+            self._width = max(1, workers + workers // _AHEAD)
             self._counted = time.monotonic()
         return self._width
 
