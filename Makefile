@@ -50,7 +50,7 @@ kernels-compile: env
 # One process per core: torch's own threads would only compete.
 test: lint types
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 $(TESTS)
 
 lint: env
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)

@@ -54,6 +54,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every supported family, and forms of it that differ, as the name and the settings of a tiny configuration."""
 
+_ROOMS = ("dashboard", "api", "search", "", "examples", "evaluators", "kernels", "spaces")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The upper rooms first: what starts servers and browsers takes longest, and many short tests keep all processes busy to the end."""
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: _ROOMS.index((item.path.relative_to(folder).parts[:-1] or ("",))[0]))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
