@@ -19,10 +19,9 @@ import typer
 from result_files import add_rows
 
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.spaces.costs import CostModel
+from autoeff.spaces.space import SpaceSpec
 
 RESULTS = Path(__file__).parent / "results" / "ffn_experts.json"
 WINDOWS, HELD_OUT, LENGTH = 32, 64, 128

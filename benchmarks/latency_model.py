@@ -27,9 +27,10 @@ import typer
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.latency_table import PHASES, LatencySpec
+from autoeff.evaluators.latency_table import PHASES
 from autoeff.evaluators.loading import inspect_model, resolve_model
 from autoeff.evaluators.preparation import prepare
+from autoeff.evaluators.setup import LatencySpec
 from autoeff.search.job import JobSpec
 from autoeff.spaces.costs import CostModel
 

@@ -28,10 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.space import SpaceSpec
 
 RESULTS = Path(__file__).parent / "results" / "method_fronts.json"
 MODELS = ("stories260K", "babyllama-105", "demo", "minilm-l6")

@@ -28,12 +28,11 @@ import typer
 
 import autoeff
 from autoeff.evaluators.preparation import Preparation, prepare
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.evaluators.timing import predict_seconds
 from autoeff.search.runner_process import RunnerProcess
 from autoeff.search.settings import Settings
-from autoeff.spaces.build import SpaceSpec
+from autoeff.spaces.space import SpaceSpec
 
 RESULTS = Path(__file__).parent / "results" / "real_size.json"
 ROPE = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}

@@ -26,7 +26,6 @@ from autoeff.evaluators.forward import Forward, States
 from autoeff.evaluators.images import PROCESSOR
 from autoeff.evaluators.latency import measure_served
 from autoeff.evaluators.latency_fit import runtime_dtype
-from autoeff.evaluators.latency_table import LatencySpec
 from autoeff.evaluators.levels_file import built_for, put, write_built
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.metrics import imported_metrics, measured_by
@@ -48,7 +47,7 @@ from autoeff.evaluators.quality import (
 )
 from autoeff.evaluators.samples import sampled
 from autoeff.evaluators.serving import Stored, copied, removable, runs, serve
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, LatencySpec
 from autoeff.evaluators.sublayer_changes import sublayer_changes
 from autoeff.evaluators.super_adapter import Adapters
 from autoeff.evaluators.tasks import Tasks

@@ -10,11 +10,11 @@ from torch import nn
 
 from autoeff.errors import InputError
 from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, resolve_model, skeleton
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob, known_knobs
 from autoeff.spaces.sites import Structure, find_structure
-from autoeff.spaces.space import SearchSpace
+from autoeff.spaces.space import SearchSpace, SpaceSpec
 
 __all__ = ["Ground", "ground_of"]
 

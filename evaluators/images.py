@@ -14,7 +14,8 @@ from autoeff.errors import InputError
 from autoeff.evaluators.checkpoint import existing_path, read_json
 from autoeff.evaluators.loading import ModelFacts, skeleton
 from autoeff.evaluators.model_config import quiet_transformers, refuse_code
-from autoeff.evaluators.text import Passages, TextSpec, chosen, digest_of, with_others
+from autoeff.evaluators.setup import TextSpec
+from autoeff.evaluators.text import Passages, chosen, digest_of, with_others
 from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import blank_inputs
 

@@ -27,12 +27,14 @@ from torch import nn
 from autoeff.errors import InputError
 from autoeff.evaluators.latency_costs import GPUS, UNFITTED, Composer, Floors, further
 from autoeff.evaluators.latency_fit import TimedModel, fitted, measured, step_of, timed
-from autoeff.evaluators.latency_table import FORMAT, LatencySpec, LatencyTable, Operation, locked
+from autoeff.evaluators.latency_table import FORMAT, LatencyTable, Operation, locked
 from autoeff.evaluators.loading import ModelFacts
-from autoeff.spaces.build import FurtherCost, SpaceSpec
+from autoeff.evaluators.setup import LatencySpec
+from autoeff.spaces.build import FurtherCost
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.measurements import Measurement, Method
 from autoeff.spaces.sites import Structure
+from autoeff.spaces.space import SpaceSpec
 
 __all__ = ["Latency", "latency_of", "measure_served"]
 

@@ -8,8 +8,9 @@ from math import floor, log10
 
 import torch
 
-from autoeff.evaluators.latency_table import Fit, LatencySpec, Operation
+from autoeff.evaluators.latency_table import Fit, Operation
 from autoeff.evaluators.serving import Form, served
+from autoeff.evaluators.setup import LatencySpec
 from autoeff.kernels import linear_wq
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import Cost, Knob

@@ -15,14 +15,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from autoeff.errors import InputError
 from autoeff.evaluators.latency_costs import FACTORS, SUBLAYERS, UNFITTED, Composer, Operations, further, kind_of
-from autoeff.evaluators.latency_table import PHASES, Entry, Fit, LatencySpec, LatencyTable, Operation, Phase
+from autoeff.evaluators.latency_table import PHASES, Entry, Fit, LatencyTable, Operation, Phase
 from autoeff.evaluators.loading import ModelFacts, keeps_narrow, random_model
 from autoeff.evaluators.serving import Arbitrary, Form, PackedLinear, copied, decoding, forms, prefilling, removable, serve, served
+from autoeff.evaluators.setup import LatencySpec
 from autoeff.kernels import linear_wq
 from autoeff.kernels.timing import Timing, measure
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.sites import Linear, Structure
+from autoeff.spaces.space import SpaceSpec
 
 __all__ = ["Row", "TimedModel", "fitted", "measured", "runtime_dtype", "solved", "step_of", "timed"]
 

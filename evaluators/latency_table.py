@@ -21,40 +21,11 @@ import torch
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import digest_of
 
-__all__ = ["FORMAT", "PHASES", "Entry", "Fit", "LatencySpec", "LatencyTable", "Operation", "Phase", "locked"]
+__all__ = ["FORMAT", "PHASES", "Entry", "Fit", "LatencyTable", "Operation", "Phase", "locked"]
 
 FORMAT = 1
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
-
-
-@dataclass(frozen=True)
-class LatencySpec:
-    """What times are asked for.
-
-    Attributes:
-        phases: `decode`, `prefill` or both.
-        batch: Sequences at once.
-        context: Tokens in the cache after a decoding step, and of a prompt; None takes the model's context.
-        folder: Of the tables.
-        target: A GPU of `GPUS` that is not here; None for the job's own device.
-    """
-
-    phases: tuple[str, ...]
-    batch: int
-    context: int | None
-    folder: str
-    target: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        """The context, once it is known."""
-        assert self.context is not None
-        return self.context
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LatencySpec:
-        return cls(**{**value, "phases": tuple(value["phases"])})
 
 
 @dataclass(frozen=True)

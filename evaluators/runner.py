@@ -31,8 +31,7 @@ from typing import Any, TextIO
 
 from autoeff.errors import CandidateError, FailureClass, InputError
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.latency_table import LatencySpec
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, measurement_to_json
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, LatencySpec, measurement_to_json
 
 __all__ = ["main"]
 

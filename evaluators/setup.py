@@ -4,16 +4,102 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from autoeff.evaluators.latency_table import LatencySpec
-from autoeff.evaluators.tasks import TaskSpec
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement, Split
+from autoeff.spaces.space import SpaceSpec
 
-__all__ = ["EvaluationRequest", "EvaluationSetup", "measurement_from_json", "measurement_to_json"]
+__all__ = [
+    "EvaluationRequest",
+    "EvaluationSetup",
+    "LatencySpec",
+    "TaskSpec",
+    "TextSpec",
+    "measurement_from_json",
+    "measurement_to_json",
+]
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Which text, and how it is cut.
+
+    Attributes:
+        source: A text file, a directory, JSONL, a CSV of scored pairs (encoders), `package:NAME`, parquet or arrow files or
+            `hub:OWNER/NAME` (`dataset`), rows of the last two also as conversations; None for a bundled model's own. For models of
+            images a folder of them, one per label or flat (`images`).
+        windows: Windows (decoders), sentences (encoders) or images; 0 takes all; None takes 16 windows (all with `per_document`), 256
+            sentences or images, or every held-out pair.
+        length: Tokens per window, BOS included; None takes 512 (sentences are cut at 128), or the model's context if shorter.
+        bos: `per_window` puts a BOS in front of each window of the plain encoding; `per_document` in front of each document
+            (divided by lines `<|endoftext|>`), whose ids are then cut into windows. A conversation is a document, and its ids are
+            those that the chat template gives: with `per_document` untouched, with `per_window` without the BOS in front.
+        draw: `random` draws windows that do not overlap by the seed; `first` takes them from the start; or where the search
+            windows start, in ids (sentences: which ones). A held-out part of the same source is then drawn at random.
+    """
+
+    source: str | None = None
+    windows: int | None = None
+    length: int | None = None
+    bos: Literal["per_window", "per_document"] = "per_window"
+    draw: Literal["random", "first"] | tuple[int, ...] = "random"
+
+    def __post_init__(self) -> None:
+        if self.windows is not None and self.windows < 0:
+            raise InputError(f"windows must be at least 1, or 0 for all: {self.windows}")
+        if self.length is not None and self.length < 2:
+            raise InputError(f"length must be at least 2 tokens: {self.length}")
+        if self.bos not in ("per_window", "per_document"):
+            raise InputError(f"bos must be per_window or per_document: {self.bos!r}")
+        starts = self.draw if isinstance(self.draw, tuple) else ()
+        if self.draw not in ("random", "first") and (not starts or not all(type(start) is int and start >= 0 for start in starts)):
+            raise InputError(f"draw must be random, first, or a list of window starts: {self.draw!r}")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Which tasks.
+
+    Attributes:
+        names: Tasks or groups that lm-eval knows, or that stand in `path`.
+        path: Folder of task files of one's own.
+        documents: How many of each task's are asked, from the first on; None asks all.
+    """
+
+    names: tuple[str, ...]
+    path: str | None = None
+    documents: int | None = None
+
+
+@dataclass(frozen=True)
+class LatencySpec:
+    """What times are asked for.
+
+    Attributes:
+        phases: `decode`, `prefill` or both.
+        batch: Sequences at once.
+        context: Tokens in the cache after a decoding step, and of a prompt; None takes the model's context.
+        folder: Of the tables.
+        target: A GPU of `GPUS` that is not here; None for the job's own device.
+    """
+
+    phases: tuple[str, ...]
+    batch: int
+    context: int | None
+    folder: str
+    target: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The context, once it is known."""
+        assert self.context is not None
+        return self.context
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LatencySpec:
+        return cls(**{**value, "phases": tuple(value["phases"])})
 
 
 @dataclass(frozen=True)

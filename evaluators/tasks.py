@@ -21,32 +21,18 @@ from torch import nn
 
 from autoeff.errors import InputError
 from autoeff.evaluators.quality import Sample
+from autoeff.evaluators.setup import TaskSpec
 from autoeff.spaces.configuration import digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TaskSpec", "Tasks", "check_tasks"]
+__all__ = ["Tasks", "check_tasks"]
 
 _METRICS = ("acc", "exact_match")  # the first that a task has is its accuracy
 _OWN_METRICS = {"acc", "acc_norm", "exact_match"}  # lm-eval computes them by itself; others it may download as scripts
 _FILE_LIMIT = 1 << 20
 _BATCH = 8
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """Which tasks.
-
-    Attributes:
-        names: Tasks or groups that lm-eval knows, or that stand in `path`.
-        path: Folder of task files of one's own.
-        documents: How many of each task's are asked, from the first on; None asks all.
-    """
-
-    names: tuple[str, ...]
-    path: str | None = None
-    documents: int | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from autoeff.evaluators.chat import Conversation, rendered
 from autoeff.evaluators.checkpoint import read_json
 from autoeff.evaluators.dataset import HUB, is_dataset, read_dataset
 from autoeff.evaluators.loading import ModelFacts
+from autoeff.evaluators.setup import TextSpec
 from autoeff.evaluators.sources import Text, read_package, read_pairs, read_text
 from autoeff.spaces.measurements import Split
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     Encode = Callable[[PreTrainedTokenizerBase, Text, str], Tensor]
 
-__all__ = ["Passages", "TextSpec", "chosen", "digest_of", "encoded", "make_passages", "make_sentences", "make_windows", "with_others"]
+__all__ = ["Passages", "chosen", "digest_of", "encoded", "make_passages", "make_sentences", "make_windows", "with_others"]
 
 _WINDOWS = 16
 _WINDOW_LENGTH = 512
@@ -47,42 +48,6 @@ _FIFTHS = {
     ("search", True): (3, 4, "fourth fifth"),
 }
 """Of a divided source, by split and whether it is tuned on too: where a part begins and ends."""
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """Which text, and how it is cut.
-
-    Attributes:
-        source: A text file, a directory, JSONL, a CSV of scored pairs (encoders), `package:NAME`, parquet or arrow files or
-            `hub:OWNER/NAME` (`dataset`), rows of the last two also as conversations; None for a bundled model's own. For models of
-            images a folder of them, one per label or flat (`images`).
-        windows: Windows (decoders), sentences (encoders) or images; 0 takes all; None takes 16 windows (all with `per_document`), 256
-            sentences or images, or every held-out pair.
-        length: Tokens per window, BOS included; None takes 512 (sentences are cut at 128), or the model's context if shorter.
-        bos: `per_window` puts a BOS in front of each window of the plain encoding; `per_document` in front of each document
-            (divided by lines `<|endoftext|>`), whose ids are then cut into windows. A conversation is a document, and its ids are
-            those that the chat template gives: with `per_document` untouched, with `per_window` without the BOS in front.
-        draw: `random` draws windows that do not overlap by the seed; `first` takes them from the start; or where the search
-            windows start, in ids (sentences: which ones). A held-out part of the same source is then drawn at random.
-    """
-
-    source: str | None = None
-    windows: int | None = None
-    length: int | None = None
-    bos: Literal["per_window", "per_document"] = "per_window"
-    draw: Literal["random", "first"] | tuple[int, ...] = "random"
-
-    def __post_init__(self) -> None:
-        if self.windows is not None and self.windows < 0:
-            raise InputError(f"windows must be at least 1, or 0 for all: {self.windows}")
-        if self.length is not None and self.length < 2:
-            raise InputError(f"length must be at least 2 tokens: {self.length}")
-        if self.bos not in ("per_window", "per_document"):
-            raise InputError(f"bos must be per_window or per_document: {self.bos!r}")
-        starts = self.draw if isinstance(self.draw, tuple) else ()
-        if self.draw not in ("random", "first") and (not starts or not all(type(start) is int and start >= 0 for start in starts)):
-            raise InputError(f"draw must be random, first, or a list of window starts: {self.draw!r}")
 
 
 @dataclass(frozen=True, eq=False)

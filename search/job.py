@@ -11,11 +11,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from autoeff.errors import InputError
-from autoeff.evaluators.setup import EvaluationSetup
-from autoeff.evaluators.tasks import TaskSpec
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationSetup, TaskSpec, TextSpec
 from autoeff.spaces.configuration import Level
+from autoeff.spaces.space import SpaceSpec
 
 __all__ = ["Budget", "Data", "JobSpec", "Space", "Tasks"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from autoeff.errors import CandidateError, InputError, RunnerLost
-from autoeff.evaluators.latency_table import PHASES, LatencySpec
+from autoeff.evaluators.latency_table import PHASES
 from autoeff.evaluators.loading import load_tokenizer
 from autoeff.evaluators.model_statistics import ModelStatistics
 from autoeff.evaluators.preparation import Preparation, prepare
-from autoeff.evaluators.setup import measurement_from_json
+from autoeff.evaluators.setup import LatencySpec, measurement_from_json
 from autoeff.search.attribution import alternatives, attribution
 from autoeff.search.guests import DamageTable, Proposing, left_to_search, minimum_trials, preamble, table_candidates, table_form
 from autoeff.search.job import JobSpec

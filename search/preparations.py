@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from autoeff.evaluators.ground import Ground, ground_of
 from autoeff.evaluators.loading import resolve_model
 from autoeff.evaluators.preparation import Preparation, prepare
-from autoeff.evaluators.setup import EvaluationSetup
-from autoeff.evaluators.text import TextSpec, encoded
+from autoeff.evaluators.setup import EvaluationSetup, TextSpec
+from autoeff.evaluators.text import encoded
 from autoeff.search.job import JobSpec
 from autoeff.search.model import Plan, plan
 from autoeff.search.settings import Settings
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from autoeff.evaluators.sources import Text
-    from autoeff.spaces.build import SpaceSpec
+    from autoeff.spaces.space import SpaceSpec
 
 __all__ = ["Preparations"]
 

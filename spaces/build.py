@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby
-from typing import Any
 
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import KINDS, Cost, Knob, make_knob
 from autoeff.spaces.material import SAMPLES
 from autoeff.spaces.sites import BYTES_DENSE, Linear, Site, Structure
-from autoeff.spaces.space import Context, Decision, SearchSpace
+from autoeff.spaces.space import Context, Decision, SearchSpace, SpaceSpec
 
-__all__ = ["FurtherCost", "SpaceSpec", "build_space"]
+__all__ = ["FurtherCost", "build_space"]
 
 FurtherCost = Callable[[Knob, Site, Level, Cost], Cost]
 """What a level changes beyond the cost that its knob states, at a site as earlier levels leave it."""
 
 
 _Left = Mapping[str, "tuple[Linear, ...] | Site"]
-
-
-@dataclass(frozen=True)
-class SpaceSpec:
-    """What the user says about the space.
-
-    Attributes:
-        knobs: Settings by knob name.
-        include: Globs over decision keys (`site:knob`); a decision needs one match.
-        exclude: Globs that remove decisions again.
-        levels: Glob to allowed levels; the dense level always stays. The last matching glob holds.
-        untie: Split fused sites: every linear decides for itself.
-    """
-
-    knobs: Mapping[str, Mapping[str, Any]]
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    levels: Mapping[str, Sequence[Level]] = field(default_factory=dict)
-    untie: bool = False
 
 
 def build_space(

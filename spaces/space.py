@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -18,12 +18,31 @@ import yaml
 from autoeff.errors import InputError
 from autoeff.spaces.configuration import Configuration, Level, digest_of
 
-__all__ = ["Context", "Decision", "SearchSpace"]
+__all__ = ["Context", "Decision", "SearchSpace", "SpaceSpec"]
 
 FORMAT = 1
 
 Context = tuple[int, ...]
 """The branches of a decision's ancestors, outermost first."""
+
+
+@dataclass(frozen=True)
+class SpaceSpec:
+    """What the user says about the space.
+
+    Attributes:
+        knobs: Settings by knob name.
+        include: Globs over decision keys (`site:knob`); a decision needs one match.
+        exclude: Globs that remove decisions again.
+        levels: Glob to allowed levels; the dense level always stays. The last matching glob holds.
+        untie: Split fused sites: every linear decides for itself.
+    """
+
+    knobs: Mapping[str, Mapping[str, Any]]
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    levels: Mapping[str, Sequence[Level]] = field(default_factory=dict)
+    untie: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from autoeff.evaluators.setup import EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationSetup, TextSpec
+from autoeff.spaces.space import SpaceSpec
 
 TEXT = "the dog sat on the mat and the cat ate the hat while all the others went there again and again\n" * 60
 

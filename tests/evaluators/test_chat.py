@@ -12,8 +12,9 @@ import torch
 from autoeff.errors import InputError
 from autoeff.evaluators.chat import conversation
 from autoeff.evaluators.loading import ModelFacts, inspect_model, load_tokenizer
+from autoeff.evaluators.setup import TextSpec
 from autoeff.evaluators.sources import read_text
-from autoeff.evaluators.text import TextSpec, make_sentences, make_windows
+from autoeff.evaluators.text import make_sentences, make_windows
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

@@ -14,7 +14,8 @@ import pytest
 from autoeff.errors import InputError
 from autoeff.evaluators.dataset import is_dataset, read_dataset
 from autoeff.evaluators.loading import inspect_model, load_tokenizer
-from autoeff.evaluators.text import TextSpec, make_windows
+from autoeff.evaluators.setup import TextSpec
+from autoeff.evaluators.text import make_windows
 
 ALL = 1 << 20
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from autoeff.errors import CandidateError, InputError
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
+from autoeff.spaces.space import SpaceSpec
 
 SetupOf = Callable[..., EvaluationSetup]
 BOTH = {"bits": {"group_size": 16}, "skip": {}}

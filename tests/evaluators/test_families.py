@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
+from autoeff.spaces.space import SpaceSpec
 
 KNOBS = {
     "bits": {"group_size": 16},

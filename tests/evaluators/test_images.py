@@ -13,9 +13,8 @@ from autoeff.errors import InputError
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.images import make_images
 from autoeff.evaluators.loading import ModelFacts, inspect_model
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
+from autoeff.spaces.space import SpaceSpec
 
 ALL = TextSpec(windows=0)
 

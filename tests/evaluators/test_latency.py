@@ -15,9 +15,9 @@ from autoeff.errors import InputError
 from autoeff.evaluators import latency_fit, loading
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.latency import Latency
-from autoeff.evaluators.latency_table import LatencySpec, LatencyTable
+from autoeff.evaluators.latency_table import LatencyTable
 from autoeff.evaluators.preparation import Preparation, prepare
-from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.setup import EvaluationSetup, LatencySpec
 from autoeff.kernels import timing
 from autoeff.spaces.costs import CostModel
 

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from autoeff.evaluators.latency_costs import GPUS, UNFITTED, Composer, Floors, Operations, further
-from autoeff.evaluators.latency_table import Fit, LatencySpec, Operation
+from autoeff.evaluators.latency_table import Fit, Operation
 from autoeff.evaluators.serving import forms
+from autoeff.evaluators.setup import LatencySpec
 from autoeff.kernels import linear_wq
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob
 from autoeff.spaces.sites import Structure, find_structure
-from autoeff.spaces.space import SearchSpace
+from autoeff.spaces.space import SearchSpace, SpaceSpec
 
 CPU = torch.device("cpu")
 SPEC = LatencySpec(("decode",), 1, 32, "")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from autoeff.errors import InputError
-from autoeff.evaluators.latency_table import Entry, Fit, LatencySpec, LatencyTable, Operation
+from autoeff.evaluators.latency_table import Entry, Fit, LatencyTable, Operation
+from autoeff.evaluators.setup import LatencySpec
 
 CPU = torch.device("cpu")
 FIT = Fit({"model": 12.5, "linear": 1.0}, ("attention",), ("heads",), ({"label": "dense", "measured_ns": 7, "fitted_ns": 8},))

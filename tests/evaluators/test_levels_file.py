@@ -17,7 +17,7 @@ from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.levels_file import FILE
 from autoeff.evaluators.recipe import cache_from, put_in_force
 from autoeff.evaluators.setup import EvaluationSetup
-from autoeff.spaces.build import SpaceSpec
+from autoeff.spaces.space import SpaceSpec
 
 PROMPT = "the dog sat on the mat and the cat ate the hat while all the others went there"
 

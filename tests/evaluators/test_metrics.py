@@ -12,9 +12,8 @@ import pytest
 from autoeff.errors import CandidateError, InputError
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.metrics import check_metrics, imported_metrics, measured_by
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
+from autoeff.spaces.space import SpaceSpec
 
 SOURCE = """
 def silence(model, tokenizer):

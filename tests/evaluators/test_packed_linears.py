@@ -24,11 +24,10 @@ from torch import nn
 from autoeff.evaluators import serving
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.serving import forms
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.knob import swap
+from autoeff.spaces.space import SpaceSpec
 
 SetupOf = Callable[..., EvaluationSetup]
 IDS = torch.arange(12)[None] % 61

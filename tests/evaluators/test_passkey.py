@@ -13,10 +13,9 @@ from transformers import AutoTokenizer
 
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.passkey import passkeys
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.spaces.kv_cache import KvCache
+from autoeff.spaces.space import SpaceSpec
 
 TEXTS, LENGTH = 5, 128
 

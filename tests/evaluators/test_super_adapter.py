@@ -18,8 +18,7 @@ from autoeff.evaluators import super_adapter, training
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.peft_format import CONFIG
 from autoeff.evaluators.preparation import prepare
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.spaces.adapters import adapter_of
 
 KNOB: dict[str, Any] = {"ranks": (4, 2, 0), "tokens": 3000, "batch": 8, "learning_rate": 0.02}

@@ -14,7 +14,8 @@ import yaml
 
 from autoeff.errors import InputError
 from autoeff.evaluators.loading import ModelFacts, inspect_model, load_model, load_tokenizer
-from autoeff.evaluators.tasks import Tasks, TaskSpec, check_tasks
+from autoeff.evaluators.setup import TaskSpec
+from autoeff.evaluators.tasks import Tasks, check_tasks
 
 pytest.importorskip("lm_eval", reason="the extra tasks is not installed")
 pytestmark = pytest.mark.filterwarnings("default")  # those of lm-eval and what it brings are not ours
@@ -150,7 +151,8 @@ def test_missing_extra_names_the_command() -> None:
 import sys
 sys.modules["lm_eval"] = None
 from autoeff.errors import InputError
-from autoeff.evaluators.tasks import TaskSpec, check_tasks
+from autoeff.evaluators.tasks import check_tasks
+from autoeff.evaluators.setup import TaskSpec
 try:
     check_tasks(TaskSpec(("piqa",)))
 except InputError as error:

@@ -19,8 +19,9 @@ from torch import nn
 from autoeff.errors import InputError
 from autoeff.evaluators import text as text_module
 from autoeff.evaluators.loading import ModelFacts, inspect_model, load_model, load_tokenizer
+from autoeff.evaluators.setup import TextSpec
 from autoeff.evaluators.sources import Text, read_package, read_text
-from autoeff.evaluators.text import Passages, TextSpec, make_passages, make_sentences, make_windows
+from autoeff.evaluators.text import Passages, make_passages, make_sentences, make_windows
 
 WORDS = "the cat sat on the mat and the dog ate the other hat\n"
 CPU = torch.device("cpu")

@@ -12,11 +12,10 @@ from torch import nn
 
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.loading import inspect_model, load_model
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.evaluators.widening import narrow_names, scratch_elements
-from autoeff.spaces.build import SpaceSpec
 from autoeff.spaces.sites import find_structure
+from autoeff.spaces.space import SpaceSpec
 
 SetupOf = Callable[..., EvaluationSetup]
 CPU = torch.device("cpu")

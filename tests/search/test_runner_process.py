@@ -16,11 +16,10 @@ import psutil
 import pytest
 
 from autoeff.errors import CandidateError, FailureClass, InputError, RunnerLost
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.search.runner_process import RunnerProcess, answers
 from autoeff.search.settings import Settings
-from autoeff.spaces.build import SpaceSpec
+from autoeff.spaces.space import SpaceSpec
 
 FFN = "model.layers.{}.mlp:faulty"
 LEVELS = {FFN.format(i): "none" for i in range(3)}

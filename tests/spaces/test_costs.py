@@ -10,13 +10,13 @@ from fractions import Fraction
 import pytest
 from torch import Tensor, nn
 
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import Configuration
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import Knob
 from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Structure, find_structure
-from autoeff.spaces.space import SearchSpace
+from autoeff.spaces.space import SearchSpace, SpaceSpec
 
 BATCH, CONTEXT = 3, 50
 

@@ -15,13 +15,14 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from autoeff.spaces.adapters import Adapter, attached
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import KINDS, Knob, Undo, make_knob, swap
 from autoeff.spaces.knobs.lora_rank import LoraRank
 from autoeff.spaces.material import Material, dense_weight
 from autoeff.spaces.sites import Site, Structure, find_structure
+from autoeff.spaces.space import SpaceSpec
 
 ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "bits": ("bits", {"group_size": 8}),

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from autoeff.errors import InputError
 from autoeff.spaces import build as module
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.knob import Kind, Knob, make_knob
 from autoeff.spaces.sites import Structure
-from autoeff.spaces.space import Context, Decision, SearchSpace
+from autoeff.spaces.space import Context, Decision, SearchSpace, SpaceSpec
 
 MakeStructure = Callable[..., Structure]
 BOTH = {"bits": {}, "skip": {}}

@@ -14,12 +14,13 @@ from autoeff.errors import InputError
 from autoeff.evaluators.samples import sampled
 from autoeff.kernels import ffn_sparse
 from autoeff.spaces.activations import activation_of
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob, make_knob
 from autoeff.spaces.material import Material, dense_weight
 from autoeff.spaces.sites import Site, find_structure
+from autoeff.spaces.space import SpaceSpec
 
 TOKENS = torch.randint(2, 61, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -15,10 +15,11 @@ from transformers import DynamicCache
 from autoeff.errors import InputError
 from autoeff.kernels import attention_block_sparse as kernel
 from autoeff.spaces.block_attention import block_size, chosen_blocks, look_at_blocks, most_pairs
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import make_knob
 from autoeff.spaces.sites import find_structure
+from autoeff.spaces.space import SpaceSpec
 
 TOKENS = torch.randint(2, 61, (2, 48), generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from autoeff.errors import InputError
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import make_knob
 from autoeff.spaces.sites import find_structure
+from autoeff.spaces.space import SpaceSpec
 
 TOKENS = torch.randint(2, 61, (2, 24), generator=torch.Generator().manual_seed(0))
 FAMILIES = {"mixtral": True, "qwen2_moe": False, "qwen3_moe": False, "olmoe": False}

@@ -12,13 +12,14 @@ from torch import Tensor
 from autoeff.errors import InputError
 from autoeff.evaluators.amounts import amounts
 from autoeff.kernels import moe
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob, make_knob
 from autoeff.spaces.knobs.ffn_experts import _divided
 from autoeff.spaces.material import Material, dense_weight
 from autoeff.spaces.sites import Site, find_structure
+from autoeff.spaces.space import SpaceSpec
 
 TOKENS = torch.randint(2, 61, (4, 60), generator=torch.Generator().manual_seed(0))
 KNOB = {"neurons": 4}

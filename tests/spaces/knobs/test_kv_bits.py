@@ -8,10 +8,11 @@ import pytest
 from torch import nn
 
 from autoeff.errors import InputError
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import make_knob
 from autoeff.spaces.sites import find_structure
+from autoeff.spaces.space import SpaceSpec
 
 
 def test_keys_and_values_decide_apart_and_cost_codes_scales_and_what_is_not_packed(tiny_model: Callable[..., nn.Module]) -> None:

@@ -12,13 +12,13 @@ from torch import nn
 from autoeff.errors import InputError
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.limits import feasible, least_reachable, parse_limit
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import make_knob
 from autoeff.spaces.kv_cache import packed_bytes
 from autoeff.spaces.sites import Structure, find_structure
-from autoeff.spaces.space import SearchSpace
+from autoeff.spaces.space import SearchSpace, SpaceSpec
 
 CONTEXT = 512
 HEADS, SIZE = 2, 8  # of the tiny llama

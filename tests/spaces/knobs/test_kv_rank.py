@@ -14,14 +14,14 @@ from torch import Tensor
 from autoeff.errors import InputError
 from autoeff.evaluators.attention import Moments
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import Knob, make_knob
 from autoeff.spaces.kv_cache import Basis, KvCache, KvPlan, KvState, plan_part, watched
 from autoeff.spaces.material import Material
 from autoeff.spaces.sites import Site, find_structure
+from autoeff.spaces.space import SpaceSpec
 
 TOKENS = torch.randint(2, 61, (2, 64), generator=torch.Generator().manual_seed(0))
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from autoeff.errors import InputError
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import make_knob
 from autoeff.spaces.sites import Structure
+from autoeff.spaces.space import SpaceSpec
 
 
 def test_parameters_and_bytes_are_those_of_the_factors(make_structure: Callable[..., Structure]) -> None:

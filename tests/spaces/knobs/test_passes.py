@@ -17,15 +17,15 @@ from autoeff.errors import InputError
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.forward import Forward
 from autoeff.evaluators.recipe import cache_from
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
 from autoeff.search.allocators.dp import solve
 from autoeff.search.limits import parse_limit
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import make_knob
 from autoeff.spaces.sites import Structure, find_structure
+from autoeff.spaces.space import SpaceSpec
 
 TOKENS = torch.randint(2, 61, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForImageClassification
 
 from autoeff.errors import InputError
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
-from autoeff.evaluators.text import TextSpec
-from autoeff.spaces.build import SpaceSpec, build_space
+from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
+from autoeff.spaces.build import build_space
 from autoeff.spaces.costs import CostModel
 from autoeff.spaces.knob import Undo, make_knob
 from autoeff.spaces.sites import find_structure
+from autoeff.spaces.space import SpaceSpec
 from autoeff.spaces.thinned_tokens import remaining
 
 TOKENS = torch.randint(2, 61, (3, 20), generator=torch.Generator().manual_seed(0))
