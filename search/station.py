@@ -10,18 +10,14 @@ The embedded loop below and the Celery task (`celery_app`) call the same `Statio
 from __future__ import annotations
 
 import logging
-import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import psutil
-import torch
 
 from autoeff.errors import InputError, StorageError
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
+from autoeff.search.hardware import hardware
 from autoeff.search.job import JobSpec
 from autoeff.search.runner_process import Measured, RunnerProcess
 from autoeff.search.settings import Settings
@@ -29,7 +25,7 @@ from autoeff.search.storage.holders import process_identity
 from autoeff.search.storage.store import Store
 from autoeff.search.worker import Worker
 
-__all__ = ["QUEUE", "Station", "check_queues", "hardware_kind"]
+__all__ = ["QUEUE", "Station", "check_queues"]
 
 QUEUE = "cpu"
 """Where a worker listens that is not told otherwise."""
@@ -41,21 +37,13 @@ _STAY = 10.0  # times as long as opening took
 _PATIENCE_S = 5.0  # at most, for a job's next proposal
 
 
-def hardware_kind() -> str:
-    """The kind of this machine's device, as in the queue `gpu.KIND`: such as `h200`, or `cpu`."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    words = torch.cuda.get_device_name(0).lower().split()
-    return "-".join(word for word in words if word not in ("nvidia", "amd", "geforce", "tesla"))
-
-
 def check_queues(queues: Sequence[str]) -> None:
     """Refuses queues that no worker, or not this machine's, can serve.
 
     Raises:
         InputError: With what is allowed here.
     """
-    kind = hardware_kind()
+    kind = hardware().kind
     allowed = ["cpu"] if kind == "cpu" else ["cpu", "gpu.any", f"gpu.{kind}"]
     wrong = [queue for queue in queues if queue not in allowed]
     if wrong or not queues:
@@ -172,21 +160,14 @@ class Station:
             return self._store
 
     def _live(self) -> None:
-        lease_s, kind = self._settings.lease_s, hardware_kind()
-        facts: dict[str, Any] = {
-            "name": torch.cuda.get_device_name(0) if kind != "cpu" else platform.processor() or platform.machine(),
-            "memory_bytes": torch.cuda.get_device_properties(0).total_memory if kind != "cpu" else psutil.virtual_memory().total,
-            "cores": psutil.cpu_count(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-        }
+        lease_s, here = self._settings.lease_s, hardware()
         announced = False
         while not self._stop.is_set():
             try:
                 if announced:
                     self._opened().worker_seen(self.me, lease_s)
                 else:
-                    self._opened().announce_worker(self.me, self._queues, kind, facts, lease_s)
+                    self._opened().announce_worker(self.me, self._queues, here.kind, here.facts, lease_s)
                     announced = True
             except StorageError as error:
                 _log.warning("%s", error)
