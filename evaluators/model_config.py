@@ -136,7 +136,7 @@ def _refuse_out_of_bounds(raw: Mapping[str, Any], path: Path) -> None:
             continue  # a coefficient
         bound = bound or _OTHER_BOUND
         if not abs(number) <= bound:
-            raise InputError(f"{path}: {key[:100]} is {str(number)[:40]}; at most {bound} is allowed")
+            raise InputError(f"{path}: {key[:100]!r} is {str(number)[:40]}; at most {bound} is allowed")
         if bound == 1_000:
             layers = max(layers, number)
         elif "experts" in key:
