@@ -80,7 +80,7 @@ class Backroom:
     def close(self) -> None:
         """Ends the processes; what has not begun never will."""
         if self._pool is not None:
-            for process in multiprocessing.active_children():
+            for process in list(self._pool._processes.values()):  # those at work, too; Python 3.14 has terminate_workers
                 process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
