@@ -66,6 +66,14 @@ def _configured() -> None:
     config.set_option("runner.postScriptGC", False)
 
 
+@pytest.fixture(autouse=True)
+def _same_program() -> Iterator[None]:
+    """A page under test takes the place of this program, with which processes that are spawned later would begin."""
+    program = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = program
+
+
 @pytest.fixture(scope="session")
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     home = tmp_path_factory.mktemp("dashboard")
