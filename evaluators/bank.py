@@ -188,7 +188,7 @@ class Bank:
 
     def _path(self, chain: Chain) -> Path:
         key = digest_of(self._facts(chain))
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return Path(f"{self.folder}/{key[:2]}/{key}.safetensors")
 
 
 def entry_bytes(step: Step) -> int:

@@ -12,9 +12,11 @@ import importlib.metadata
 import io
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from autoeff.errors import InputError
 from autoeff.evaluators.chat import CHAT_COLUMNS, Conversation, conversation
@@ -154,23 +156,32 @@ def read_package(name: str) -> PackageText:
         distribution = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         raise InputError(f"package {name!r} is not installed; install it, or give another text") from None
+    root, found = str(distribution.locate_file("")), []
+    for file in sorted(map(str, distribution.files or ())):
+        if file.endswith(".py") and {"_vendor", ".."}.isdisjoint(file.split("/")):
+            path = Path(root, file)
+            with suppress(OSError):  # not on disk
+                stat = path.stat()
+                found.append((file, path, stat.st_size, stat.st_mtime_ns))
+    digest, documents = _package(tuple(found))
+    if not any(document.strip() for document in documents):
+        raise InputError(f"package {name!r} lists no Python source files (an editable install lists none); give another text")
+    return PackageText(distribution.metadata["Name"], distribution.version, digest, documents)
+
+
+@lru_cache(2)  # a few MB, which every job of a bundled model asks for
+def _package(files: tuple[tuple[str, Path, int, int], ...]) -> tuple[str, tuple[str, ...]]:
+    """Digest and contents of files, given by name, place, size and time of the last change."""
     digest = hashlib.sha256()
     documents = []
-    for file in sorted(distribution.files or (), key=PurePosixPath.as_posix):
-        if file.suffix != ".py" or "_vendor" in file.parts or ".." in file.parts:
-            continue
-        path = Path(str(file.locate()))
-        if not path.is_file():
-            continue
+    for name, path, _, _ in files:
         data = path.read_bytes()
         try:
             documents.append(data.decode("utf-8"))
         except UnicodeDecodeError:
             continue
-        digest.update(file.as_posix().encode() + b"\0" + hashlib.sha256(data).digest())
-    if not any(document.strip() for document in documents):
-        raise InputError(f"package {name!r} lists no Python source files (an editable install lists none); give another text")
-    return PackageText(distribution.metadata["Name"], distribution.version, digest.hexdigest(), tuple(documents))
+        digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+    return digest.hexdigest(), tuple(documents)
 
 
 def _files(source: str) -> list[Path]:

@@ -339,7 +339,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
 
 
 def _has_ends(text: Text) -> bool:
-    return any(isinstance(document, str) and _DOCUMENT_END.search(document) for document in text.documents)
+    return any(isinstance(document, str) and _END in document and _DOCUMENT_END.search(document) for document in text.documents)
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], bos: str) -> list[int]:
