@@ -40,6 +40,7 @@ _HEAP_SHARE = 0.3  # what malloc keeps of freed memory between decoded levels, p
 _BUILD_BYTES_PER_WEIGHT = 20  # float32 values, codes, groups and what packing takes, of one linear; measured
 _SECOND_ORDER_BYTES = 40  # float64 copies of a hessian, per element of it, where a level is built from one
 _FILE_BYTES = 1 << 10  # of an entry besides its tensors
+_ENOUGH = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def footprint_of(
     passages: Mapping[Split, Passages],
     device: torch.device,
     tuning: Passages | None = None,
+    *,
+    judged: bool = True,
 ) -> Footprint:
     """The footprint of a runner of this setup.
 
@@ -92,6 +95,7 @@ def footprint_of(
         passages: Both splits.
         device: Where it runs.
         tuning: What adapters are trained on.
+        judged: Whether memory and disk are those of this machine; else there is room enough.
 
     Raises:
         InputError: Memory or disk cannot do; one line with what would make it fit.
@@ -119,7 +123,7 @@ def footprint_of(
     }
     if tuning is not None:
         fixed["training"] = _training_bytes(structure, model, space, knobs, hidden, tuning.length)
-    capacity = min(memory_of(device), setup.memory_bytes or memory_of(device))
+    capacity = _capacity(setup, device) if judged else _ENOUGH
     left = capacity - sum(fixed.values()) - in_force
     if left < 0:
         raise InputError(_too_much({**fixed, "levels in force": in_force}, capacity, facts, device))
@@ -132,7 +136,8 @@ def footprint_of(
     bank.statistics = Statistics(passages["search"].calibration.digest, {})
     stored = {(step.linears, step.knob.name, step.knob.stored_level(step.site, step.level)): step for step in steps}
     missing = sum(entry_bytes(step) + _FILE_BYTES for step in bank.missing((step,) for step in steps))
-    _check_disk(Path(setup.bank), missing, knobs)
+    if judged:
+        _check_disk(Path(setup.bank), missing, knobs)
     return Footprint(
         parts={**fixed, "states": states, "levels": kept + int(_HEAP_SHARE * kept if device.type == "cpu" else 0)},
         capacity=capacity,
@@ -199,6 +204,12 @@ def _working_bytes(structure: Structure, model: nn.Module, narrow: frozenset[str
     widest = max((linear.in_features for step in steps if "hessian" in step.knob.needs for linear in step.site.linears), default=0)
     building = _BUILD_BYTES_PER_WEIGHT * largest + _SECOND_ORDER_BYTES * widest**2
     return max(forward, head if vocabulary > CHUNK_ROWS else head // 4, building)
+
+
+def _capacity(setup: EvaluationSetup, device: torch.device) -> int:
+    """Bytes that a runner may hold on its device; the cap is of a process, and not of a GPU."""
+    there = memory_of(device)
+    return there if device.type == "cuda" or setup.memory_bytes is None else min(there, setup.memory_bytes)
 
 
 def _too_much(parts: Mapping[str, int], capacity: int, facts: ModelFacts, device: torch.device) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from autoeff.errors import InputError
-from autoeff.evaluators.loading import ModelFacts, check_memory, inspect_model, resolve_model, skeleton
+from autoeff.evaluators.loading import ModelFacts, inspect_model, resolve_model, skeleton
 from autoeff.spaces.build import build_space
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob, known_knobs
@@ -40,13 +39,12 @@ class Ground:
     knobs: Mapping[str, Knob]
 
 
-def ground_of(model: str, spec: SpaceSpec, device: torch.device, batch: int, context: int | None) -> Ground:
+def ground_of(model: str, spec: SpaceSpec, batch: int, context: int | None) -> Ground:
     """Reads headers and config.
 
     Args:
         model: Directory, bundled name or hub id.
         spec: Knobs and their settings.
-        device: For which the model must not be too large.
         batch: Sequences decoded together.
         context: Tokens that budgets of the cache are shares of; None takes the model's context.
 
@@ -54,7 +52,6 @@ def ground_of(model: str, spec: SpaceSpec, device: torch.device, batch: int, con
         InputError: Anything wrong with the model or the knobs.
     """
     facts = inspect_model(resolve_model(model))
-    check_memory(facts, device)
     bare = skeleton(facts)
     structure = find_structure(bare, untie=spec.untie).at_batch(batch)
     left_out: Mapping[str, str] = {}

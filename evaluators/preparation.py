@@ -14,7 +14,7 @@ from autoeff.evaluators.footprint import Footprint, footprint_of
 from autoeff.evaluators.ground import Ground, ground_of
 from autoeff.evaluators.images import make_images
 from autoeff.evaluators.latency import Latency, latency_of
-from autoeff.evaluators.loading import ModelFacts, load_tokenizer
+from autoeff.evaluators.loading import ModelFacts, check_memory, load_tokenizer
 from autoeff.evaluators.metrics import check_metrics
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.evaluators.tasks import check_tasks
@@ -140,7 +140,7 @@ def prepare(
 
     Args:
         setup: What is to be evaluated.
-        elsewhere: For machines other than this one, which need not have the device.
+        elsewhere: For machines other than this one, which need not have the device; then its memory is theirs to judge.
         encode: As of `make_windows`.
         ground: May stand for `ground_of`, as what remembers grounds does.
 
@@ -148,8 +148,12 @@ def prepare(
         InputError: Anything wrong with the model, the text, the knobs or the device.
     """
     started = time.perf_counter()
+    wanted = _named(setup.device)
     device = device_of("cpu" if elsewhere else setup.device)
-    found = ground(setup.model, setup.space, device, setup.batch, setup.context)
+    judged = device.type == wanted.type
+    found = ground(setup.model, setup.space, setup.batch, setup.context)
+    if judged:
+        check_memory(found.facts, device)
     facts, structure, space, knobs = found.facts, found.structure, found.space, found.knobs
     trained = sorted(name for name, knob in knobs.items() if knob.kind == "trained")
     setup, tuning = _tuning(facts, setup, trained, encode)
@@ -172,13 +176,14 @@ def prepare(
     for knob in knobs.values():
         if knob.kind == "cache":
             knob.check_length(min(p.length for p in passages.values()))
-    footprint = footprint_of(setup, facts, found.model, structure, space, knobs, passages, device, tuning)
+    footprint = footprint_of(setup, facts, found.model, structure, space, knobs, passages, wanted, tuning, judged=judged)
     digest = digest_of(
         {
             "evaluator": EVALUATOR_VERSION,
-            "torch": torch.__version__,
+            # A server plans for GPUs that it has not, with a build of torch of its own.
+            "torch": torch.__version__.partition("+")[0] if wanted.type == "cuda" else torch.__version__,
             "hardware": setup.hardware or hardware_name(device),
-            **({"linears": "packed"} if device.type == "cuda" else {}),
+            **({"linears": "packed"} if wanted.type == "cuda" else {}),
             "model": facts.digest,
             "text": {split: p.digest for split, p in passages.items()},
             **({} if (beside := passages["search"].beside) is None else {"calibration": beside.digest}),
@@ -230,14 +235,19 @@ def device_of(name: str) -> torch.device:
     Raises:
         InputError: It is not on this machine.
     """
+    device = _named(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device {name!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def _named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not known; allowed: cpu, cuda, cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device {name!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
 
 

@@ -114,7 +114,7 @@ class EvaluationSetup:
         seed: Draws the windows.
         device: `cpu`, `cuda` or `cuda:N`.
         bank: Folder of the level bank.
-        memory_bytes: What may be held on the device; None allows all that is there.
+        memory_bytes: What the process may hold in memory, of a job on a CPU; None allows all that is there.
         tasks: What is asked besides the whole held-out text.
         tune_data: Text on which adapters are trained.
         metrics: What is called besides, as `package.module:function`.

@@ -21,7 +21,6 @@ from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import digest_of
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -62,9 +61,9 @@ class Preparations:
         key = digest_of([spec.model_dump(mode="json"), queue, str(settings.home), settings.memory_cap, _stamps(spec.setup(settings.bank))])
         return self._plans.get(key, lambda: plan(spec, settings, queue, self))
 
-    def _ground(self, model: str, spec: SpaceSpec, device: torch.device, batch: int, context: int | None) -> Ground:
-        key = digest_of([_stamp(resolve_model(model)), asdict(spec), str(device), batch, context])
-        return self._grounds.get(key, lambda: ground_of(model, spec, device, batch, context))
+    def _ground(self, model: str, spec: SpaceSpec, batch: int, context: int | None) -> Ground:
+        key = digest_of([_stamp(resolve_model(model)), asdict(spec), batch, context])
+        return self._grounds.get(key, lambda: ground_of(model, spec, batch, context))
 
     def _encoded(self, tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
         named = hashlib.sha256(digest_of([_stamp(Path(tokenizer.name_or_path)), bos]).encode())

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from autoeff.errors import InputError
 from autoeff.evaluators.evaluator import Evaluator
@@ -105,3 +106,19 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_built(setup_of: 
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(InputError, match=r"the level bank needs .* GB more at .*, 0\.0 GB are free; set bits\.store=nested"):
         prepare(setup_of("llama", BITS))
+
+
+def test_a_server_without_a_gpu_plans_what_a_worker_with_one_finds(setup_of: SetupOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And judges neither its memory nor its disk by its own."""
+    setup = replace(setup_of("llama", BITS), device="cuda", hardware="gpu.any")
+    with monkeypatch.context() as server:
+        server.setattr("autoeff.evaluators.footprint.memory_of", lambda device: 0)
+        server.setattr("autoeff.evaluators.loading.memory_of", lambda device: 0)
+        server.setattr("autoeff.evaluators.footprint.shutil.disk_usage", lambda folder: pytest.fail("the disk is the worker's"))
+        planned = prepare(setup, elsewhere=True)
+    monkeypatch.setattr("autoeff.evaluators.preparation.device_of", torch.device)
+    for room in ("footprint", "loading"):
+        monkeypatch.setattr(f"autoeff.evaluators.{room}.memory_of", lambda device: 100 << 30)
+    found = prepare(replace(setup, memory_bytes=1))  # the cap is of a process, and not of a GPU
+    assert found.digest == planned.digest
+    assert found.footprint.parts["weights"] == planned.footprint.parts["weights"] > 0
