@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_process_init, worker_process_shutdown
+from celery.signals import worker_init, worker_process_init, worker_process_shutdown, worker_shutting_down
 from kombu.exceptions import OperationalError
 
 from autoeff.search.settings import Settings
@@ -57,12 +58,25 @@ if (_broker := Settings.read().broker_url) is not None:
 
 _station: Station | None = None
 """Of this process of the pool; made after the fork."""
+_leaving: Any = None
+"""Shared by the worker and its pool: 1 once the worker was asked to end. It has no lock that a killed process could keep."""
+
+
+@worker_init.connect  # type: ignore[untyped-decorator]
+def _begin(**_: Any) -> None:
+    global _leaving
+    _leaving = RawValue("b", 0)
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _leave(**_: Any) -> None:
+    _leaving.value = 1
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _open(**_: Any) -> None:
     global _station
-    _station = Station(Settings.read(), list(app.amqp.queues.consume_from))
+    _station = Station(Settings.read(), list(app.amqp.queues.consume_from), lambda: bool(_leaving.value))
     _station.open()
 
 

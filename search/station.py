@@ -22,6 +22,7 @@ from autoeff.search.job import JobSpec
 from autoeff.search.runner_process import Measured, RunnerProcess
 from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
+from autoeff.search.storage.records import Claim, Job
 from autoeff.search.storage.store import Store
 from autoeff.search.worker import Worker
 
@@ -35,6 +36,7 @@ _QUICKEST_S = 0.02  # between looks for work, after there was some
 _LOOKED_AT = 16  # queued evaluations that a worker tries to claim
 _STAY = 10.0  # times as long as opening took
 _PATIENCE_S = 5.0  # at most, for a job's next proposal
+_REFUSED_S = 60.0  # until a job that cannot be begun here is tried again
 
 
 def check_queues(queues: Sequence[str]) -> None:
@@ -56,16 +58,18 @@ class Station:
     Args:
         settings: Of this machine.
         queues: Whose evaluations it takes.
+        leaving: Whether the process was asked to end, where it is not told by `stop`.
     """
 
-    def __init__(self, settings: Settings, queues: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, queues: Sequence[str], leaving: Callable[[], bool] = lambda: False) -> None:
         self.me = process_identity()
-        self._settings, self._queues = settings, tuple(queues)
-        self._log = settings.home / "workers" / f"{self.me.split('/')[2]}.log"
+        self._settings, self._queues, self._leaving = settings, tuple(queues), leaving
+        self._log = settings.home / "workers" / f"{self.me.replace('/', '-')}.log"
         self._store: Store | None = None
         self._opening = threading.Lock()
         self._setup: EvaluationSetup | None = None
         self._job: str | None = None
+        self._refused: dict[str, float] = {}  # jobs, and until when
         self._ended_at = float("-inf")
         self._runner: RunnerProcess | None = None
         self._stop = threading.Event()
@@ -120,13 +124,24 @@ class Station:
             _log.warning("%s", error)
             return False
         try:
+            self._work(store, claim, job)
+        except InputError as error:  # on another machine it may be none
+            _log.warning("job %s: %s", job.id, error)
+            self._refused[job.id] = time.monotonic() + _REFUSED_S
+            self._job = None
+            self._let_go()
+        self._ended_at = time.monotonic()
+        return True
+
+    def _work(self, store: Store, claim: Claim, job: Job) -> None:
+        """Evaluates what was claimed. Raises InputError where this job cannot be begun here, once the claim is given back."""
+        try:
             setup = replace(JobSpec.parse(job.spec).setup(self._settings.bank), hardware=job.queue)
         except InputError as error:
-            store.lost(claim, f"worker {self.me} cannot read the job: {error}")
-            return True
+            store.release(claim, f"worker {self.me} cannot read the job: {error}")
+            raise
         if self._runner is None or setup != self._setup:
-            if self._runner is not None:
-                self._runner.close()
+            self._let_go()
             self._setup, self._runner = setup, RunnerProcess(setup, self._settings, self._log)
         self._job = job.id
         runner = _Same(self._runner, job.setup_digest, self.me)
@@ -134,12 +149,16 @@ class Station:
             Worker(store, runner, self._settings.lease_s, one_of_many=True).work(claim, self._tick)
         except _Leaving:
             self._runner.close()
-        self._ended_at = time.monotonic()
-        return True
+
+    def _let_go(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
 
     def _queued(self, store: Store, told_of: Sequence[int]) -> Iterator[int]:
         """What may be claimed, in the order in which it is tried."""
-        others = [*told_of, *store.waiting(self._queues, _LOOKED_AT)]
+        self._refused = {job_id: until for job_id, until in self._refused.items() if time.monotonic() < until}
+        others = [*(told_of if not self._refused else ()), *store.waiting(self._queues, _LOOKED_AT, but=self._refused)]
         if others and self._runner is not None:
             until = self._runner.opened_at + _STAY * self._runner.opening_s
             patient_until = min(until, self._ended_at + min(self._runner.opening_s, _PATIENCE_S))
@@ -151,6 +170,8 @@ class Station:
         yield from others
 
     def _tick(self) -> None:
+        if self._leaving():
+            self.stop()
         if time.monotonic() > self._stop_at:
             raise _Leaving
 

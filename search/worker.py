@@ -48,8 +48,8 @@ class Worker:
         store: Where claims come from and outcomes go.
         runner: The process that measures.
         lease_s: How long a claim lives without a sign of life; renewed three times in that span.
-        one_of_many: Whether others may evaluate what this one cannot, as on a machine without the model; then a database that
-            is away is waited for, since the coordinator is another process. Alone, both are errors of the search.
+        one_of_many: Whether the coordinator is another process; then a database that is away is waited for. Alone, it is an error of
+            the search.
     """
 
     def __init__(self, store: Store, runner: Runner, lease_s: float, *, one_of_many: bool = False) -> None:
@@ -83,11 +83,9 @@ class Worker:
         except _Unwanted:
             self._written(lambda: self._store.release(claim), tick)
         except InputError as error:
-            if not self._one_of_many:
-                self._store.release(claim)
-                raise
             reason = str(error)
-            self._written(lambda: self._store.lost(claim, reason), tick)
+            self._written(lambda: self._store.release(claim, reason), tick)
+            raise
         except BaseException:
             self._store.release(claim)
             raise

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import exists, insert, select, update
+from sqlalchemy import case, exists, insert, select, update
 
 from autoeff.errors import FailureClass
 from autoeff.search.storage import leases
@@ -21,6 +21,7 @@ __all__ = ["LOG_CHARACTERS", "Work"]
 
 LOG_CHARACTERS = 1 << 20
 """Of an attempt's log the end is kept, where the reason stands; workers send less (`Settings.log_bytes`)."""
+_OFTEN, _SELDOM_S = 6, 60.0  # messages of an evaluation; between further ones
 _MEASURED = insert(MeasurementRow).returning(MeasurementRow.name)  # asked for an answer, several rows are one round trip
 
 
@@ -123,19 +124,24 @@ class Work(Jobs):
             return connection.execute(select(EvaluationRow.state).where(EvaluationRow.id == claim.evaluation_id)).scalar_one()
 
     @again
-    def release(self, claim: Claim) -> bool:
-        """Gives the work back unfinished, on an orderly shutdown: no loss is counted. False when the claim was void.
+    def release(self, claim: Claim, reason: str = "the worker was asked to stop") -> bool:
+        """Gives the work back unfinished: no loss is counted. False when the claim was void.
 
         What no job wants any more is cancelled instead.
+
+        Args:
+            claim: The right to do so.
+            reason: One line for people.
         """
+        reason = storable(reason)
         with self._database.write() as connection:
             leases.lock(connection, claim.evaluation_id)
             if not leases.wanted(connection, claim.evaluation_id):
                 state, body = State.CANCELLED, {}
                 moved = leases.decide(connection, claim.evaluation_id, claim.fence, state, "cancelled")
             else:
-                state, body = State.QUEUED, {"reason": "the worker was asked to stop"}
-                moved = leases.give_back(connection, claim.evaluation_id, claim.fence, "released")
+                state, body = State.QUEUED, {"reason": reason}
+                moved = leases.give_back(connection, claim.evaluation_id, claim.fence, "released", message=reason)
             if moved:
                 leases.announce(connection, claim.evaluation_id, state, body)
             return moved
@@ -157,16 +163,22 @@ class Work(Jobs):
                 ended += leases.lose(connection, evaluation_id, fence, f"no sign of life from worker {worker}", "")
         return ended
 
-    def waiting(self, queues: Iterable[str], limit: int = 1, job_id: str | None = None) -> list[int]:
-        """Evaluations, of one job or of any, that are queued for a worker of these queues, the oldest first."""
+    def waiting(self, queues: Iterable[str], limit: int = 1, job_id: str | None = None, but: Collection[str] = ()) -> list[int]:
+        """Evaluations, of one job or of any `but` these, that are queued for a worker of these queues, the oldest first."""
         query = select(OutboxRow.evaluation_id).where(OutboxRow.queue.in_(tuple(queues)))
+        asked = exists().where(TrialRow.evaluation_id == OutboxRow.evaluation_id)
         if job_id is not None:
-            query = query.where(exists().where(TrialRow.evaluation_id == OutboxRow.evaluation_id, TrialRow.job_id == job_id))
+            query = query.where(asked.where(TrialRow.job_id == job_id))
+        if but:
+            query = query.where(~asked.where(TrialRow.job_id.in_(tuple(but))))
         with self._database.read() as connection:
             return list(connection.execute(query.order_by(OutboxRow.evaluation_id).limit(limit)).scalars())
 
     def due(self, again_s: float, limit: int = 500) -> list[Message]:
-        """Messages that are to be sent now; each is due again `again_s` seconds later, unless its evaluation is claimed."""
+        """Messages that are to be sent now; each is due again `again_s` seconds later, unless its evaluation is claimed.
+
+        One that was sent often, as where no worker is free for long, is due less often: a broker keeps what nobody takes.
+        """
         is_due = OutboxRow.not_before <= now()
         with self._database.read() as connection:
             if connection.execute(select(OutboxRow.evaluation_id).where(is_due).limit(1)).first() is None:
@@ -175,7 +187,8 @@ class Work(Jobs):
             query = select(OutboxRow.evaluation_id, OutboxRow.queue, OutboxRow.sent).where(is_due)
             rows = connection.execute(query.order_by(OutboxRow.evaluation_id).limit(limit).with_for_update(skip_locked=True)).all()
             sent = OutboxRow.evaluation_id.in_([row.evaluation_id for row in rows])
-            connection.execute(update(OutboxRow).where(sent).values(not_before=now() + again_s, sent=OutboxRow.sent + 1))
+            wait_s = case((OutboxRow.sent < _OFTEN, again_s), else_=max(again_s, _SELDOM_S))
+            connection.execute(update(OutboxRow).where(sent).values(not_before=now() + wait_s, sent=OutboxRow.sent + 1))
         return [Message(*row) for row in rows]
 
 

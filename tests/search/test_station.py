@@ -17,7 +17,7 @@ from autoeff.search.job import JobSpec
 from autoeff.search.runner_process import Measured
 from autoeff.search.settings import Settings
 from autoeff.search.station import Station
-from autoeff.search.storage import Proposal, Store
+from autoeff.search.storage import Proposal, State, Store
 from autoeff.spaces.configuration import Configuration
 from autoeff.spaces.measurements import Measurement
 
@@ -117,3 +117,26 @@ def test_a_worker_waits_for_the_next_proposal_of_its_job_but_no_longer_than_open
     assert store.trials("b")[0].state.terminal
     assert changes(store, "a", "b") == 1
     assert not station.evaluate(other)
+
+
+def test_a_worker_that_is_to_end_gives_back_what_it_is_at(
+    store: Store, tmp_path: Path, propose: Callable[[str, int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(Slow):
+        def evaluate(self, request: Any, tick: Callable[[], None]) -> Measured:
+            while True:
+                asked.append(True)
+                tick()
+                time.sleep(0.01)
+
+    asked: list[bool] = []
+    monkeypatch.setattr(module, "RunnerProcess", Endless)
+    monkeypatch.setattr(module, "_GRACE_S", 0.2)
+    station = Station(Settings(home=tmp_path), ["cpu"], lambda: len(asked) > 3)
+    evaluation = propose("a", 0)
+    assert station.evaluate()
+    assert len(asked) > 3
+    station.close()
+    assert [attempt.outcome for attempt in store.attempts(evaluation)] == ["released"]
+    assert store.trials("a")[0].state is State.QUEUED
+    assert not station.evaluate()

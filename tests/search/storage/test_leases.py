@@ -116,11 +116,12 @@ def test_third_loss_quarantines(store: Store, evaluation: int, me: str) -> None:
 
 
 def test_stop_on_request_is_no_loss(store: Store, evaluation: int, me: str) -> None:
-    for _ in range(4):
-        assert store.release(claimed(store, evaluation, me))
+    for reason in "abcd":
+        assert store.release(claimed(store, evaluation, me), reason)
     assert store.complete(claimed(store, evaluation, me), [KL], 0.5)
     assert store.trial("job", 0).attempts == 5
     assert [attempt.outcome for attempt in store.attempts(evaluation)] == ["released"] * 4 + ["succeeded"]
+    assert [event.body["reason"] for event in store.events("job") if event.kind == "trial.queued"] == list("abcd")
 
 
 def test_candidates_own_failure_is_final(store: Store, evaluation: int, me: str) -> None:

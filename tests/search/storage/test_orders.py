@@ -240,6 +240,16 @@ class TestMessages:
         with store.database.read() as connection:
             assert connection.execute(select(OutboxRow.evaluation_id)).all() == []
 
+    def test_message_that_nobody_takes_is_sent_less_often(self, store: Store, job: tuple[str, int], proposal: Make) -> None:
+        store.propose(*job, proposal(0))
+        assert [len(store.due(again_s=0.0)) for _ in range(10)] == [1] * 7 + [0] * 3
+
+    def test_workers_leave_jobs_out_that_they_cannot_begin(self, store: Store, job: tuple[str, int], proposal: Make, me: str) -> None:
+        ref = store.propose(*job, proposal(0))
+        other = store.propose(*submitted(store, me, "other"), proposal(0, "another"))
+        assert store.waiting(["cpu"], 9, but=["job"]) == [other.evaluation_id]
+        assert store.waiting(["cpu"], 9, but=["other"]) == [ref.evaluation_id]
+
     def test_workers_hear_of_their_queues_alone(self, store: Store, job: tuple[str, int], proposal: Make) -> None:
         ids = [store.propose(*job, proposal(number)).evaluation_id for number in range(3)]
         assert store.waiting(["gpu.any"]) == []
