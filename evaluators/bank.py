@@ -31,6 +31,7 @@ from autoeff.spaces.sites import BYTES_DENSE, Linear, Site
 __all__ = ["Bank", "Chain", "Statistics", "Step", "entry_bytes", "write_whole"]
 
 FORMAT = 1
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class Bank:
         folder: Shared by every model; created on first use.
         model_digest: Names the model's content.
         linears: Every searchable linear by name.
-        weights: Gives the dense weight [N, K] of a linear in the 16-bit dtype of the store.
+        weights: Gives the dense weight [N, K] of a linear on the CPU, in the 16-bit dtype of the store.
         place: Moves a decoded tensor to the device, in the dtype in which the model keeps the parameter.
         keep_bytes: Memory for decoded tensors, and for what kernels read.
+        device: Where levels are built that take long on a CPU; what they store, and all else, is on the CPU.
     """
 
     def __init__(
@@ -82,11 +84,12 @@ class Bank:
         weights: Callable[[str], Tensor],
         place: Callable[[Tensor], Tensor],
         keep_bytes: int,
+        device: torch.device = _CPU,
     ) -> None:
         self.folder = folder / f"v{FORMAT}"
         self.model_digest = model_digest
         self.statistics = Statistics("", {})
-        self._linears, self._weights, self._place, self._keep_bytes = linears, weights, place, keep_bytes
+        self._linears, self._weights, self._place, self._keep_bytes, self._device = linears, weights, place, keep_bytes, device
         self._decoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._decoded_bytes = 0
         self.built = 0
@@ -169,7 +172,8 @@ class Bank:
         """The linears after the steps of a chain, with the statistics that are asked for."""
         tensors = self.statistics.tensors
         statistics = {name: tensors[name] for linear in linears for need in needs if (name := f"{linear}.{need}") in tensors}
-        material = Material({name: self._weights(name) for name in linears if name in self._linears}, statistics=statistics)
+        weights = {name: self._weights(name) for name in linears if name in self._linears}
+        material = Material(weights, statistics=statistics, device=self._device)
         for i, step in enumerate(chain):
             material = step.knob.transform(step.site, step.level, self.packed(chain[: i + 1]), material)
         return material

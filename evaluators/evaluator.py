@@ -125,9 +125,10 @@ class Evaluator:
             Path(setup.bank),
             facts.digest,
             {linear.name: linear for linear in self.structure.linears},
-            weights=lambda name: dense[name].to(facts.store_dtype),  # candidates have the values that a 16-bit runtime computes with
+            weights=lambda name: dense[name].to("cpu", facts.store_dtype),  # candidates have the values that a 16-bit runtime computes with
             place=lambda tensor: tensor.to(device, dtype),
             keep_bytes=footprint.keep_decoded,
+            device=device,
         )
         on_kernels = device.type == "cuda" if on_kernels is None else on_kernels
         packed = PackedLinears(self.model, self.structure, self.bank) if on_kernels else None

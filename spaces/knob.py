@@ -105,6 +105,9 @@ class Knob(ABC):
             site: Where.
             level: Not the dense one.
             material: The site's linears as the knobs that come earlier have left them, with the statistics that `needs` names.
+
+        Returns:
+            Tensors on the CPU, as those of `material` are; what takes long may be computed on `material.device`.
         """
         return {}
 

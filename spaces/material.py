@@ -31,10 +31,12 @@ The last two are of the keys or values of an attention, by the name of their sit
 SAMPLES = frozenset({"inputs", "activation", "routing", "outputs"})
 """Those that are kept of some tokens, where a sublayer's last linear is fed or experts are; see `evaluators/samples.py`."""
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Material:
-    """Linears by name. Rows are outputs N, columns are inputs K; both may be fewer than in the model.
+    """Linears by name, on the CPU. Rows are outputs N, columns are inputs K; both may be fewer than in the model.
 
     A linear that stands as two factors has them in its place, as `<linear>.v` and `<linear>.u`.
 
@@ -44,6 +46,7 @@ class Material:
         rows: Outputs of the dense linear that are left, int64 [N]; linears without an entry have all.
         columns: The same of its inputs, int64 [K].
         statistics: Calibration statistics by `<linear>.<statistic>`, see `STATISTICS`.
+        device: Where `build` may compute what takes long.
     """
 
     weights: Mapping[str, Tensor]
@@ -51,13 +54,14 @@ class Material:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    device: torch.device = _CPU
 
     def of(self, linears: Collection[str]) -> Material:
         """Some of the linears."""
         parts = (self.weights, self.masks, self.rows, self.columns)
         weights, masks, rows, columns = ({name: part[name] for name in linears if name in part} for part in parts)
         statistics = {name: tensor for name, tensor in self.statistics.items() if name.rpartition(".")[0] in linears}
-        return Material(weights, masks, rows, columns, statistics)
+        return Material(weights, masks, rows, columns, statistics, self.device)
 
     def needed(self, linear: str) -> dict[str, Tensor]:
         """The statistics of one linear by their bare names."""
@@ -97,6 +101,7 @@ class Material:
             composed(self.rows, rows),
             composed(self.columns, columns),
             statistics,
+            self.device,
         )
 
     def factored(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Material:
@@ -111,7 +116,7 @@ class Material:
             known = self.needed(name)
             if not known:
                 continue
-            v, u = v.to("cpu", torch.float32), u.to("cpu", torch.float32)  # where statistics are
+            v, u = v.float(), u.float()
             hessian = v @ known["hessian"] @ v.T
             of_v, of_u = dict(known), {"hessian": hessian}
             if (norm := known.get("input_norm")) is not None:

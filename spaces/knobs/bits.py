@@ -76,11 +76,12 @@ class Bits(Knob):
         return {"linear_bytes": self._packed_bytes(site, int(level)) - BYTES_DENSE * kept}
 
     def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
-        packed = {
-            name: self._quantizer.quantize(weight, int(level), material.masks.get(name), material.needed(name))
-            for name, weight in material.weights.items()
-        }
-        return {f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()}
+        stored: dict[str, Tensor] = {}
+        for name, weight in material.weights.items():
+            mask = None if name not in material.masks else material.masks[name].to(material.device)
+            packed = self._quantizer.quantize(weight.to(material.device), int(level), mask, material.needed(name))
+            stored |= {f"{name}.{part}": tensor.cpu() for part, tensor in packed.items()}
+        return stored
 
     def stored_level(self, site: Site, level: Level) -> Level:
         return _WIDTHS[0] if self.store == "nested" else level

@@ -99,7 +99,7 @@ class FfnExperts(Knob):
         """`experts`, int64 [inputs of the last linear], and `router`, float16 [experts, stream + 1], of which the last column is added."""
         assert site.output is not None
         known, weight = material.needed(site.output), material.weights[site.output]
-        fed, amounts = known["fed"].double(), known["amounts"].double() * weight.to("cpu", torch.float64).norm(dim=0)
+        fed, amounts = known["fed"].double(), known["amounts"].double() * weight.double().norm(dim=0)
         mean = fed[-1, :-1]
         moments = fed[:-1, :-1] - mean.outer(mean)
         moments += _DAMPING * moments.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(len(mean))

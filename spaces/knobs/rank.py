@@ -86,10 +86,10 @@ class Rank(Knob):
         stored: dict[str, Tensor] = {}
         for name, weight in material.weights.items():
             if rank := self._rank(len(weight), weight.shape[1], float(level)):
-                values = weight.double()
+                values = weight.to(material.device, torch.float64)
                 u = output_directions(values, material.needed(name)["hessian"].to(values))[:, :rank]
-                stored[f"{name}.v"] = (u.T @ values).to(weight.dtype)
-                stored[f"{name}.u"] = u.to(weight.dtype)
+                stored[f"{name}.v"] = (u.T @ values).to("cpu", weight.dtype)
+                stored[f"{name}.u"] = u.to("cpu", weight.dtype)
         return stored
 
     def derived(self, site: Site, level: Level, entry: dict[str, Tensor]) -> dict[str, Tensor]:

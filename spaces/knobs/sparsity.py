@@ -87,9 +87,10 @@ class Sparsity(Knob):
     def build(self, site: Site, level: Level, material: Material) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
         for name, weight in material.weights.items():
-            pruned = self._criterion.prune(weight.float(), self._pattern(level, weight.shape[1]), material.needed(name))
-            stored[f"{name}.mask"] = _packed(pruned.mask)
-            stored[f"{name}.values"] = pruned.weight[pruned.mask].view(len(weight), -1).to(weight.dtype)
+            values = weight.to(material.device, torch.float32)
+            pruned = self._criterion.prune(values, self._pattern(level, weight.shape[1]), material.needed(name))
+            stored[f"{name}.mask"] = _packed(pruned.mask.cpu())
+            stored[f"{name}.values"] = pruned.weight[pruned.mask].view(len(weight), -1).to("cpu", weight.dtype)
         return stored
 
     def transform(self, site: Site, level: Level, packed: Mapping[str, Tensor], material: Material) -> Material:

@@ -8,11 +8,14 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autoeff.spaces.adapters import Adapter, attached
 from autoeff.spaces.build import build_space
@@ -55,6 +58,40 @@ CONTEXT = 48
 STRUCTURES: dict[tuple[str, bool], Structure] = {}
 """By family: all its models are built alike."""
 TOKENS = torch.randint(2, 61, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
+
+
+ELSEWHERE = torch.device("meta")
+"""Stands for a GPU."""
+
+
+class _There(Tensor):
+    """Numbers of the CPU that pass for those of another device."""
+
+
+class _TwoDevices(TorchFunctionMode):
+    """Fails where tensors of two devices meet, as they would on a machine that has two."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        there = [isinstance(tensor, _There) for tensor in tensors]
+        if function == Tensor.device.__get__:  # type: ignore[attr-defined]
+            return ELSEWHERE if any(there) else torch.device("cpu")
+        if function in (Tensor.cpu, Tensor.to):
+            named = [
+                (ELSEWHERE if isinstance(item, _There) else item.device) if isinstance(item, Tensor) else item
+                for item in (*args[1:], *kwargs.values())
+            ]
+            places = [torch.device(item) for item in named if isinstance(item, str | torch.device)]
+            away = places[0] == ELSEWHERE if places else any(there) and function is Tensor.to
+            args = [torch.device("cpu") if item == ELSEWHERE else item for item in args]
+        else:
+            assert not any(there) or all(t or not tensor.dim() for t, tensor in zip(there, tensors, strict=True)), function
+            away = any(there) or kwargs.get("device") == ELSEWHERE
+        kwargs |= {"device": "cpu"} if kwargs.get("device") == ELSEWHERE else {}
+        plain = [tree_map(lambda item: item.as_subclass(Tensor) if isinstance(item, Tensor) else item, part) for part in (args, kwargs)]
+        found = function(*plain[0], **plain[1])
+        return tree_map(lambda item: item.as_subclass(_There if away else Tensor) if isinstance(item, Tensor) else item, found)
 
 
 @pytest.fixture(params=ROWS)
@@ -192,6 +229,17 @@ def test_building_is_deterministic(knob: Knob, model: nn.Module, structure: Stru
         one, two = (_values(knob, site, level, _material(model, site)) for _ in range(2))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_is_built_on_a_device_is_on_the_cpu(knob: Knob, model: nn.Module, structure: Structure) -> None:
+    site = knob.sites(structure)[-1]
+    level, material = knob.levels(site)[-1], _material(model, site)
+    expected = knob.build(site, level, material)
+    with _TwoDevices():
+        found = knob.build(site, level, replace(material, device=ELSEWHERE))
+    assert found.keys() == expected.keys()
+    assert not any(isinstance(tensor, _There) for tensor in found.values())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_every_level_changes_the_model_and_is_undone_bit_exactly(knob: Knob, model: nn.Module, structure: Structure) -> None:
