@@ -126,9 +126,10 @@ class Coordinator:
             job = self._store.job(self._job_id)
             if job.state is JobState.SUCCEEDED and job.result is not None:
                 return dict(job.result)
-            self._store.set_job_state(self._job_id, self._fence, JobState.RUNNING)
+            self._begin()
             self._look()
-            self._store.reap()
+            if self._crew.claims is not None:  # of workers elsewhere the reaper ends claims: it knows of outages
+                self._store.reap()
             self._stored = all_trials(self._store, self._job_id)
             self._told = [trial.number for trial in self._stored if trial.state.terminal and not trial.told]
             for notice in self._subject.notices:
@@ -162,7 +163,8 @@ class Coordinator:
             job = self._store.job(self._job_id)
             if job.state is not JobState.SUCCEEDED:
                 raise InputError(f"job {job.id} is {job.state}; trials can be added when it has ended: `autoeff resume` goes on with it")
-            self._store.reap()
+            if self._crew.claims is not None:
+                self._store.reap()
             self._stored = all_trials(self._store, self._job_id)
             for trial in self._stored:  # a killed addition may have left one open
                 self._take_up(trial)
@@ -397,10 +399,19 @@ class Coordinator:
         if orders.state in (JobState.PAUSED, JobState.CANCELLING, JobState.CANCELLED):
             raise Stopped(f"job {self._job_id} is {orders.state}")
         if orders.state is JobState.PENDING:  # paused and resumed since the last look
-            self._store.set_job_state(self._job_id, self._fence, JobState.RUNNING)
+            self._begin()
         if orders.budget is not None:
             self._trials_wanted = int(orders.budget.get("trials", self._problem.trials))
             self._seconds_wanted = orders.budget.get("seconds")
+
+    def _begin(self) -> None:
+        """Has the job run. A submitted one that was paused this moment stays so; at a command line, to resume is to drive."""
+        submitted = self._crew.claims is None
+        only_from = (JobState.PENDING, JobState.RUNNING) if submitted else tuple(JobState)
+        try:
+            self._store.set_job_state(self._job_id, self._fence, JobState.RUNNING, only_from=only_from)
+        except Conflict as error:
+            raise Stopped(str(error)) from None
 
     @property
     def _budget(self) -> float:

@@ -74,7 +74,7 @@ def start(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lambda pr
     with Store.open(settings.database) as store:
         job_id = uuid.uuid4().hex[:12]
         with new_run(out, job_id, settings.database) as folder:
-            store.create_job(job_id, spec.model_dump(mode="json"), planned.preflight, planned.space.to_json(), planned.preparation.digest)
+            store.create_job(job_id, spec.model_dump(mode="json"), planned.preflight, planned.space.to_json(), planned.digest)
         return drive(store, job_id, folder, planned, settings, watch)
 
 
@@ -108,12 +108,14 @@ def adding(
     Of a job that was submitted, the workers of its queue measure it.
 
     Raises:
-        InputError: As `resume`; also a job that has not ended.
+        InputError: As `resume`; also a job that has not ended, or whose queue has no worker.
     """
     if job.queue is None:
         planned, folder = _planned_again(job, run, folder, settings)
         coordinator = Coordinator(store, job.id, planned, folder, settings, watch)
     else:
+        if not any(worker.alive and job.queue in worker.queues for worker in store.workers()):
+            raise InputError(f"no worker of queue {job.queue!r} is there to measure; start one: autoeff worker --queues {job.queue}")
         crew = Away(store, job.queue, threading.Event(), threading.Event())
         coordinator = Coordinator(store, job.id, planned_again(job, settings), Path(), settings, watch, crew)
     with coordinator.adding() as evaluate:
@@ -282,7 +284,7 @@ def _planned_again(job: Job, run: str | Path, folder: Path | None, settings: Set
         raise InputError(f"job {job.id} has no run directory here; name the directory that its search wrote to")
     refuse_own(job, f"whose functions are not stored; call autoeff.run_search(build=…, …, out={str(run)!r}, resume=True) as it was started")
     planned = plan(JobSpec.parse(job.spec), settings)
-    if planned.preparation.digest != job.setup_digest or _times(planned.preflight) != _times(job.preflight):
+    if planned.digest != job.setup_digest or _times(planned.preflight) != _times(job.preflight):
         raise InputError(f"run {run} cannot go on: {_changed(job.preflight, planned.preflight)}")
     return planned, folder
 

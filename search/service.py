@@ -146,6 +146,8 @@ class _Office:
                     send(messages)
             except AutoeffError as error:
                 _log.warning("%s", error)
+            except Exception:  # without this thread workers would hear of nothing
+                _log.exception("messages are not sent")
 
     def _reap(self) -> None:
         """Ends claims of the dead. After an outage, also one before its start, workers have a whole lease to report again."""
@@ -162,6 +164,8 @@ class _Office:
             except StorageError as error:
                 _log.warning("%s", error)
                 judged_from = time.monotonic() + lease_s
+            except Exception:  # without this thread what is lost would stay so
+                _log.exception("claims of dead workers are not ended")
 
 
 def drive(
@@ -185,14 +189,15 @@ def drive(
     Raises:
         Stopped: The job was paused or cancelled, or `stop` set.
         Conflict: Another process drives it.
-        AutoeffError: As `Coordinator.run`. An InputError has failed the job.
+        AutoeffError: As `Coordinator.run`. A job that cannot be planned has failed.
     """
     job = store.job(job_id)
     assert job.queue is not None
     try:
         found = planned_again(job, settings, planned)
-    except InputError as error:
-        _fail(store, job_id, settings, str(error))
+    except Exception as error:
+        if (after := _after(error)) is not None:
+            _fail(store, job_id, settings, str(after[1]))
         raise
     crew = Away(store, job.queue, rung, stop)
     coordinator = Coordinator(store, job_id, found, Path(), settings, lambda progress: None, crew)

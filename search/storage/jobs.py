@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, or_, select, tuple_, update
@@ -147,7 +147,14 @@ class Jobs:
 
     @again
     def set_job_state(
-        self, job_id: str, fence: int, state: JobState, result: Mapping[str, Any] | None = None, error: str | None = None
+        self,
+        job_id: str,
+        fence: int,
+        state: JobState,
+        result: Mapping[str, Any] | None = None,
+        error: str | None = None,
+        *,
+        only_from: Collection[JobState] = tuple(JobState),
     ) -> None:
         """Moves the job to `state`, the one it is in included, and replaces its `result`, the final summary, where given.
 
@@ -157,6 +164,7 @@ class Jobs:
             state: Where to.
             result: The final summary.
             error: Why it failed, in one line.
+            only_from: States that it may be in.
 
         Raises:
             LeaseLost: Another process took over.
@@ -164,6 +172,8 @@ class Jobs:
         """
         with self._database.write() as connection:
             job = fenced(connection, job_id, fence)
+            if job.state not in only_from:
+                raise Conflict(f"job {job_id!r} is {job.state}")
             values: dict[str, Any] = {"error": error}
             if result is not None:
                 values["result"] = dict(result)

@@ -115,7 +115,11 @@ def set_aside(connection: Connection, evaluation_id: int) -> None:
     """Takes an open evaluation from whoever has it, and keeps it from everybody, unless a job that goes on wants it."""
     query = select(EvaluationRow.state, EvaluationRow.fence).where(EvaluationRow.id == evaluation_id)
     state, fence = connection.execute(query.with_for_update()).one()
-    if state not in OPEN or wanted(connection, evaluation_id, _WAITING):
+    if state not in OPEN:
+        return
+    # Locked whatever their state: one that is resumed this moment must find the evaluation, or have it rung for afterwards.
+    jobs = select(JobRow.state).where(JobRow.id.in_(select(TrialRow.job_id).where(TrialRow.evaluation_id == evaluation_id)))
+    if any(state in _WAITING for state in connection.execute(jobs.order_by(JobRow.id).with_for_update()).scalars()):
         return
     if state is State.RUNNING and give_back(connection, evaluation_id, fence, "released"):
         announce(connection, evaluation_id, State.QUEUED, {"reason": "its job was paused"})

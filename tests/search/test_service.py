@@ -20,11 +20,13 @@ import torch
 from celery import Celery
 from redis import Redis
 
-from autoeff.errors import FailureClass, InputError
+from autoeff.errors import InputError
 from autoeff.search.celery_app import app, sender
+from autoeff.search.crew import Stopped
 from autoeff.search.job import JobSpec
+from autoeff.search.model import Plan, plan
 from autoeff.search.resolve import resolve
-from autoeff.search.service import queue_of, run_coordinators, submit
+from autoeff.search.service import drive, queue_of, run_coordinators, submit
 from autoeff.search.settings import Settings
 from autoeff.search.station import Station, check_queues
 from autoeff.search.storage import Job, JobState, Message, State, Store, Trial
@@ -158,6 +160,9 @@ def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_ser
         assert job.result is not None
         assert job.result["found"] is not None
         assert store.waiting(["cpu"]) == []
+        monkeypatch.setattr(Store, "workers", lambda store: [])
+        with pytest.raises(InputError, match="no worker of queue 'cpu' is there to measure"):
+            resolve(job.id, ["linear_bytes<=0.31x"], service, measure=True)
 
 
 @pytest.mark.timeout(300)
@@ -261,23 +266,66 @@ def test_a_job_that_cannot_be_driven_fails_and_says_why(
     assert failed.error is not None
 
 
-def test_a_worker_with_another_model_does_not_evaluate(
-    tiny_job: Make, tiny_models: dict[str, Path], settings: Settings, store: Store, tmp_path: Path
+def test_a_worker_with_another_model_does_not_evaluate_and_harms_nothing(
+    tiny_job: Make, settings: Settings, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What it claims is given back with a reason; once it has the same model and text, it takes part."""
+    monkeypatch.setattr("autoeff.search.station._REFUSED_S", 1.0)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\n" * 400)
-    job = submit(store, tiny_job(data={"source": str(text), "windows": 8, "length": 16}), settings)
+    small = {"knobs": {"skip": {}}, "sampler": "random", "budget": {"trials": 14}}
+    job = submit(store, tiny_job(**small, data={"source": str(text), "windows": 8, "length": 16}), settings)
     with coordinating(settings):
         until(store, job.id, lambda job: job.counts.trials == 1)
+        evaluation = store.trial(job.id, 0).evaluation_id
         text.write_text("another text\n" * 800)  # as on a machine where the same path leads to something else
         with working(settings):
-            until(store, job.id, lambda job: job.counts.quarantined >= 1)
-            store.cancel(job.id)
-            until(store, job.id, ended)
-    failure = store.trial(job.id, 0).failure
-    assert failure is not None
-    assert failure.kind is FailureClass.LOST
-    assert "has another model, text or version" in failure.message
+            wait_for(lambda: len(store.attempts(evaluation)) >= 3, "it tries now and then")
+            text.write_text("the cat sat on the mat\n" * 400)
+            job = until(store, job.id, ended)
+    assert job.state is JobState.SUCCEEDED
+    assert job.counts.quarantined == 0
+    *refused, accepted = store.attempts(evaluation)
+    assert [attempt.outcome for attempt in refused] == ["released"] * len(refused)
+    assert accepted.accepted
+    reasons = [event.body["reason"] for event in store.events(job.id) if event.kind == "trial.queued"]
+    assert len(reasons) == len(refused)
+    assert all("has another model, text or version" in reason for reason in reasons)
+
+
+def test_who_takes_a_job_up_leaves_claims_to_the_reaper_and_a_pause_in_force(
+    tiny_job: Make, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage workers have a whole lease to report; and planning takes seconds, in which the user may pause."""
+    job = submit(store, tiny_job(), settings)
+    stop = threading.Event()
+    stop.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "reap", lambda store: pytest.fail("claims were ended"))
+        with pytest.raises(Stopped, match="is to end"):
+            drive(store, job.id, settings, threading.Event(), stop)
+    assert store.job(job.id).state is JobState.RUNNING
+
+    def paused_meanwhile(*words: Any) -> Plan:
+        found = plan(*words)
+        store.pause(job.id)
+        return found
+
+    with pytest.raises(Stopped, match="paused"):
+        drive(store, job.id, settings, threading.Event(), stop, paused_meanwhile)
+    assert store.job(job.id).state is JobState.PAUSED
+
+
+def test_a_fault_while_planning_fails_the_job(tiny_job: Make, settings: Settings, store: Store) -> None:
+    job = submit(store, tiny_job(), settings)
+
+    def faulty(*_: Any) -> Plan:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        drive(store, job.id, settings, threading.Event(), threading.Event(), faulty)
+    failed = store.job(job.id)
+    assert (failed.state, failed.error) == (JobState.FAILED, "OSError: [Errno 5] Input/output error")
 
 
 def test_queues_follow_from_the_device_and_the_machine(tiny_job: Make) -> None:
