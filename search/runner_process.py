@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
@@ -32,11 +33,8 @@ from autoeff.spaces.measurements import Measurement
 __all__ = ["Measured", "RunnerProcess", "answers", "death_of"]
 
 _CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_SECRET = re.compile(r"DATABASE_URL|BROKER_URL|PASSW|SECRET|CREDENTIAL|(^|_)(KEY|TOKEN)(_|$)", re.IGNORECASE)
 _TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
-
-
-class _Tick(Protocol):
-    def __call__(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class RunnerProcess:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def open(self, tick: _Tick = lambda: None) -> None:
+    def open(self, tick: Callable[[], None] = lambda: None) -> None:
         """Starts the process and loads the model, unless one is warm.
 
         Raises:
@@ -109,7 +107,7 @@ class RunnerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches us alone
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env={**_harmless(os.environ), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         self.starts += 1
         self._pending.clear()
@@ -119,7 +117,7 @@ class RunnerProcess:
         self.opened_at = time.monotonic()
         self.opening_s = self.opened_at - started
 
-    def evaluate(self, request: EvaluationRequest, tick: _Tick = lambda: None) -> Measured:
+    def evaluate(self, request: EvaluationRequest, tick: Callable[[], None] = lambda: None) -> Measured:
         """Measures one configuration.
 
         Raises:
@@ -142,7 +140,7 @@ class RunnerProcess:
         """Trains the adapters of a configuration from scratch, and measures it on the whole held-out text."""
         return self._measured(self.ask({"kind": "trained", "levels": dict(levels)}))
 
-    def ask(self, message: Mapping[str, Any], tick: _Tick = lambda: None) -> Mapping[str, Any]:
+    def ask(self, message: Mapping[str, Any], tick: Callable[[], None] = lambda: None) -> Mapping[str, Any]:
         """Sends one request to the warm runner and returns its answer. Raises as `evaluate`."""
         self._printed.begin()
         self.open(tick)
@@ -172,14 +170,14 @@ class RunnerProcess:
         measurements = tuple(measurement_from_json(m) for m in answer["measurements"])
         return Measured(measurements, float(answer["seconds"]), answer.get("facts", {}))
 
-    def _ask(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
+    def _ask(self, message: Mapping[str, Any], timeout_s: float, tick: Callable[[], None]) -> Mapping[str, Any]:
         try:
             return self._exchange(message, timeout_s, tick)
         except BaseException:
             self._kill()
             raise
 
-    def _exchange(self, message: Mapping[str, Any], timeout_s: float, tick: _Tick) -> Mapping[str, Any]:
+    def _exchange(self, message: Mapping[str, Any], timeout_s: float, tick: Callable[[], None]) -> Mapping[str, Any]:
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -267,6 +265,11 @@ def death_of(code: int) -> Exception:
         return CandidateError(FailureClass.CRASH, f"the runner died of {signal.Signals(-code).name}")
     reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return RunnerLost(f"the runner ended with {reason}")
+
+
+def _harmless(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what opens other doors: a runner needs no database, broker, server or hub."""
+    return {name: value for name, value in environment.items() if not _SECRET.search(name)}
 
 
 def _resident(process: psutil.Process) -> int:

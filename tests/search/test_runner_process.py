@@ -54,10 +54,18 @@ def group_of(process: psutil.Process) -> int | None:
         return None
 
 
-def test_one_process_serves_many_evaluations(runner_of: Callable[..., RunnerProcess]) -> None:
+def test_one_process_serves_many_evaluations_and_is_told_no_secrets(
+    runner_of: Callable[..., RunnerProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = runner_of()
+    for name in ("AUTOEFF_DATABASE_URL", "AUTOEFF_BROKER_URL", "AUTOEFF_KEY", "AUTOEFF_SECRET", "HF_TOKEN", "PGPASSWORD", "DB_PASSWORD"):
+        monkeypatch.setenv(name, "canary")
+    monkeypatch.setenv("KEYBOARD", "harmless")
     assert [ask(runner) for _ in range(3)] == [0.0, 0.0, 0.0]
     assert runner.starts == 1
+    told = psutil.Process(runner.pid).environ()
+    assert "canary" not in told.values()
+    assert told["KEYBOARD"] == "harmless"
 
 
 HARM = {
