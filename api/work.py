@@ -24,8 +24,10 @@ def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         InputError: As `plan`.
     """
     from autoeff.search.facts import plan_facts
+    from autoeff.search.service import queue_of
 
-    return plan_facts(_prepared().plan(JobSpec.parse(job), settings), settings)
+    spec = JobSpec.parse(job)
+    return plan_facts(_prepared().plan(spec, settings, queue_of(spec)), settings)
 
 
 def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Reply | None) -> str:
