@@ -287,7 +287,7 @@ if triton is not None:
                     at = token.to(tl.int64)[None, :] * rank + direction[:, None]
                     inner = tl.load(parts + at, mask=asked, other=0.0)
                     for part in tl.static_range(1, PARTS):
-                        inner += tl.load(parts + part * m.to(tl.int64) * rank + at, mask=asked, other=0.0)
+                        inner += tl.load(parts + part * tl.cast(m, tl.int64) * rank + at, mask=asked, other=0.0)
                     at_b = (adapter * n + row).to(tl.int64)[:, None] * rank + direction[None, :]
                     left = tl.load(b + at_b, mask=(row[:, None] < n) & (direction[None, :] < rank), other=0.0)
                     total += tl.dot(left, inner.to(dtype)) * tl.load(scale + adapter)

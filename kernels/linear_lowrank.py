@@ -172,7 +172,7 @@ if triton is not None:
             if PARTS:
                 right = tl.load(x + at_x, mask=inside, other=0.0)
                 for part in tl.static_range(1, PARTS):
-                    right += tl.load(x + part * m.to(tl.int64) * k + at_x, mask=inside, other=0.0)
+                    right += tl.load(x + part * tl.cast(m, tl.int64) * k + at_x, mask=inside, other=0.0)
                 total = tl.dot(left, right.to(left.dtype), total)
             else:
                 total = tl.dot(left, tl.load(x + at_x, mask=inside, other=0.0), total)

@@ -5,9 +5,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
-
-from autoeff.kernels import dequantize_wq
 
 module = pytest.importorskip("autoeff.kernels.compile", reason="Triton is not installed")
 
@@ -90,13 +87,11 @@ def test_spills_and_too_much_shared_memory_do_not_fit() -> None:
     assert not module.Resources(32, 0, module.SHARED_BYTES + 1, False).fits
 
 
-def test_a_single_row_and_value_compile_too() -> None:
-    """Sizes of 1 are compiled in as constants."""
-    planes = {"plane4": torch.empty(1, 1, dtype=torch.uint8, device="meta")}
-    scale = torch.empty(1, 1, dtype=torch.float16, device="meta")
-    out = torch.empty(1, 1, dtype=torch.float16, device="meta")
-    grid, arguments, options = dequantize_wq._arguments(planes, scale, scale, 4, 1, 8, out)
-    assert module.resources(dequantize_wq._dequantize_kernel, grid, arguments, options).fits
+def test_every_kernel_compiles_where_all_sizes_are_1() -> None:
+    """They are compiled in as constants, which lack what numbers have."""
+    for case in {case.name: case for case in module.cases()}.values():
+        ones = [1 if isinstance(argument, int) else argument for argument in case.arguments]
+        assert module.resources(case.kernel, case.grid, ones, case.options).fits, case.name
 
 
 def test_the_real_driver_is_put_back() -> None:
