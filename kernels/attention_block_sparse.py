@@ -94,7 +94,7 @@ def flops(tokens: int, d: int, blocks: Blocks) -> int:
     """Floating-point operations of both products, for the pairs of tokens that see each other."""
     listed, size = blocks.mask(), blocks.block
     edge = tokens - (listed.shape[2] - 1) * size  # of the last, shorter block
-    of = torch.tensor([size] * (listed.shape[2] - 1) + [edge])
+    of = torch.tensor([size] * (listed.shape[2] - 1) + [edge], device="cpu")  # also where CUDA is the default device
     pairs = of[:, None] * of[None, :]
     pairs[range(len(of)), range(len(of))] = of * (of + 1) // 2
     return 4 * d * int((listed.cpu() * pairs).sum())

@@ -77,7 +77,8 @@ def test_bytes_and_operations() -> None:
     stored = [q, keys, values, attention(q, keys, values, blocks), blocks.count]
     assert moved_bytes(1, 2, 1, 64, 16, blocks) == sum(tensor.nbytes for tensor in stored) + 4 * int(blocks.count.sum())
     seen = blocks.mask().repeat_interleave(16, 2).repeat_interleave(16, 3).tril()
-    assert flops(64, 16, blocks) == 4 * 16 * int(seen.sum())
+    with torch.device("meta"):  # where the operands of a benchmark are made is not where pairs are counted
+        assert flops(64, 16, blocks) == 4 * 16 * int(seen.sum())
 
 
 def test_operands_that_do_not_belong_together_are_refused() -> None:
