@@ -20,6 +20,7 @@ from autoeff.evaluators.loading import ModelFacts, keeps_narrow, random_model
 from autoeff.evaluators.serving import Arbitrary, Form, PackedLinear, copied, decoding, forms, prefilling, removable, serve, served
 from autoeff.evaluators.setup import LatencySpec
 from autoeff.kernels import linear_wq
+from autoeff.kernels.failures import of_device
 from autoeff.kernels.timing import Timing, measure
 from autoeff.spaces.build import build_space
 from autoeff.spaces.configuration import digest_of
@@ -254,6 +255,8 @@ def fitted(model: TimedModel, phase: Phase, table: LatencyTable) -> Fit:
             step = step_of(phase, variant, model.facts.vocabulary, model.spec)
             step()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if of_device(error):
+                raise
             if knob is None or model.knobs[knob].kind != "structure":
                 raise InputError(
                     f"model_type {model.facts.model_type!r} does not run with packed linears ({error}); its {phase}_ms is not known"

@@ -24,6 +24,7 @@ from autoeff.errors import InputError
 from autoeff.evaluators.bank import Bank, Chain, Step
 from autoeff.kernels import linear_lowrank, linear_wq
 from autoeff.kernels.dequantize_wq import PLANES
+from autoeff.kernels.failures import of_device
 from autoeff.spaces.knob import Knob, swap
 from autoeff.spaces.sites import Linear, Site, Structure
 from autoeff.spaces.space import SearchSpace
@@ -266,8 +267,10 @@ def removable(model: nn.Module, structure: Structure) -> frozenset[str]:
         try:
             if torch.allclose(_output(without), expected, rtol=1e-2, atol=1e-3):
                 found.add(kind)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # the block wants more of the module than its output
-            continue
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if of_device(error):
+                raise
+            continue  # the block wants more of the module than its output
     return frozenset(found)
 
 
@@ -275,7 +278,9 @@ def runs(model: nn.Module) -> bool:
     """Whether it does, in the shapes that it was given."""
     try:
         _output(model)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if of_device(error):
+            raise
         return False
     return True
 

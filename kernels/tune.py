@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from autoeff.kernels import tuned
+from autoeff.kernels.failures import out_of_memory
 from autoeff.kernels.problems import OPS, Problem, problems
 from autoeff.kernels.timing import measure
 
@@ -136,10 +137,21 @@ def _timer(solved: list[Problem], device: torch.device, rounds: int, start: Conf
                     return None
             calls = {problem.variant: lambda problem=problem: problem.tuned(config) for problem in solved}
             return sum(timing.median_us for timing in measure(calls, device, rounds).values())
-        except Exception:
+        except Exception as error:
+            if not _does_not_run(error):
+                raise
             return None
 
     return run
+
+
+def _does_not_run(error: Exception) -> bool:
+    """Whether an error is a configuration's own: it does not compile, or does not fit. Others would be kept as if they were."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    # passes of the compiler fail without an error of their own
+    return isinstance(error, CompilationError | OutOfResources | PTXASError) or out_of_memory(error) or "PassManager::run" in str(error)
 
 
 def _tune(op: str, device: torch.device, rounds: int, log: Log) -> list[Config]:

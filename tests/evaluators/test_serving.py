@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoeff.evaluators import serving
 from autoeff.evaluators.evaluator import Evaluator
-from autoeff.evaluators.serving import LowRankLinear, PackedLinear, copied, decoding, forms, prefilling
+from autoeff.evaluators.serving import LowRankLinear, PackedLinear, copied, decoding, forms, prefilling, runs
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.spaces.configuration import Level
 
@@ -110,6 +110,18 @@ def test_model_that_knows_its_head_sizes_keeps_dense_shapes(setup_of: Callable[.
     levels: dict[str, Level] = {d.key: d.levels[-1] for d in evaluator.space.decisions}
     model = evaluator.served({"it": levels})["it"]
     assert error(logits(model, 12), decoded(evaluator, levels, 12)) < EXACT
+
+
+def test_a_device_without_memory_says_nothing_about_shapes() -> None:
+    def fed(input_ids: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model: Any = nn.Linear(1, 1)
+    model.forward = fed
+    with pytest.raises(torch.OutOfMemoryError):
+        runs(model)
+    model.forward = lambda input_ids: input_ids @ input_ids[0, :1]
+    assert not runs(model)
 
 
 def test_copies_share_memory_and_not_modules(tiny_model: Callable[..., nn.Module]) -> None:
