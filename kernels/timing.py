@@ -21,6 +21,8 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
+from autoeff.kernels.failures import out_of_memory
+
 __all__ = ["AIMED_S", "Limits", "Timing", "limits", "measure"]
 
 AIMED_S = 2e-3
@@ -126,14 +128,8 @@ def _on_gpu(call: Callable[[], object]) -> tuple[Callable[[], float], str]:
     while time.perf_counter() < until:
         call()
         torch.cuda.synchronize()
-    run, method = call, "cuda events, cold cache"
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        run, method = graph.replay, "cuda graph, cold cache"
-    except RuntimeError:  # it reads from the device
-        torch.cuda.synchronize()
+    graph = None if _waits(call) else _captured(call)
+    run, method = (call, "cuda events, cold cache") if graph is None else (graph.replay, "cuda graph, cold cache")
     flush = _flush(torch.cuda.current_device())
 
     def once() -> float:
@@ -146,6 +142,37 @@ def _on_gpu(call: Callable[[], object]) -> tuple[Callable[[], float], str]:
         return float(begin.elapsed_time(end)) * 1e-3
 
     return once, method
+
+
+def _waits(call: Callable[[], object]) -> bool:
+    """Whether a call waits for the device. Its capture would fail, and leave allocator and generator as if it still went on."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+    """The graph of a call; None where it cannot be captured."""
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return None
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own in force
+        torch.cuda.synchronize()  # fails again where the device itself does
+    return graph
 
 
 @cache
