@@ -26,7 +26,7 @@ import autoeff
 from autoeff import commands_dashboard, commands_kernels, commands_server, commands_service
 from autoeff.console import Watcher, print_error, print_json, print_pairs, print_table
 from autoeff.errors import AutoeffError, ExitCode, InputError
-from autoeff.flags import job_fields
+from autoeff.flags import job_fields, seconds_of
 from autoeff.options import (
     Batch,
     Context,
@@ -206,15 +206,49 @@ def resume(
 
 
 @app.command()
+def pause(
+    ctx: typer.Context,
+    run: RunRef,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for evaluations that are under way; they are made anew.")] = False,
+    form: Format = Form.TABLE,
+) -> None:
+    """Has a search propose nothing more, until `resume`; it may run here, in another process, or on a server."""
+    with _source(ctx) as source:
+        source.pause(run, at_once=now)
+        _print_status(source.status(run), form)
+
+
+@app.command()
+def cancel(ctx: typer.Context, run: RunRef, form: Format = Form.TABLE) -> None:
+    """Ends a search for good; what it measured stays."""
+    with _source(ctx) as source:
+        source.cancel(run)
+        _print_status(source.status(run), form)
+
+
+@app.command()
+def budget(
+    ctx: typer.Context,
+    run: RunRef,
+    trials: Annotated[int | None, typer.Option(min=1, help="Evaluations in all.", show_default=False)] = None,
+    timeout: Annotated[str | None, typer.Option(help="Wall time in all: 90s, 20m, 2h.", metavar="TIME", show_default=False)] = None,
+    form: Format = Form.TABLE,
+) -> None:
+    """Changes how much a search may use that has not ended, also while it runs."""
+    if trials is None and timeout is None:
+        raise InputError("name the new budget with --trials, --timeout or both")
+    with _source(ctx) as source:
+        source.change_budget(run, trials, None if timeout is None else seconds_of(timeout))
+        _print_status(source.status(run), form)
+
+
+@app.command()
 def status(ctx: typer.Context, run: RunRef, form: Format = Form.TABLE) -> None:
     """Says where a search stands."""
     with _source(ctx) as source:
         facts = source.status(run)
-    if form is Form.JSON:
-        print_json(facts)
-        return
-    print_pairs({name: "-" if value is None else ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()})
-    if facts["state"] in ("pending", "running", "paused") and facts["driven_by"] is None:
+    _print_status(facts, form)
+    if form is Form.TABLE and facts["state"] in ("pending", "running", "paused") and facts["driven_by"] is None:
         sys.stderr.write(f"autoeff: nobody drives this search; `autoeff resume {run}` goes on with it\n")
 
 
@@ -489,6 +523,13 @@ def _resumable(folder: Path) -> Iterator[None]:
         how = f"; `autoeff resume {folder}` goes on" if folder.exists() else ""
         sys.stderr.write(f"\nautoeff: interrupted{how}\n")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def _print_status(facts: Mapping[str, Any], form: Form) -> None:
+    if form is Form.JSON:
+        print_json(facts)
+        return
+    print_pairs({name: "-" if value is None else ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()})
 
 
 def _print_jobs(rows: Sequence[Mapping[str, Any]], form: Form) -> None:

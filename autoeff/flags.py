@@ -9,7 +9,7 @@ from typing import Any
 
 from autoeff.errors import InputError
 
-__all__ = ["FIELDS", "job_fields"]
+__all__ = ["FIELDS", "job_fields", "seconds_of"]
 
 FIELDS: Mapping[str, str] = {
     "model": "model", "data": "data.source", "windows": "data.windows", "length": "data.length", "draw": "data.draw", "bos": "data.bos",
@@ -50,8 +50,24 @@ def job_fields(flags: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, A
             if key == "levels":
                 part[key] = _with_levels(value, part.get(key) or {})
             else:
-                part[key] = _seconds(value) if key == "seconds" else _starts(value) if key == "draw" else value
+                part[key] = seconds_of(value) if key == "seconds" else _starts(value) if key == "draw" else value
     return job
+
+
+def seconds_of(text: str) -> float:
+    """The seconds that `90s`, `20m` or `2h` stand for.
+
+    Raises:
+        InputError: It is none of these.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
+    if match is None:
+        raise InputError(f"cannot read --timeout {text!r}; write for example 90s, 20m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _starts(text: str) -> str | list[int]:
+    return [int(part) for part in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text
 
 
 def _mapping(job: dict[str, Any], section: str) -> dict[str, Any]:
@@ -125,14 +141,3 @@ def _scalar(text: str) -> int | float | bool | str:
         except ValueError:
             continue
     return text
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
-    if match is None:
-        raise InputError(f"cannot read --timeout {text!r}; write for example 90s, 20m or 2h")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def _starts(text: str) -> str | list[int]:
-    return [int(part) for part in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else text

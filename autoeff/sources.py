@@ -89,6 +89,15 @@ class Source(Protocol):
     def status(self, run: str) -> Row:
         """Where a job stands."""
 
+    def pause(self, run: str, *, at_once: bool) -> None:
+        """Has a search propose nothing more; `at_once` takes from workers what they are at."""
+
+    def cancel(self, run: str) -> None:
+        """Ends a search for good."""
+
+    def change_budget(self, run: str, trials: int | None, seconds: float | None) -> None:
+        """Replaces what is not None."""
+
     def trials(self, run: str) -> Listing:
         """Every trial."""
 
@@ -135,6 +144,19 @@ class Local:
             counts, folder = job.counts, None if found.folder is None else str(found.folder)
             standing = standing_of(found.store, job)
             return status_facts(job_facts(job), folder, standing, counts.succeeded, counts.failed + counts.quarantined)
+
+    def pause(self, run: str, *, at_once: bool) -> None:
+        with opened(run) as found:
+            found.store.pause(found.job_id, at_once=at_once)
+
+    def cancel(self, run: str) -> None:
+        with opened(run) as found:
+            found.store.cancel(found.job_id)
+
+    def change_budget(self, run: str, trials: int | None, seconds: float | None) -> None:
+        changed = {name: value for name, value in (("trials", trials), ("seconds", seconds)) if value is not None}
+        with opened(run) as found:
+            found.store.change_budget(found.job_id, changed, found.store.job(found.job_id).version)
 
     def trials(self, run: str) -> Listing:
         from autoeff.search.facts import columns_of
@@ -278,6 +300,15 @@ class Remote:
         facts = {name: value for name, value in job.model_dump(mode="json").items() if name in JobSummary.model_fields}
         folder = str(Path(run).absolute()) if Path(run).is_dir() else None
         return status_facts(facts, folder, standing, job.succeeded, job.failed)
+
+    def pause(self, run: str, *, at_once: bool) -> None:
+        self.client.pause(self.job(run), at_once=at_once)
+
+    def cancel(self, run: str) -> None:
+        self.client.cancel(self.job(run))
+
+    def change_budget(self, run: str, trials: int | None, seconds: float | None) -> None:
+        self.client.change_budget(self.client.job(self.job(run)), trials=trials, seconds=seconds)
 
     def trials(self, run: str) -> Listing:
         job = self.client.job(self.job(run))

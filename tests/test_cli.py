@@ -273,6 +273,18 @@ def test_status_of_a_search_that_nobody_drives(command: Command, stored: Stored)
     assert f"autoeff resume {stored.folder}" in answer.err
 
 
+def test_a_search_is_steered_from_another_terminal(command: Command, stored: Stored) -> None:
+    changed = command("budget", stored.folder, "--trials", "40", "--timeout", "2m", "--format", "json").json
+    assert (changed["budget"], changed["state"]) == (40, "pending")
+    with Store.open(stored.database) as store:
+        assert store.orders(JOB, FENCE).budget == {"trials": 40, "seconds": 120.0}
+    assert re.search(r"state +paused\n", command("pause", stored.folder, "--now").out)
+    assert command("cancel", JOB, "--format", "json").json["state"] == "cancelled"
+    assert "is cancelled" in command("pause", stored.folder).error
+    assert "is cancelled" in command("budget", stored.folder, "--trials", "9").error
+    assert "--trials, --timeout or both" in command("budget", stored.folder).error
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
