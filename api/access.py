@@ -1,7 +1,7 @@
 """Who asks, and what that key may do: nothing, unless a scope says so.
 
-Every router depends on `caller`, so that a route which asks for no scope still needs a key. Calls are counted by key, and by
-address before a key is known to be good, since looking a key up costs a query.
+Every router depends on `caller`, so that a route which asks for no scope still needs a key. Calls with a good key are counted by key,
+others by address. A key is looked up before anything is refused, or whoever sends bad ones would lock out all others at that address.
 """
 
 from __future__ import annotations
@@ -61,18 +61,14 @@ class RateLimits:
             raise ApiError(429, "too-many-requests", message, headers | {"Retry-After": str(wait)})
         response.headers.update(headers)
 
-    def check_address(self, address: str) -> None:
-        """Refuses an address whose calls were refused too often.
+    def count_refused(self, address: str) -> None:
+        """Counts a call without a good key.
 
         Raises:
             ApiError: 429.
         """
-        if self._per_key is not None and not self._limiter.test(self._refused, "address", address):
+        if self._per_key is not None and not self._limiter.hit(self._refused, "address", address):
             raise ApiError(429, "too-many-requests", "too many calls without a good key; wait a minute", {"Retry-After": "60"})
-
-    def refused(self, address: str) -> None:
-        """Counts a call that was refused."""
-        self._limiter.hit(self._refused, "address", address)
 
 
 @dataclass
@@ -125,10 +121,9 @@ async def caller(
         ApiError: 401 or 429.
     """
     address = "-" if request.client is None else request.client.host
-    server.rates.check_address(address)
     key = None if credentials is None else await server.doorkeeper.key(credentials.credentials)
     if key is None:
-        server.rates.refused(address)
+        server.rates.count_refused(address)
         found = "there is no key" if credentials is None else "the key is unknown, expired or revoked"
         raise ApiError(401, "unauthorized", f"{found}; send one as `Authorization: Bearer ae_…`", _CHALLENGE)
     server.rates.count(key.prefix, response)
