@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 
 from autoeff.api.context import Server
 from autoeff.api.problems import ApiError
+from autoeff.errors import StorageError
 from autoeff.search.keys import Key, fits, hash_of, prefix_of
 from autoeff.search.storage.keys import KeyRing
 
@@ -98,7 +100,8 @@ class Doorkeeper:
         if found is None or not fits(text, found[1]):
             self._seen.pop(name, None)
             return None
-        self.ring.used(prefix)
+        with suppress(StorageError):  # a disk that is full is still read, and who used a key is no reason not to
+            self.ring.used(prefix)
         if len(self._seen) > 10_000:
             self._seen.clear()
         self._seen[name] = (time.monotonic() + _KEPT_S, found[0])

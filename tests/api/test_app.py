@@ -15,6 +15,7 @@ from fastapi.routing import iter_route_contexts
 from autoeff.api.app import OPEN_ROUTES, create_app, openapi_document
 from autoeff.api.bodies import BodyLimit
 from autoeff.api.problems import ApiError
+from autoeff.errors import StorageError
 from autoeff.search.storage.keys import KeyRing
 
 NOBODY = "0" * 12
@@ -251,6 +252,15 @@ def test_guessing_keys_is_slowed_down(make_server: Callable[..., Any]) -> None:
     assert codes[0] == 401
     assert codes[-1] == 429
     assert served.ask("GET", "/v1/jobs").status_code == 200  # of the same address, and no fault of its key
+
+
+def test_a_key_reads_while_nothing_can_be_written(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("database or disk is full")
+
+    monkeypatch.setattr(served.app.state.context.ring, "used", full)
+    served.app.state.context.doorkeeper.forget()
+    assert served.ask("GET", "/v1/jobs").status_code == 200
 
 
 def test_the_contract_that_is_checked_in_is_current(root: Path) -> None:
