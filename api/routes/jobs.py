@@ -69,7 +69,9 @@ async def submit(
     await run_in_threadpool(_check_quota, server, key.owner)
     job = await run_in_threadpool(_checked, server, spec)
     try:
-        name = f"submit {key.prefix} {idempotency_key or uuid.uuid4().hex}"
+        # With its hash: another job under the same key is no repetition, and is told so by the stored reply.
+        request_id = uuid.uuid4().hex if reply is None else f"{reply.idempotency_key} {reply.request_hash}"
+        name = f"submit {key.prefix} {request_id}"
         job_id = await server.backroom.ask(name, work.submitted, job.model_dump(mode="json"), server.settings, key.owner, reply)
     except Conflict:
         if reply is None or (given := await run_in_threadpool(server.replies.find, key.prefix, reply.idempotency_key)) is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -124,6 +126,16 @@ def test_a_submission_that_is_repeated_is_one(served: Any) -> None:
     )
     other = served.ask("POST", "/v1/jobs", who="bob", json=served.tiny, headers=headers)  # keys of others are others
     assert other.json()["job"] != one.json()["job"]
+
+
+def test_another_job_under_a_key_that_is_under_way_is_refused(served: Any) -> None:
+    served.app.state.context.backroom.start(time.sleep, 1)  # so that both wait
+    bodies = [served.tiny, served.tiny | {"seed": 1}]
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(lambda body: served.ask("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": "busy"}), bodies))
+    taken, refused = sorted(answers, key=lambda answer: answer.status_code)
+    assert taken.status_code == 202, taken.text
+    assert served.refused(refused, 422, "idempotency-key-reused")["status"] == 422
 
 
 def test_a_job_is_steered(served: Any) -> None:
