@@ -41,15 +41,18 @@ async def _counted(server: Server, key: Reader) -> AsyncIterator[None]:
 async def follow(
     server: Server,
     job: OwnedJob,
-    last_event_id: Annotated[int, Header(ge=0, lt=2**53, description="Number of the last event that was seen.")] = 0,
+    last_event_id: Annotated[
+        int, Header(ge=0, lt=2**53, description="Number of the last event that was seen; one ahead of the job is its last.")
+    ] = 0,
 ) -> EventSourceResponse:
     """Every event after `Last-Event-ID`, those of the past first, until the job has ended; the last one is `end`.
 
     Each has the event's number as `id`, its kind as `event` and its body as `data`.
     """
+    after = min(last_event_id, job.events)  # a number that is yet to come would have every stream of the job wait for it
 
     async def stream() -> AsyncIterator[bytes]:
-        async with aclosing(server.feed.follow(job.id, last_event_id)) as batches:
+        async with aclosing(server.feed.follow(job.id, after)) as batches:
             async for batch in batches:
                 yield b"".join(told.data for told in batch) or KEEPALIVE_COMMENT
         state, _ = (await run_in_threadpool(server.store.heads, [job.id]))[job.id]

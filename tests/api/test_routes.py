@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from autoeff.api.feed import Feed
+from autoeff.client import Client
 from autoeff.evaluators.latency_table import Entry, LatencyTable
 from autoeff.search.facts import job_facts
 from autoeff.search.results import rows_of
@@ -359,6 +360,24 @@ def test_a_stream_that_comes_later_takes_nothing_from_an_earlier_one(served: Any
 
     seen = asyncio.run(both())
     assert seen == list(range(1, served.store.job(job).events + 1))
+
+
+def test_a_number_ahead_of_a_job_silences_no_other_stream(served: Any, live: str) -> None:
+    job = submitted(served)
+
+    def follow(after: int) -> list[str]:
+        with Client(live, served.keys["alice"]) as client:
+            return [event.kind for event in client.events(job, after)]
+
+    with ThreadPoolExecutor() as threads:
+        ahead = threads.submit(follow, 2**40)
+        while not served.app.state.context.feed._last:
+            time.sleep(0.01)
+        other = threads.submit(follow, 0)
+        served.ask("POST", f"/v1/jobs/{job}/cancel")
+        kinds = [event.kind for event in served.store.events(job)]
+        assert other.result(20) == [*kinds, "end"]
+        assert ahead.result(20) == [*kinds[1:], "end"]
 
 
 def test_a_key_follows_so_many_jobs_at_once(served: Any) -> None:
