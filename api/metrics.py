@@ -13,6 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["Metrics", "Observed"]
 
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+"""Others are the caller's invention, and every label is kept for ever."""
+
 Sample = tuple[str, str, dict[str, str], float]
 """Name, what it is, labels, value."""
 
@@ -57,7 +60,8 @@ class Observed:
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "-")  # never the path itself: every job would be a label
-                self._metrics.requests.labels(scope["method"][:10], route, str(message["status"])).inc()
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._metrics.requests.labels(method, route, str(message["status"])).inc()
                 self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
                 message["headers"] = [*message["headers"], (b"x-trace-id", trace.encode()), (b"x-content-type-options", b"nosniff")]
             await send(message)

@@ -294,6 +294,14 @@ def test_metrics_count_requests_and_jobs(served: Any) -> None:
     assert served.job not in text
 
 
+def test_invented_methods_are_one_label(served: Any) -> None:
+    for number in range(3):
+        served.ask(f"INVENT{number}", "/v1/jobs")
+    text = served.ask("GET", "/metrics").text
+    assert 'method="other"' in text
+    assert "INVENT" not in text
+
+
 def test_no_key_is_stored_or_logged(served: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(0)
     served.ask("GET", "/v1/jobs")
