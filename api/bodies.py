@@ -37,29 +37,32 @@ class BodyLimit:
     Args:
         app: What comes behind.
         limit: In bytes.
-        part_s: How long to wait for the next part of a body.
+        body_s: How long a whole body may take to come.
     """
 
-    def __init__(self, app: ASGIApp, limit: int = BODY_BYTES, part_s: float = 30.0) -> None:
-        self._app, self._limit, self._part_s = app, limit, part_s
+    def __init__(self, app: ASGIApp, limit: int = BODY_BYTES, body_s: float = 30.0) -> None:
+        self._app, self._limit, self._body_s = app, limit, body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         read, whole = 0, False
+        until: float | None = None
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
 
         async def counted() -> Message:
-            nonlocal read, whole
+            nonlocal read, whole, until
             if whole:  # what comes now is that the caller has left
                 return await receive()
             if declared.isdigit() and int(declared) > self._limit:
                 raise _too_large(self._limit)
+            until = until or asyncio.get_running_loop().time() + self._body_s
             try:
-                message = await asyncio.wait_for(receive(), self._part_s)
+                async with asyncio.timeout_at(until):
+                    message = await receive()
             except TimeoutError:
-                raise ApiError(408, "timeout", f"nothing of the body came for {self._part_s:g} s", {"Connection": "close"}) from None
+                raise ApiError(408, "timeout", f"the body did not come within {self._body_s:g} s", {"Connection": "close"}) from None
             whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._limit:

@@ -180,18 +180,21 @@ def test_a_body_is_counted_while_it_comes(served: Any) -> None:
     assert served.refused(answer, 413, "too-large")["status"] == 413
 
 
-def test_a_body_that_does_not_come_is_not_waited_for_long() -> None:
-    async def never() -> Any:
-        await asyncio.sleep(60)
+@pytest.mark.parametrize("every_s", [60.0, 0.01], ids=["nothing", "a byte at a time"])
+def test_a_body_that_does_not_come_is_not_waited_for_long(every_s: float) -> None:
+    async def comes() -> Any:
+        await asyncio.sleep(every_s)
+        return {"type": "http.request", "body": b"x", "more_body": True}
 
     async def reads(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
+        while (await receive())["more_body"]:
+            pass
 
     async def unsent(message: Any) -> None:
         raise AssertionError(message)
 
-    with pytest.raises(ApiError, match="nothing of the body came") as raised:
-        asyncio.run(BodyLimit(reads, part_s=0.01)({"type": "http", "headers": []}, never, unsent))
+    with pytest.raises(ApiError, match=r"did not come within 0\.1 s") as raised:
+        asyncio.run(BodyLimit(reads, limit=100, body_s=0.1)({"type": "http", "headers": []}, comes, unsent))
     assert raised.value.status == 408
 
 
