@@ -61,8 +61,8 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await context.feed.close()
-        context.backroom.close()
-        context.measuring.close()
+        for room in (context.backroom, context.measuring, context.exporting):
+            room.close()
         if store is None:
             opened.close()
 
@@ -118,7 +118,7 @@ def _routed(lifespan: Any = None) -> FastAPI:
 
 def _context(settings: Settings, store: Store) -> Context:
     ring, roots = KeyRing(store.database), Roots(settings.model_roots, settings.data_roots, hub=settings.hub, private=(settings.home,))
-    feed, backroom = Feed(store), Backroom()
+    feed, backroom, exporting = Feed(store), Backroom(), Backroom()
     return Context(
         settings=settings,
         store=store,
@@ -130,9 +130,10 @@ def _context(settings: Settings, store: Store) -> Context:
         doorkeeper=Doorkeeper(ring),
         feed=feed,
         standings=Standings(store, settings.job_folder),
-        exports=Exports(settings, backroom),
+        exports=Exports(settings, backroom, exporting),
         backroom=backroom,
         measuring=Backroom(),
+        exporting=exporting,
         metrics=Metrics(lambda: _plant(store)),
     )
 

@@ -1,4 +1,4 @@
-"""Processes for what takes seconds: planning, solving for a new budget, exporting.
+"""Processes for what a server must not do itself: planning, solving for a new budget, exporting.
 
 Calls go to a pool of spawned processes, so that neither the interpreter lock nor the memory that a model takes is the server's. A process
 that dies takes its call with it and no more.

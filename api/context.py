@@ -33,8 +33,9 @@ class Context:
         store: Jobs and results.
         ring: Keys.
         replies: What was answered to requests that may be repeated.
-        backroom: Processes for what takes seconds.
-        measuring: A process for what waits for workers.
+        backroom: A process for what takes seconds.
+        measuring: One for what waits for workers.
+        exporting: One for what takes minutes and the memory of a model.
     """
 
     settings: Settings
@@ -50,6 +51,7 @@ class Context:
     exports: Exports
     backroom: Backroom
     measuring: Backroom
+    exporting: Backroom
     metrics: Metrics
 
 

@@ -29,6 +29,7 @@ __all__ = ["REPORT", "Exports", "export_archive", "write_job_report"]
 REPORT = {"report.html": "text/html", "front.png": "image/png"}
 """The files of a report, drawn from the tables when they are first asked for."""
 _ARCHIVE = re.compile(r"trial-(\d{1,9})\.([a-z0-9-]{1,40})\.tar")
+_EXPORTS, _PARTIAL = "exports", ".export-"
 _CHUNK = 1 << 20
 
 
@@ -37,24 +38,25 @@ class Exports:
 
     Args:
         settings: Of this machine.
-        backroom: Where exports are made.
+        drawing: Where reports are drawn.
+        exporting: Where exports are made; what they take, in time and memory, keeps nobody else waiting.
     """
 
-    def __init__(self, settings: Settings, backroom: Backroom) -> None:
-        self._settings, self._backroom = settings, backroom
-        self._under_way: dict[Path, Future[None]] = {}
+    def __init__(self, settings: Settings, drawing: Backroom, exporting: Backroom) -> None:
+        self._settings, self._drawing, self._exporting = settings, drawing, exporting
+        self._begun: dict[Path, Future[None]] = {}
         self._lock = threading.Lock()
 
     def request(self, job_id: str, number: int, format_name: str) -> dict[str, Any]:
         """The archive of a trial: as it is, or begun now. One that failed is begun again."""
         name = f"trial-{number}.{format_name}.tar"
-        path = self._folder(job_id) / "exports" / name
+        path = self._folder(job_id) / _EXPORTS / name
         with self._lock:
             if self._running(path) or _described(path).get("sha256"):
                 return self._archive(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             _description(path).unlink(missing_ok=True)
-            self._under_way[path] = self._backroom.start(export_archive, job_id, number, str(path), format_name, self._settings)
+            self._begun[path] = self._exporting.start(export_archive, job_id, number, str(path), format_name, self._settings)
         return self._archive(path)
 
     def all(self, job: Job) -> list[dict[str, Any]]:
@@ -62,9 +64,9 @@ class Exports:
         folder = self._folder(job.id)
         found = [{"name": name, "state": "ready", "media_type": kind} for name, kind in REPORT.items() if job.result is not None]
         with self._lock:
-            under_way = {path for path, future in self._under_way.items() if path.parent.parent == folder and not future.done()}
-        stored = {path.with_suffix("") for path in (folder / "exports").glob("*.tar.json")}
-        return [*found, *(self._archive(path) for path in sorted(under_way | stored))]
+            begun = {path for path in self._begun if path.parent.parent == folder}
+        stored = {path.with_suffix("") for path in (folder / _EXPORTS).glob("*.tar.json")}
+        return [*found, *(self._archive(path) for path in sorted(begun | stored))]
 
     def archive(self, job_id: str, name: str) -> tuple[dict[str, Any], Path]:
         """The archive of this name, and where it stands; nothing but such names is ever looked for.
@@ -73,8 +75,8 @@ class Exports:
             NotFound: There is none.
         """
         if _ARCHIVE.fullmatch(name):
-            path = self._folder(job_id) / "exports" / name
-            if path in self._under_way or _description(path).is_file():
+            path = self._folder(job_id) / _EXPORTS / name
+            if path in self._begun or _description(path).is_file():
                 return self._archive(path), path
         raise NotFound("this job has no file of that name (yet)")
 
@@ -88,14 +90,14 @@ class Exports:
             raise NotFound(f"job {job.id} is {job.state} and has no report (yet)")
         folder = self._folder(job.id) / f"report-{job.version}"
         if not (folder / name).is_file():
-            await self._backroom.ask(f"report {folder}", write_job_report, job.id, str(folder), self._settings)
+            await self._drawing.ask(f"report {folder}", write_job_report, job.id, str(folder), self._settings)
         return folder / name
 
     def _folder(self, job_id: str) -> Path:
         return self._settings.job_folder(job_id)
 
     def _running(self, path: Path) -> bool:
-        future = self._under_way.get(path)
+        future = self._begun.get(path)
         return future is not None and not future.done()
 
     def _archive(self, path: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Exports:
         described = _described(path)
         if described:
             return facts | described
-        future = self._under_way.get(path)
+        future = self._begun.get(path)
         died = "the process that wrote it died; ask for it again"
         if future is None:
             return facts | {"state": "failed", "failure": died}

@@ -373,7 +373,10 @@ class Client:
         artifact = self.begin_export(job_id, number, format_name)
         while artifact.state == "building":
             time.sleep(_EXPORT_LOOK_S)
-            artifact = next(one for one in self.artifacts(job_id) if one.name == artifact.name)
+            found = next((one for one in self.artifacts(job_id) if one.name == artifact.name), None)
+            if found is None:
+                raise AutoeffError(f"the server lost {artifact.name}, as one that was started again meanwhile does; export it again")
+            artifact = found
         if artifact.state == "failed":
             raise AutoeffError(artifact.failure or f"{artifact.name} could not be written")
         try:

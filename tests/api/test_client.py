@@ -181,6 +181,14 @@ def test_events_end_and_the_export_is_unpacked(served: Any, client: Client, tmp_
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
 
 
+def test_an_export_that_the_server_lost_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    building = {"name": "trial-1.recipe.tar", "state": "building", "media_type": "application/x-tar", "href": "/there"}
+    client, _ = answering(httpx2.Response(202, json=building), httpx2.Response(200, json={"items": []}))
+    with pytest.raises(AutoeffError, match="the server lost trial-1.recipe.tar"):
+        client.export("0" * 12, 1, tmp_path / "out", "recipe")
+
+
 def test_problems_are_errors(served: Any, live: str, client: Client) -> None:
     with pytest.raises(NotFound):
         client.job("0" * 12)
