@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.concurrency import run_in_threadpool
 
 import autoeff
 from autoeff.api.access import Caller, Doorkeeper, RateLimits, caller
@@ -59,6 +60,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(context.exports.sweep)
         yield
         await context.feed.close()
         for room in (context.backroom, context.measuring, context.exporting):

@@ -6,8 +6,10 @@ again for what is there, or under way, starts nothing.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -15,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,13 @@ class Exports:
             await self._drawing.ask(f"report {folder}", write_job_report, job.id, str(folder), self._settings)
         return folder / name
 
+    def sweep(self) -> None:
+        """Removes what exports left whose process was killed, and nothing of those that are under way, whichever server began them."""
+        for folder in self._folder("").glob(f"*/{_EXPORTS}"):
+            with suppress(OSError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for left in folder.glob(f"{_PARTIAL}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+
     def _folder(self, job_id: str) -> Path:
         return self._settings.job_folder(job_id)
 
@@ -127,7 +137,7 @@ def export_archive(job_id: str, number: int, path: str, format_name: str, settin
     from autoeff.search.run import export  # the engine: this runs in a process of its own
 
     archive = Path(path)
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".export-") as place:
+    with _locked(archive.parent, fcntl.LOCK_SH), tempfile.TemporaryDirectory(dir=archive.parent, prefix=_PARTIAL) as place:
         folder = Path(place) / "model"
         try:
             facts = export(job_id, number, folder, format_name, settings)
@@ -159,6 +169,17 @@ def write_job_report(job_id: str, folder: str, settings: Settings) -> None:
         assert job.result is not None
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_report(Path(folder), job, rows_of(store, job_id), job.result)
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Holds a lock of `flock` on a folder; the kernel lets go of it when this process ends, however that happens."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -1,14 +1,16 @@
-"""Archives: nobody waits for one, and one that fails is told."""
+"""Archives: nobody waits for one, one that fails is told, and what a kill left is removed."""
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
-from autoeff.api.exports import Exports
+from autoeff.api.exports import Exports, _locked
 
 
 class Dying:
@@ -35,3 +37,15 @@ def test_an_export_whose_process_died_is_listed(served: Any) -> None:
     exports.request(served.job, 7, "recipe")
     (found,) = [one for one in exports.all(served.store.job(served.job)) if one["name"] == "trial-7.recipe.tar"]
     assert (found["state"], found["failure"]) == ("failed", "the process that wrote it died; ask for it again")
+
+
+def test_a_start_removes_what_a_kill_left(make_server: Callable[..., Any], home: Path) -> None:
+    """And nothing of an export that another server of this home is at."""
+    dead, alive = (home / "jobs" / (job * 12) / "exports" for job in "ab")
+    for folder in (dead, alive):
+        (folder / ".export-x" / "model").mkdir(parents=True)
+        (folder / "trial-1.recipe.tar").touch()
+    with _locked(alive, fcntl.LOCK_SH):
+        make_server()
+    assert [path.name for path in dead.iterdir()] == ["trial-1.recipe.tar"]
+    assert (alive / ".export-x" / "model").is_dir()
