@@ -104,7 +104,7 @@ def _routed(lifespan: Any = None) -> FastAPI:
             raise ApiError(422, "invalid-input", f"there is no query parameter {unknown[0][:80]!r} here", errors=items)
 
     guarded = APIRouter(
-        dependencies=[Depends(caller), Depends(only_known_parameters)], responses=described_problems(401, 403, 422, 429, 500)
+        dependencies=[Depends(caller), Depends(only_known_parameters)], responses=described_problems(401, 403, 422, 429, 500, 503)
     )
     for resource in (jobs, space, trials, pareto, events, artifacts, models, datasets, hardware, kernel_latencies, keys):
         guarded.include_router(resource.router)

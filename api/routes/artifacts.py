@@ -33,7 +33,7 @@ def list_artifacts(server: Server, job: OwnedJob) -> Any:
     response_class=FileResponse,
     responses={
         200: {"description": "The file.", "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
-        **described_problems(404, 409, 422, 503),
+        **described_problems(404, 409, 422),
     },
 )
 async def get_artifact(server: Server, job: OwnedJob, name: Name) -> FileResponse:

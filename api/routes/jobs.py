@@ -51,7 +51,7 @@ IdempotencyKey = Annotated[
     "/v1/jobs",
     status_code=202,
     response_model=Accepted,
-    responses=described_problems(409, 408, 413, 415, 422, 503),
+    responses=described_problems(409, 408, 413, 415, 422),
     openapi_extra=documented_body(JobSpec),
 )
 async def submit(
@@ -83,7 +83,7 @@ async def submit(
 @router.post(
     "/v1/jobs:validate",
     response_model=Preflight,
-    responses=described_problems(408, 413, 415, 422, 503),
+    responses=described_problems(408, 413, 415, 422),
     openapi_extra=documented_body(JobSpec),
 )
 async def validate(server: Server, key: Writer, spec: Body) -> Any:
@@ -94,7 +94,7 @@ async def validate(server: Server, key: Writer, spec: Body) -> Any:
     return server.roots.hide(await server.backroom.ask(name, work.preflight, fields, server.settings))
 
 
-@router.get("/v1/jobs:compare", response_model=ComparisonRow, responses=described_problems(404, 422, 503))
+@router.get("/v1/jobs:compare", response_model=ComparisonRow, responses=described_problems(404, 422))
 async def compare(server: Server, jobs: OwnedJobs) -> Any:
     """What several jobs found, the best of each at common budgets, and in what they differ. They must have searched the same.
 

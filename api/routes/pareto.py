@@ -74,7 +74,7 @@ def get_points(
 @router.post(
     "/resolve",
     response_model=ResolutionRow,
-    responses=described_problems(404, 408, 409, 413, 415, 422, 503),
+    responses=described_problems(404, 408, 409, 413, 415, 422),
     openapi_extra=documented_body(ResolveRequest),
 )
 async def resolve(server: Server, key: Reader, job: OwnedJob, asked: Annotated[ResolveRequest, Depends(body_of(ResolveRequest))]) -> Any:
