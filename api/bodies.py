@@ -10,9 +10,9 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -116,9 +116,6 @@ def documented_body(model: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra=` of a route whose body is read by `body_of`."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-RawJson = Annotated[bytes, Depends(strict_json)]
 
 
 def _check_depth(text: str) -> None:

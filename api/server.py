@@ -26,7 +26,7 @@ from autoeff.search.settings import Settings
 from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.store import Store
 
-__all__ = ["Helpers", "first_key", "is_loopback", "run"]
+__all__ = ["Helpers", "bound_socket", "first_key", "is_loopback", "run", "url_of"]
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 25.0  # a worker finishes or gives back what it evaluates
@@ -86,8 +86,6 @@ def run(
     port: int,
     helpers: Sequence[Sequence[str]],
     told: Callable[[str, str | None], None],
-    *,
-    dry: bool = False,
 ) -> None:
     """Serves until a signal ends it.
 
@@ -97,19 +95,14 @@ def run(
         port: To listen at; 0 chooses a free one.
         helpers: Arguments of the `autoeff` commands that run beside it.
         told: Hears the URL, and the first key where one was made, before the first request is answered.
-        dry: Ends before it listens, for tests of what is refused.
 
     Raises:
-        InputError: The address cannot be listened at, or there is no key and the address is not this machine's alone.
+        InputError: The address cannot be listened at, there is no key and the address is not this machine's alone, or as `create_app`.
     """
-    bound = _bound(host, port)
-    with bound, Store.open(settings.database) as store:
+    with bound_socket(host, port) as bound, Store.open(settings.database) as store:
+        app = create_app(settings, store)  # before a key is made, which is shown once: this may refuse
         key = first_key(KeyRing(store.database), host)
-        shown = f"[{host}]" if ":" in host else host
-        told(f"http://{shown}:{bound.getsockname()[1]}", key)
-        if dry:
-            return
-        app = create_app(settings, store)
+        told(url_of(host, bound.getsockname()[1]), key)
         app.state.context.backroom.start(work.warmed)
         config = uvicorn.Config(
             app,
@@ -157,7 +150,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def url_of(host: str, port: int) -> str:
+    """Where what listens at an address is found."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket of this address, which does not listen yet.
+
+    Raises:
+        InputError: There is no such address, or it is taken.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)  # without its protocol, asyncio leaves Nagle's algorithm on: 40 ms an answer

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from autoeff.errors import AutoeffError, InputError
+from autoeff.errors import AutoeffError
 
 __all__ = ["dashboard", "link"]
 
@@ -51,14 +51,13 @@ def link(host: str, port: int) -> str:
 
     The link holds a token of this process instead of the key, so that the key itself stands in no history.
     """
-    from autoeff.api.server import is_loopback
+    from autoeff.api.server import is_loopback, url_of
 
-    shown = f"[{host}]" if ":" in host else host
     if not os.environ.get("AUTOEFF_KEY") or not is_loopback(host):
         os.environ.pop(_TOKEN, None)
-        return f"http://{shown}:{port}"
+        return url_of(host, port)
     os.environ.setdefault(_TOKEN, secrets.token_urlsafe(24))
-    return f"http://{shown}:{port}/?token={os.environ[_TOKEN]}"
+    return f"{url_of(host, port)}/?token={os.environ[_TOKEN]}"
 
 
 def _serve(host: str, port: int) -> None:
@@ -72,16 +71,10 @@ def _serve(host: str, port: int) -> None:
 
 
 def _free_port(host: str, port: int) -> int:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise InputError(
-            f"cannot listen at {host} port {port}: {getattr(error, 'strerror', None) or error}; choose another --port"
-        ) from None
+    from autoeff.api.server import bound_socket
+
+    with bound_socket(host, port) as bound:
+        return int(bound.getsockname()[1])
 
 
 @contextlib.contextmanager

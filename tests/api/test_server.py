@@ -12,12 +12,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from autoeff.api.server import _bound, first_key, is_loopback, run
+from autoeff.api.server import bound_socket, first_key, is_loopback, url_of
 from autoeff.cli import main
 from autoeff.client import Client
 from autoeff.errors import InputError
@@ -126,21 +125,16 @@ def test_loopback_is_this_machine_alone(host: str, own: bool) -> None:
 
 def test_answers_are_sent_without_waiting_for_more() -> None:
     """asyncio switches Nagle's algorithm off only where a socket knows that it is one of TCP; else every answer is 40 ms late."""
-    with _bound("127.0.0.1", 0) as listening:
+    with bound_socket("127.0.0.1", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
 
 
-def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
-    told: list[Any] = []
-    settings = Settings(home=tmp_path)
-    run(settings, "127.0.0.1", 0, [], lambda url, key: told.append((url, key)), dry=True)
-    assert told[0][0].startswith("http://127.0.0.1:")
+def test_an_address_that_cannot_be_is_said() -> None:
+    assert (url_of("127.0.0.1", 1), url_of("::1", 1)) == ("http://127.0.0.1:1", "http://[::1]:1")
     with pytest.raises(InputError, match="cannot listen at"):
-        run(settings, "256.1.1.1", 0, [], lambda url, key: None, dry=True)
-    import socket
-
+        bound_socket("256.1.1.1", 0)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="choose another --port"):
-        run(settings, "127.0.0.1", taken.getsockname()[1], [], lambda url, key: None, dry=True)
+        bound_socket("127.0.0.1", taken.getsockname()[1])
 
 
 def test_keys_are_made_listed_and_ended_from_the_command(
