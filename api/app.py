@@ -53,7 +53,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
         store: Open, and closed by the caller; without one the database of the settings is opened, and closed at the end.
 
     Raises:
-        InputError: The database or the home folder cannot be used.
+        InputError: The database or the home folder cannot be used, or a folder of models or texts is not there.
     """
     opened = Store.open(settings.database) if store is None else store
     context = _context(settings, opened)

@@ -33,9 +33,15 @@ class Roots:
         data: Folders of texts, and of task files.
         hub: Whether ids of the hub may be named.
         private: Further folders whose paths never leave the server.
+
+    Raises:
+        InputError: A folder of models or texts is not there. One that goes later is as one without anything in it.
     """
 
     def __init__(self, models: Sequence[Path] = (), data: Sequence[Path] = (), *, hub: bool = False, private: Sequence[Path] = ()) -> None:
+        for what, variable, paths in (("models", "AUTOEFF_MODEL_ROOTS", models), ("data", "AUTOEFF_DATA_ROOTS", data)):
+            if absent := [path for path in paths if not path.is_dir()]:
+                raise InputError(f"there is no folder {absent[0]}; --{what} (or {variable}) must name folders that exist")
         self._models, self._data = [p.resolve() for p in models], [p.resolve() for p in data]
         self.hub = hub
         bundled = Path(str(importlib.resources.files("autoeff") / "models"))
@@ -102,7 +108,7 @@ class Roots:
         """Name and path of every text file that may be named."""
         for root in self._data:
             for folder in (root, *_folders(root, _DEPTH)):
-                for path in sorted(folder.iterdir()):
+                for path in _listed(folder):
                     if path.suffix in _TEXTS and path.is_file() and path.resolve().is_relative_to(root):
                         yield str(path.relative_to(root)), path
 
@@ -140,9 +146,16 @@ def bundled_models() -> list[str]:
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:
     """Folders below `root`, links left out, the nearer ones first."""
-    if not depth or not root.is_dir():
+    if not depth:
         return
-    children = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink() and not path.name.startswith("."))
+    children = [path for path in _listed(root) if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")]
     yield from children
     for child in children:
         yield from _folders(child, depth - 1)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # it went, or is not for this user to see
+        return []

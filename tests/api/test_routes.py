@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,6 +249,17 @@ def test_models_and_texts_are_those_under_the_roots(served: Any) -> None:
     texts = [row["source"] for row in served.ask("GET", "/v1/datasets").json()["items"]]
     assert "text.txt" in texts
     assert "escape" not in texts
+
+
+def test_a_folder_that_goes_takes_nothing_else_with_it(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    kept, gone = tmp_path / "kept", tmp_path / "gone"
+    for folder in (kept, gone):
+        folder.mkdir()
+    (kept / "a.txt").write_text("a")
+    served = make_server(data_roots=(gone, kept), model_roots=(gone,))
+    gone.rmdir()
+    assert [row["source"] for row in served.ask("GET", "/v1/datasets").json()["items"]] == ["a.txt"]
+    assert all(row["bundled"] for row in served.ask("GET", "/v1/models").json()["items"])
 
 
 def test_workers_are_shown(served: Any) -> None:

@@ -137,6 +137,20 @@ def test_an_address_that_cannot_be_is_said() -> None:
         bound_socket("127.0.0.1", taken.getsockname()[1])
 
 
+@pytest.mark.parametrize("flag", ["--models", "--data"])
+def test_a_folder_that_is_not_there_is_refused_at_the_start(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first key is made and shown."""
+    monkeypatch.setenv("AUTOEFF_HOME", str(tmp_path / "home"))
+    for name in ("AUTOEFF_MODEL_ROOTS", "AUTOEFF_DATA_ROOTS"):
+        monkeypatch.setenv(name, "")
+    assert main(["serve", "--port", "0", flag, str(tmp_path / "typo")]) == 2
+    out, told = capsys.readouterr()
+    assert (out, told.count("\n")) == ("", 1)
+    assert f"there is no folder {tmp_path / 'typo'}; {flag}" in told
+
+
 def test_keys_are_made_listed_and_ended_from_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
