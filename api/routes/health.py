@@ -14,6 +14,7 @@ from autoeff.errors import AutoeffError
 __all__ = ["guarded", "router"]
 
 _DISK_BYTES = 1 << 30
+_BROKER_S = 0.5
 
 router = APIRouter(tags=["health"])
 """The two routes that need no key: they say nothing but whether."""
@@ -28,8 +29,13 @@ def live() -> Response:
 
 @router.get("/readyz", responses={503: {"description": "It cannot work now.", "model": Health}})
 def ready(server: Server, response: Response) -> Health:
-    """Whether jobs can be taken: the database can be written, the disk has room."""
+    """Whether jobs can be taken: the database can be written, the disk has room.
+
+    A broker that does not answer is `degraded` and no more: what is queued is sent again when it is back.
+    """
     checks = {"database": _database(server), "disk": _disk(server)}
+    if server.settings.broker_url is not None:
+        checks["broker"] = _broker(server.settings.broker_url)
     working = "failed" not in checks.values()
     response.status_code = 200 if working else 503
     return Health.model_validate({"ready": working, "checks": checks})
@@ -53,3 +59,14 @@ def _database(server: Context) -> str:
 def _disk(server: Context) -> str:
     folder = next(path for path in (server.settings.home, *server.settings.home.absolute().parents) if path.exists())
     return "ok" if shutil.disk_usage(folder).free > _DISK_BYTES else "failed"
+
+
+def _broker(url: str) -> str:
+    from redis import Redis, RedisError  # a server without a broker needs nothing of it
+
+    try:
+        with Redis.from_url(url, socket_connect_timeout=_BROKER_S, socket_timeout=_BROKER_S) as client:
+            client.ping()
+    except (RedisError, OSError, ValueError):
+        return "degraded"
+    return "ok"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,13 @@ def test_the_contract_holds_what_the_routes_answer(served: Any) -> None:
 def test_health_says_nothing_but_whether(served: Any) -> None:
     assert served.ask("GET", "/livez", who=None).text == "ok\n"
     assert served.ask("GET", "/readyz", who=None).json() == {"ready": True, "checks": {"database": "ok", "disk": "ok"}}
+
+
+def test_a_broker_that_is_away_degrades_a_server_and_no_more(redis: Any, make_server: Callable[..., Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for url, state in ((redis.url, "ok"), (f"redis://127.0.0.1:{silent.getsockname()[1]}/0", "degraded")):
+            answer = make_server(broker_url=url).ask("GET", "/readyz", who=None)
+            assert (answer.status_code, answer.json()["ready"], answer.json()["checks"]["broker"]) == (200, True, state)
 
 
 def test_metrics_count_requests_and_jobs(served: Any) -> None:
