@@ -11,8 +11,9 @@ One JSON object a line on standard input asks, one on standard output answers; w
     {"kind": "export", "levels": {…}, "folder": …}      -> {"kind": "exported", "files": […]}
     {"kind": "remeasure", "folder": …}                  -> as evaluate, on the weights found in the folder and the caches of "levels"
 
-Any error is answered once as {"kind": "failed", "class": …, "message": …} or {"kind": "refused", "message": …} and ends the
-process: after an error the state of model and device is not trusted. The process also ends when its parent, named as
+Any error is answered once and ends the process: after it the state of model and device is not trusted. The answer is
+{"kind": "failed", "class": …, "message": …} where it is the candidate's, {"kind": "refused", "message": …} where it is that of who asks, and
+{"kind": "lost", "message": …} where a device fails. The process also ends when its parent, named as
 the only argument, does.
 """
 
@@ -32,6 +33,7 @@ from typing import Any, TextIO
 from autoeff.errors import CandidateError, FailureClass, InputError
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, LatencySpec, measurement_to_json
+from autoeff.kernels.failures import of_device, out_of_memory
 
 __all__ = ["main"]
 
@@ -55,8 +57,11 @@ def main() -> int:
         return _last_word(answers, {"kind": "failed", "class": FailureClass.OOM_HOST, "message": f"out of memory: {error}"})
     except Exception as error:
         traceback.print_exc()
-        kind = FailureClass.OOM_GPU if type(error).__name__ == "OutOfMemoryError" else FailureClass.INVALID
-        return _last_word(answers, {"kind": "failed", "class": kind, "message": f"{type(error).__name__}: {error}"})
+        message = f"{type(error).__name__}: {error}"
+        if of_device(error) and not out_of_memory(error):
+            return _last_word(answers, {"kind": "lost", "message": message})
+        kind = FailureClass.OOM_GPU if out_of_memory(error) else FailureClass.INVALID
+        return _last_word(answers, {"kind": "failed", "class": kind, "message": message})
     return 0
 
 

@@ -94,7 +94,7 @@ class RunnerProcess:
 
         Raises:
             InputError: The setup cannot be opened.
-            RunnerLost: It died while opening; CandidateError if it hit a cap or crashed there.
+            RunnerLost: It failed or died while opening, whatever of.
         """
         if self._process is not None and self._process.poll() is None:
             return
@@ -112,7 +112,10 @@ class RunnerProcess:
         self.starts += 1
         self._pending.clear()
         setup = replace(self._setup, memory_bytes=self._settings.memory_cap)
-        answer = self._ask({"kind": "open", "setup": setup.to_json()}, self._settings.open_timeout_s, tick)
+        try:
+            answer = self._ask({"kind": "open", "setup": setup.to_json()}, self._settings.open_timeout_s, tick)
+        except CandidateError as error:  # none is there yet
+            raise RunnerLost(f"the runner could not open the job: {error}") from error
         self.digest = answer["digest"]
         self.opened_at = time.monotonic()
         self.opening_s = self.opened_at - started
@@ -193,6 +196,8 @@ class RunnerProcess:
                     raise CandidateError(FailureClass(answer["class"]), answer["message"])
                 case "refused":
                     raise InputError(answer["message"])
+                case "lost":
+                    raise RunnerLost(answer["message"])
                 case _:
                     return answer
         raise self._death(process)

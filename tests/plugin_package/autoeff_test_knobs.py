@@ -70,7 +70,7 @@ class Faulty(Knob):
         return [site for site in structure.sites if site.kind == "ffn"]
 
     def levels(self, site: Site) -> tuple[Level, ...]:
-        return ("none", "segfault", "hog", "loop", "raise", "nan", "forks")
+        return ("none", "segfault", "hog", "loop", "raise", "nan", "forks", "no memory", "device")
 
     def cost(self, site: Site, level: Level) -> Cost:
         i = self.levels(site).index(level)
@@ -90,6 +90,10 @@ class Faulty(Knob):
             pass
         if level == "raise":
             raise RuntimeError("faulty knob: told to raise")
+        if level == "no memory":
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        if level == "device":
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
         if level == "nan":
             names = [f"{linear.name}.weight" for linear in site.linears]
             return swap(model, {name: torch.full_like(model.get_parameter(name), torch.nan) for name in names})

@@ -73,6 +73,7 @@ HARM = {
     "nan": (FailureClass.NAN, "not finite"),
     "raise": (FailureClass.INVALID, "RuntimeError"),
     "hog": (FailureClass.OOM_HOST, "the cap is"),
+    "no memory": (FailureClass.OOM_GPU, "ALLOC_FAILED"),
 }
 
 
@@ -112,6 +113,18 @@ def test_a_runner_killed_from_outside_is_lost_not_failed(runner_of: Callable[...
     with pytest.raises(RunnerLost, match=how.name):
         ask(runner)
     assert ask(runner) == 0.0
+
+
+def test_a_runner_whose_device_fails_is_lost_not_failed(runner_of: Callable[..., RunnerProcess]) -> None:
+    runner = runner_of()
+    with pytest.raises(RunnerLost, match="uncorrectable ECC error"):
+        ask(runner, "device")
+    assert ask(runner) == 0.0
+
+
+def test_a_runner_that_cannot_open_a_good_setup_is_lost(runner_of: Callable[..., RunnerProcess]) -> None:
+    with pytest.raises(RunnerLost, match="could not open the job: no answer within"):
+        ask(runner_of(open_timeout_s=0.3))
 
 
 def test_a_setup_that_cannot_be_opened_is_bad_input(runner_of: Callable[..., RunnerProcess], tmp_path: Path) -> None:
