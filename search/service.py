@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,25 @@ def run_coordinators(settings: Settings, stop: threading.Event) -> None:
         _Office(store, settings, send, stop).run()
 
 
+@dataclass(frozen=True)
+class _Driven:
+    """A job that this process drives.
+
+    Attributes:
+        stop: Set when it is to be let go of.
+    """
+
+    queue: str
+    thread: threading.Thread
+    stop: threading.Event
+
+
 class _Office:
     def __init__(self, store: Store, settings: Settings, send: Send | None, stop: threading.Event) -> None:
         self._store, self._settings, self._send, self._stop = store, settings, send, stop
         self._me = process_identity()
         self._rung = threading.Event()
-        self._driven: dict[str, threading.Thread] = {}
+        self._driven: dict[str, _Driven] = {}
         self._prepared = Preparations()
 
     def run(self) -> None:
@@ -115,20 +129,36 @@ class _Office:
         for helper in helpers:
             helper.start()
         while not self._stop.is_set():
-            self._driven = {job_id: thread for job_id, thread in self._driven.items() if thread.is_alive()}
+            self._driven = {job_id: driven for job_id, driven in self._driven.items() if driven.thread.is_alive()}
             with suppress(StorageError):  # whoever drives a job says so
-                for job_id in self._store.waiting_jobs(self._me):
-                    if job_id not in self._driven and len(self._driven) < self._settings.coordinated_jobs:
-                        self._driven[job_id] = threading.Thread(target=self._drive, args=(job_id,), name=f"job {job_id}")
-                        self._driven[job_id].start()
+                self._take_up()
             self._stop.wait(self._settings.poll_s)
-        for thread in (*helpers, *self._driven.values()):
+        for driven in self._driven.values():
+            driven.stop.set()
+        for thread in (*helpers, *(driven.thread for driven in self._driven.values())):
             thread.join()
 
-    def _drive(self, job_id: str) -> None:
+    def _take_up(self) -> None:
+        """Drives what waits, the oldest first; where that is too much, jobs that nobody evaluates make room for others."""
+        waiting = {job_id: queue for job_id, queue in self._store.waiting_jobs(self._me).items() if job_id not in self._driven}
+        if not waiting:
+            return
+        staffed = {queue for worker in self._store.workers() if worker.alive for queue in worker.queues}
+        for job_id, queue in sorted(waiting.items(), key=lambda item: item[1] not in staffed):
+            if len(self._driven) < self._settings.coordinated_jobs:
+                stop = threading.Event()
+                self._driven[job_id] = _Driven(queue, threading.Thread(target=self._drive, args=(job_id, stop), name=f"job {job_id}"), stop)
+                self._driven[job_id].thread.start()
+            elif queue in staffed:
+                for driven in self._driven.values():
+                    if driven.queue not in staffed and not driven.stop.is_set():
+                        driven.stop.set()
+                        break
+
+    def _drive(self, job_id: str, stop: threading.Event) -> None:
         """Drives one job as far as it goes; what stays undone is found again by `waiting_jobs`."""
         try:
-            drive(self._store, job_id, self._settings, self._rung, self._stop, self._prepared.plan)
+            drive(self._store, job_id, self._settings, self._rung, stop, self._prepared.plan)
         except (Conflict, LeaseLost, Stopped) as error:
             _log.info("job %s: %s", job_id, error)
         except StorageError as error:

@@ -81,13 +81,13 @@ class Driving(Jobs):
             raise taken_over(job_id, row.coordinator)
         return Orders(row.state, row.budget)
 
-    def waiting_jobs(self, me: str) -> list[str]:
-        """Submitted jobs that are to go on and that no other process drives than `me`, the oldest first."""
+    def waiting_jobs(self, me: str) -> dict[str, str]:
+        """Submitted jobs that are to go on and that no other process drives than `me`, the oldest first, with their queues."""
         wants = and_(JobRow.queue.is_not(None), JobRow.state.in_((JobState.PENDING, JobState.RUNNING)))
-        query = select(JobRow.id, JobRow.coordinator, (JobRow.coordinator_until > now()).label("leased"))
+        query = select(JobRow.id, JobRow.queue, JobRow.coordinator, (JobRow.coordinator_until > now()).label("leased"))
         with self._database.read() as connection:
             rows = connection.execute(query.where(wants).order_by(JobRow.created_at, JobRow.id)).all()
-        return [row.id for row in rows if not row.leased or row.coordinator == me or holder_is_dead(row.coordinator)]
+        return {row.id: row.queue for row in rows if not row.leased or row.coordinator == me or holder_is_dead(row.coordinator)}
 
     def release_coordinator(self, job_id: str, fence: int) -> None:
         """Ends the lease; nothing happens where it was lost before."""

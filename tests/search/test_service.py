@@ -316,6 +316,18 @@ def test_who_takes_a_job_up_leaves_claims_to_the_reaper_and_a_pause_in_force(
     assert store.job(job.id).state is JobState.PAUSED
 
 
+def test_jobs_that_nobody_evaluates_make_room_for_others(tiny_job: Make, settings: Settings, store: Store) -> None:
+    settings = settings.model_copy(update={"coordinated_jobs": 1})
+    small = {"knobs": {"skip": {}}, "sampler": "random", "budget": {"trials": 14}}
+    first, second = (submit(store, tiny_job(**small, device=device), settings).id for device in ("cuda", "cpu"))
+    with coordinating(settings):
+        until(store, first, lambda job: job.counts.trials == 1)
+        with working(settings):
+            assert until(store, second, ended).state is JobState.SUCCEEDED
+            until(store, first, lambda job: job.coordinator is not None)
+    assert store.job(first).state is JobState.RUNNING
+
+
 def test_a_fault_while_planning_fails_the_job(tiny_job: Make, settings: Settings, store: Store) -> None:
     job = submit(store, tiny_job(), settings)
 

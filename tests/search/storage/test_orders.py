@@ -202,8 +202,8 @@ class TestSubmitting:
         store.acquire_coordinator("a", me, 600)
         store.acquire_coordinator("b", me, 0)
         store.pause("c")
-        assert store.waiting_jobs("other") == ["b"]
-        assert store.waiting_jobs(me) == ["a", "b"]  # whose driver may have been thrown out by an outage
+        assert store.waiting_jobs("other") == {"b": "cpu"}
+        assert list(store.waiting_jobs(me)) == ["a", "b"]  # whose driver may have been thrown out by an outage
 
     def test_a_process_may_begin_anew_with_a_job_that_it_drives(self, store: Store, job: tuple[str, int], proposal: Make, me: str) -> None:
         fence = store.acquire_coordinator("job", me, 600)
