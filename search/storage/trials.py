@@ -108,11 +108,6 @@ class Trials(Jobs):
         """Finished trials whose outcome the sampler has not heard, in the order in which they finished."""
         return self._trials(_UNTOLD, {"job": job_id})
 
-    def unfinished(self, job_id: str) -> list[Trial]:
-        """Trials that are queued or running, by number."""
-        unfinished = and_(TrialRow.told_at.is_(None), EvaluationRow.state.in_(leases.OPEN))
-        return self._trials(TRIAL.where(TrialRow.job_id == job_id, unfinished).order_by(TrialRow.number))
-
     def mark_told(self, job_id: str, fence: int, numbers: Iterable[int]) -> None:
         """Notes that the sampler has heard of these trials.
 

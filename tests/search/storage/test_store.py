@@ -159,7 +159,7 @@ input()
         assert store.job("job").coordinator is None
         fence = store.acquire_coordinator("job", me, 60)
         assert store.reap() == 1
-        (trial,) = store.unfinished("job")
+        (trial,) = store.trials("job")
         assert (trial.state, trial.attempts) == (State.QUEUED, 1)
         assert store.claim(trial.evaluation_id, me, 60) is not None
         store.propose("job", fence, proposal(1))
@@ -231,7 +231,7 @@ class TestProposing:
         store.propose(*job, proposal(0, "mine", label="mine"))
         store.propose(*other, proposal(0, "theirs", label="theirs"))
         assert [trial.label for trial in store.trials("job")] == ["mine"]
-        assert [trial.label for trial in store.unfinished("second")] == ["theirs"]
+        assert [trial.label for trial in store.trials("second")] == ["theirs"]
 
 
 class TestTelling:
@@ -243,7 +243,7 @@ class TestTelling:
             store.complete(claim, [KL], 0.1)
             time.sleep(0.005)  # the database's clock has milliseconds
         assert [trial.number for trial in store.untold("job")] == [2, 0, 3]
-        assert [trial.number for trial in store.unfinished("job")] == [1]
+        assert [trial.number for trial in store.trials("job") if not trial.state.terminal] == [1]
 
     def test_told_trials_are_not_told_again(self, store: Store, job: JobAndFence, proposal: Make, me: str) -> None:
         for number in range(3):
