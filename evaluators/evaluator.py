@@ -22,7 +22,7 @@ from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected, explained, gradients
 from autoeff.evaluators.candidate import Candidate
 from autoeff.evaluators.footprint import steps_of
-from autoeff.evaluators.forward import Forward, States
+from autoeff.evaluators.forward import Forward, States, fed_to
 from autoeff.evaluators.images import PROCESSOR
 from autoeff.evaluators.latency import measure_served
 from autoeff.evaluators.latency_fit import runtime_dtype
@@ -436,7 +436,7 @@ class Evaluator:
         """The most likely label of each of the first images, int64 [images]."""
         batches = self._forward.batches(len(text.passages.inputs), text.passages.tokens)
         rows = torch.cat([text.passages.inputs[batch] for batch in batches])
-        return torch.cat([self.model(pixel_values=rows[batch]).logits.argmax(-1) for batch in batches])[:images]
+        return torch.cat([self.model(pixel_values=fed_to(self.model, rows[batch])).logits.argmax(-1) for batch in batches])[:images]
 
     def _accuracies(self) -> list[Measurement]:
         """On the tasks, and where caches are decided about on passkeys, of the model as it stands."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BATCH_TOKENS", "Forward", "States", "state_bytes", "state_stride"]
+__all__ = ["BATCH_TOKENS", "Forward", "States", "fed_to", "state_bytes", "state_stride"]
 
 BATCH_TOKENS = 2048
 """Large enough for the matrix products, small enough to stay in cache."""
@@ -75,7 +75,7 @@ class Forward:
                 self._seen = {block: entry for block, entry in states.items() if block < start}
         self.computed_blocks += self.blocks - self._start
         self.all_blocks += self.blocks
-        arguments: dict[str, Any] = {self._fed: inputs[rows]}
+        arguments: dict[str, Any] = {self._fed: fed_to(self.body, inputs[rows])}
         if mask is not None:
             width = int(mask[rows].sum(1).max())  # columns that hold nothing but padding are left out
             arguments = {self._fed: inputs[rows, :width], "attention_mask": mask[rows, :width]}
@@ -103,6 +103,13 @@ class Forward:
         within: Any = forward
         within.inner = original  # `spaces/blocks.py` puts levels around it
         return forward
+
+
+def fed_to(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Windows, or images in the dtype that a GPU computes in: not every model rounds them itself. A CPU computes in float32."""
+    if not inputs.is_floating_point() or inputs.device.type == "cpu":
+        return inputs
+    return inputs.to(next(model.parameters()).dtype)
 
 
 def state_stride(blocks: int, tokens: int, hidden_size: int, keep_bytes: int) -> int | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from autoeff.evaluators.bank import Step
 from autoeff.evaluators.footprint import steps_of
-from autoeff.evaluators.forward import BATCH_TOKENS, Forward
+from autoeff.evaluators.forward import BATCH_TOKENS, Forward, fed_to
 from autoeff.evaluators.loading import one_block
 from autoeff.evaluators.preparation import Preparation
 from autoeff.evaluators.quality import CHUNK_ROWS
@@ -154,7 +154,7 @@ def _body_s(preparation: Preparation) -> float:
     model: Any = one_block(preparation.facts, device)
     passages = preparation.passages["search"]
     rows = max(1, min(len(passages.inputs), _TOKENS // passages.length))
-    arguments = {model.main_input_name: passages.inputs[:rows].to(device)}
+    arguments = {model.main_input_name: fed_to(model, passages.inputs[:rows].to(device))}
     if passages.mask is not None:
         arguments["attention_mask"] = passages.mask[:rows].to(device)
     body = getattr(model, "base_model", model)

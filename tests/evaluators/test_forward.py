@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoeff.evaluators.forward import Forward, state_bytes, state_stride
+from autoeff.evaluators.forward import Forward, fed_to, state_bytes, state_stride
 from autoeff.spaces.sites import find_structure
 
 MakeModel = Callable[..., nn.Module]
@@ -69,3 +69,11 @@ def test_a_pass_beside_run_keeps_nothing(tiny_model: MakeModel) -> None:
     forward = Forward(model, find_structure(model).blocks, stride=1)
     forward.body(input_ids=torch.zeros(1, 4, dtype=torch.long))
     assert forward._seen is None
+
+
+def test_images_are_fed_in_the_dtype_that_a_gpu_computes_in() -> None:
+    model, images, ids = nn.Linear(4, 4).half(), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.int64)
+    assert fed_to(model, images) is images  # a CPU keeps some parameters in 16 bits and computes in float32
+    there = model.to("meta")
+    assert fed_to(there, images.to("meta")).dtype == torch.float16
+    assert fed_to(there, ids.to("meta")).dtype == torch.int64
