@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from autoeff.errors import InputError
+from autoeff.evaluators.forward import fed_to
+from autoeff.evaluators.widening import wide_for_gradients
 from autoeff.spaces.material import STATISTICS, dense_weight
 from autoeff.spaces.sites import Linear
 
@@ -87,12 +89,12 @@ def gradients(
     model.requires_grad_(False)
     handles: list[Any] = []
     try:
-        for linear, weight in weights.items():
-            parameter: Any = weight.requires_grad_()  # the hook has no types
-            handles.append(parameter.register_post_accumulate_grad_hook(taken(sums[linear])))
-        with torch.enable_grad():
+        with wide_for_gradients(model), torch.enable_grad():
+            for linear, weight in weights.items():
+                parameter: Any = weight.requires_grad_()  # the hook has no types
+                handles.append(parameter.register_post_accumulate_grad_hook(taken(sums[linear])))
             for i in range(len(inputs)):
-                row = inputs[i : i + 1] if mask is None else inputs[i : i + 1, : int(mask[i].sum())]
+                row = fed_to(model, inputs[i : i + 1] if mask is None else inputs[i : i + 1, : int(mask[i].sum())])
                 hidden: Tensor = body(**{body.main_input_name: row}, **options).last_hidden_state
                 torch.autograd.backward(hidden, _of_greatest_logits(hidden, head), inputs=list(weights.values()))
     finally:

@@ -24,6 +24,7 @@ from autoeff.evaluators.bank import write_whole
 from autoeff.evaluators.peft_format import read_peft, write_peft
 from autoeff.evaluators.text import Passages
 from autoeff.evaluators.training import Course, drawn, train
+from autoeff.evaluators.widening import wide_for_gradients
 from autoeff.spaces.adapters import Adapter, attached, with_rank
 from autoeff.spaces.configuration import digest_of
 from autoeff.spaces.sites import Linear
@@ -160,7 +161,8 @@ def tuned(
     model.requires_grad_(False)
     take_away = attached(model, adapters)
     try:
-        train(parameters, loss, len(text.inputs), text.length, course, path.with_suffix(".checkpoint"), progress)
+        with wide_for_gradients(model):
+            train(parameters, loss, len(text.inputs), text.length, course, path.with_suffix(".checkpoint"), progress)
     finally:
         take_away()
         for parameter, flag in frozen.items():

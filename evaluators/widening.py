@@ -8,7 +8,9 @@ beside 750 ms for a matrix [8192, 2048] on two cores), and the weights may stay 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from autoeff.evaluators.quality import CHUNK_ROWS
 from autoeff.spaces.sites import Linear
 
-__all__ = ["narrow_names", "scratch_elements", "widen_on_use"]
+__all__ = ["narrow_names", "scratch_elements", "wide_for_gradients", "widen_on_use"]
 
 
 def narrow_names(model: nn.Module, linears: Iterable[Linear]) -> frozenset[str]:
@@ -59,6 +61,23 @@ def widen_on_use(model: nn.Module, narrow: Collection[str]) -> None:
             module.forward = _head_product(module)
         else:
             module.forward = _widened(module.forward, parameters, scratch)
+
+
+@contextmanager
+def wide_for_gradients(model: nn.Module) -> Iterator[None]:
+    """Lets a model that is float16 on a GPU compute in float32, since small gradients are 0 in float16; afterwards it is what it was.
+
+    It takes 4 bytes a parameter more for as long. A CPU computes in float32 anyway, and bfloat16 has the range of float32.
+    """
+    tensors = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.dtype == torch.float16]
+    before = [(tensor, tensor.data) for tensor in tensors if tensor.device.type != "cpu"]
+    for tensor, data in before:
+        tensor.data = data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 class _Scratch:

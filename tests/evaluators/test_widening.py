@@ -13,7 +13,7 @@ from torch import nn
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.loading import inspect_model, load_model
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, TextSpec
-from autoeff.evaluators.widening import narrow_names, scratch_elements
+from autoeff.evaluators.widening import narrow_names, scratch_elements, wide_for_gradients
 from autoeff.spaces.sites import find_structure
 from autoeff.spaces.space import SpaceSpec
 
@@ -91,3 +91,17 @@ def test_an_embedding_that_scales_and_its_head_stay_wide(tiny_model: Callable[..
     assert not tables & narrow_names(gemma, find_structure(gemma).linears)
     assert tables <= narrow_names(llama, find_structure(llama).linears)
     assert scratch_elements(llama, narrow_names(llama, find_structure(llama).linears)) == 40 * 32
+
+
+def test_a_gpu_computes_gradients_of_float16_weights_in_float32(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("llama").to("meta", torch.float16)  # where no numbers are needed
+    model.get_parameter("lm_head.weight").data = torch.empty(40, 32, dtype=torch.bfloat16, device="meta")
+    before = {name: (parameter, parameter.dtype) for name, parameter in model.named_parameters()}
+    with wide_for_gradients(model):
+        assert {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.dtype != torch.float32} == {
+            "lm_head.weight": torch.bfloat16
+        }
+    assert all(model.get_parameter(name) is parameter and parameter.dtype == dtype for name, (parameter, dtype) in before.items())
+    on_cpu = tiny_model("llama").half()
+    with wide_for_gradients(on_cpu):
+        assert on_cpu.get_parameter("lm_head.weight").dtype == torch.float16
