@@ -12,9 +12,8 @@ One JSON object a line on standard input asks, one on standard output answers; w
     {"kind": "remeasure", "folder": …}                  -> as evaluate, on the weights found in the folder and the caches of "levels"
 
 Any error is answered once and ends the process: after it the state of model and device is not trusted. The answer is
-{"kind": "failed", "class": …, "message": …} where it is the candidate's, {"kind": "refused", "message": …} where it is that of who asks, and
-{"kind": "lost", "message": …} where a device fails. The process also ends when its parent, named as
-the only argument, does.
+{"kind": "failed", "class": …, "message": …} where it is the candidate's, {"kind": "refused", "message": …} where the request is wrong, and
+{"kind": "lost", "message": …} where a device fails. The process also ends when its parent, named as the only argument, does.
 """
 
 from __future__ import annotations
