@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autoeff.errors import InputError
 from autoeff.spaces.knob import Undo
-from autoeff.spaces.kv_cache import seen_by, sees_all
+from autoeff.spaces.kv_cache import seen_by, sees_all, wide
 
 __all__ = ["block_size", "chosen_blocks", "look_at_blocks", "most_pairs"]
 
@@ -51,8 +51,8 @@ def chosen_blocks(query: Tensor, key: Tensor, scale: float, mass: float, block: 
         mass: Share of the attention that is wanted, below 1.
         block: Tokens of a block.
     """
-    keys = _means(key, block).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = _means(query, block) @ keys.transpose(2, 3) * scale
+    keys = _means(wide(key), block).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = _means(wide(query), block) @ keys.transpose(2, 3) * scale
     blocks = logits.shape[2]
     visible = torch.ones(blocks, blocks, dtype=torch.bool, device=logits.device).tril_()
     shares = logits.masked_fill(~visible, -torch.inf).softmax(3)
@@ -109,12 +109,12 @@ def _attention(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if arriving != tokens:  # text that is generated behind a prompt
         weights = seen_by(query, key, scale, softcap, tokens - arriving).flatten(2, 3)
-        return (weights @ value).view(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
+        return (weights.to(value.dtype) @ value).view(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
     block = block_size(most, tokens)
     seen = chosen_blocks(query, key, scale, mass, block).repeat_interleave(block, 2).repeat_interleave(block, 3)
     seen = seen[:, :, :tokens, :tokens].tril()
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=True).transpose(1, 2).contiguous(), None
     keys, values = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
-    logits = torch.tanh(query @ keys.transpose(2, 3) * (scale / softcap)) * softcap
-    return (logits.masked_fill(~seen, -torch.inf).softmax(3) @ values).transpose(1, 2).contiguous(), None
+    logits = torch.tanh(wide(query) @ wide(keys).transpose(2, 3) * (scale / softcap)) * softcap
+    return (logits.masked_fill(~seen, -torch.inf).softmax(3).to(values.dtype) @ values).transpose(1, 2).contiguous(), None

@@ -47,6 +47,7 @@ __all__ = [
     "seen_by",
     "sees_all",
     "watched",
+    "wide",
 ]
 
 POLICIES = ("streaming", "h2o", "snapkv", "tova")
@@ -170,12 +171,18 @@ def packed_bytes(heads: int, size: int, tokens: int, bits: int, group: int, *, b
     return heads * (tokens * size * bits // 8 + _TABLE_BYTES * tables)
 
 
+def wide(numbers: Tensor) -> Tensor:
+    """In float32 at least: 16 bits are too few for sums, counts and what is between two products."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
 def rounded(numbers: Tensor, bits: int, dim: int) -> Tensor:
     """The values that `bits`-bit codes between minimum and maximum along `dim` stand for, with fp16 scales and minima."""
-    low, high = numbers.amin(dim, keepdim=True), numbers.amax(dim, keepdim=True)
-    minimum = low.half().to(numbers.dtype)
-    scale = ((high - minimum) / ((1 << bits) - 1)).clamp_min(2.0**-14).half().to(numbers.dtype)
-    return ((numbers - minimum) / scale).round_().clamp_(0, (1 << bits) - 1).mul_(scale).add_(minimum)
+    exact = wide(numbers)
+    low, high = exact.amin(dim, keepdim=True), exact.amax(dim, keepdim=True)
+    minimum = low.half().to(exact.dtype)
+    scale = ((high - minimum) / ((1 << bits) - 1)).clamp_min(2.0**-14).half().to(exact.dtype)
+    return ((exact - minimum) / scale).round_().clamp_(0, (1 << bits) - 1).mul_(scale).add_(minimum).to(numbers.dtype)
 
 
 class KvState:
@@ -252,7 +259,7 @@ class KvState:
         attention = seen_by(query, self._known_keys, scale, softcap, before)
         batch, heads, groups, _, tokens = attention.shape
         values = self.values if self.plan.value_basis is None else self.plan.value_basis.numbers(self.values)
-        output = attention.view(batch, heads, groups * arriving, tokens) @ values
+        output = attention.to(values.dtype).view(batch, heads, groups * arriving, tokens) @ values
         if self.plan.policy == "h2o" and self.sizes.budget is not None:
             self._count(attention, before)
         elif self.plan.policy in ("snapkv", "tova") and self.sizes.budget is not None:
@@ -337,11 +344,14 @@ class KvState:
 
 
 def seen_by(query: Tensor, keys: Tensor, scale: float, softcap: float | None, before: int) -> Tensor:
-    """The attention of the last queries, [B, KV heads, query heads of each, T, n]; query i sees the keys up to `before` + i."""
+    """The attention of the last queries, [B, KV heads, query heads of each, T, n]; query i sees the keys up to `before` + i.
+
+    It is float32 at least, as kernels have it between the products.
+    """
     batch, heads, arriving, size = query.shape
     kv_heads, tokens = keys.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * arriving, size)
-    logits = (grouped @ keys.transpose(2, 3)).mul_(scale).view(batch, kv_heads, heads // kv_heads, arriving, tokens)
+    logits = (wide(grouped) @ wide(keys).transpose(2, 3)).mul_(scale).view(batch, kv_heads, heads // kv_heads, arriving, tokens)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if arriving > 1:

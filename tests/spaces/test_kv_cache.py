@@ -225,6 +225,21 @@ def test_values_are_rounded_as_the_kernels_pack_them(bits: int) -> None:
     assert sum(sizes[1]) == packed_bytes(3, 16, 64, bits, 16, by_channel=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_caches_are_scored_and_rounded_in_float32(dtype: torch.dtype) -> None:
+    tokens = 400  # more than bfloat16 counts exactly
+    query, key = numbers(1, 4, tokens, 8).to(dtype), numbers(1, 2, tokens, 8, seed=3).to(dtype)
+    narrow, wide = (KvState(KvPlan(0.5, "h2o"), tokens) for _ in range(2))
+    output = narrow.prefill(query, key, key, 8**-0.5)
+    expected = wide.prefill(query.float(), key.float(), key.float(), 8**-0.5)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert narrow.keys is not None
+    assert wide.keys is not None
+    assert torch.equal(narrow.keys.float(), wide.keys)
+    assert torch.equal(rounded(key, 4, 3), rounded(key.float(), 4, 3).to(dtype))
+
+
 def test_lengths_shrink_with_the_context() -> None:
     plan = KvPlan(0.0625)
     for tokens in (64, 128, 256, 512, 1024, 2048, 1 << 17):
