@@ -203,7 +203,7 @@ class Plan:
             levels = {label: dict(trial.configuration.levels) for label, trial in trials.items()}
             try:
                 measured = _answered(runner, {"kind": "latency", "configurations": levels, "spec": asdict(latency.spec)})["times"]
-            except (CandidateError, RunnerLost) as error:
+            except (CandidateError, RunnerLost, InputError) as error:  # such as a model that does not fit beside itself
                 failure = str(error)
         rows = []
         for label, trial in trials.items():
@@ -310,7 +310,7 @@ def _completed(runner: RunnerProcess, trial: Trial, prompt: str) -> str | None:
     message = {"kind": "complete", "levels": dict(trial.configuration.levels), "prompt": prompt, "tokens": _COMPLETION_TOKENS}
     try:
         return str(_answered(runner, message)["text"])
-    except (CandidateError, RunnerLost):
+    except (CandidateError, RunnerLost, InputError):
         return None
 
 

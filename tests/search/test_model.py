@@ -14,7 +14,9 @@ from autoeff.evaluators import latency_fit
 from autoeff.kernels import timing
 from autoeff.search.compare import compare
 from autoeff.search.job import JobSpec
+from autoeff.search.results import Results
 from autoeff.search.run import plan, resume, start
+from autoeff.search.runner_process import RunnerProcess
 from autoeff.search.settings import Settings
 from autoeff.search.standing import cost_titles, problem_of
 from autoeff.search.storage.store import Store
@@ -41,7 +43,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings(home=tmp_path / "home", memory_cap_bytes=3 << 30)
 
 
-def test_search_keeps_a_limit_on_measured_latency(job: Callable[..., JobSpec], settings: Settings, tmp_path: Path) -> None:
+def test_search_keeps_a_limit_on_measured_latency(
+    job: Callable[..., JobSpec], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = job(limits=["decode_ms<=0.8x"], objectives=["quality", "decode_ms"])
     planned = plan(spec, settings)
     bound = planned.limits[0].bound
@@ -72,6 +76,16 @@ def test_search_keeps_a_limit_on_measured_latency(job: Callable[..., JobSpec], s
     assert "predicted and measured" in page
     assert "decode_ms (predicted)" in page
     assert "decode_ms, ms (predicted)" in page  # the axis of the picture
+
+    def refuse(*_: object) -> None:
+        raise InputError("the model does not fit beside itself")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunnerProcess, "ask", refuse)
+        runner = planned.runner(settings, tmp_path / "log", lambda done, total: None)
+        untimed = planned.closing(Results(planned.problem, trials), trials, runner)["latency"]
+    assert untimed["failure"] == "the model does not fit beside itself"
+    assert [row["trial"] for row in untimed["rows"]] == [row["trial"] for row in latency["rows"]]
 
     table = Path(stored.preflight["latency"]["table"])
     assert resume(result.folder, settings).summary == result.summary  # the times are found again
