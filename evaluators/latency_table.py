@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from autoeff.errors import InputError
+from autoeff.kernels.tuned import digest
 from autoeff.spaces.configuration import digest_of
 
 __all__ = ["FORMAT", "PHASES", "Entry", "Fit", "LatencyTable", "Operation", "Phase", "locked"]
@@ -103,6 +104,8 @@ class LatencyTable:
         gpu = device.type == "cuda"
         versions = {name: _version(name) for name in ("autoeff", "torch", "transformers", "triton")} | {"python": platform.python_version()}
         name = torch.cuda.get_device_name(device) if gpu else _cpu_name()
+        if gpu:  # `autoeff kernels tune` changes what kernels take; nothing does on a CPU
+            versions["kernels"] = digest(name)
         return cls(name, versions, 0 if gpu else torch.get_num_threads(), date.today().isoformat())
 
     @property

@@ -8,6 +8,7 @@ The default file holds what arithmetic and the compiler's resource table suggest
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SIZES", "configurations", "label", "nearest", "path_of"]
+__all__ = ["SIZES", "configurations", "digest", "label", "nearest", "path_of"]
 
 _FOLDER = Path(__file__).resolve().parent / "tuning"
 SIZES = ("m", "n", "k")
@@ -51,6 +52,12 @@ def nearest(op: str, m: int, n: int, k: int, device: torch.device) -> Mapping[st
 def path_of(device: str) -> Path:
     """Where the entries of the device of this name are, if there are any."""
     return _FOLDER / f"{re.sub(r'[^a-z0-9]+', '_', device.lower())}.json"
+
+
+def digest(device: str) -> str:
+    """Names what the times of kernels on the device of this name follow from: their sources and their configurations."""
+    files = [*sorted(Path(__file__).resolve().parent.glob("*.py")), path_of("default"), path_of(device)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files if path.exists())).hexdigest()[:16]
 
 
 def label(config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from autoeff.errors import InputError
 from autoeff.evaluators.latency_table import Entry, Fit, LatencyTable, Operation
 from autoeff.evaluators.setup import LatencySpec
+from autoeff.kernels import tuned
 
 CPU = torch.device("cpu")
 FIT = Fit({"model": 12.5, "linear": 1.0}, ("attention",), ("heads",), ({"label": "dense", "measured_ns": 7, "fitted_ns": 8},))
@@ -61,6 +62,18 @@ def test_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
 def test_machines_and_versions_have_files_of_their_own(table: LatencyTable, tmp_path: Path) -> None:
     others = (replace(table, threads=77), replace(table, device="GPU", threads=0), replace(table, versions={"torch": "1.0"}))
     assert len({other.path(tmp_path) for other in (table, *others)}) == 4
+
+
+def test_tuning_a_gpu_begins_another_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
+    before, cpu = LatencyTable.empty(torch.device("cuda")), LatencyTable.empty(CPU)
+    tuned.path_of("NVIDIA H200").write_text('{"moe": []}')
+    after = LatencyTable.empty(torch.device("cuda"))
+    tuned.path_of("NVIDIA H100").write_text("{}")
+    assert LatencyTable.empty(torch.device("cuda")) == after
+    assert before.path(tmp_path) != after.path(tmp_path)
+    assert LatencyTable.empty(CPU) == cpu
 
 
 def test_operation_is_known_by_name_sizes_and_dtype() -> None:
