@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from autoeff.errors import InputError
 from autoeff.spaces.blocks import Call, around_block, hidden_of
 from autoeff.spaces.knob import Undo
+from autoeff.spaces.kv_cache import wide
 
 __all__ = ["remaining", "thin_before"]
 
@@ -112,7 +113,7 @@ class _Plan:
             order = weight[1:n].argsort(descending=True, stable=True) + 1
             stays, fused = order[: kept - 2].sort().values, order[kept - 2 :]
             row[0], row[1 : kept - 1] = text[0], text[stays]
-            row[kept - 1] = (weight[fused] / weight[fused].sum().clamp_min(1e-12)) @ text[fused]
+            row[kept - 1] = (weight[fused] / weight[fused].sum().clamp_min(1e-12)).to(text.dtype) @ text[fused]
         return rows
 
     def _before(self, index: int) -> Any:
@@ -153,7 +154,7 @@ def _attention(
     """As the model attends, with the weights of the class token's query kept, mean over heads."""
     name = vars(module)["class_attention"]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    logits = query[:, :, :1] @ key.transpose(2, 3) * scale
+    logits = wide(query[:, :, :1]) @ wide(key).transpose(2, 3) * scale
     if attention_mask is not None:
         row = attention_mask[:, :, :1]
         logits = logits.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else logits + row

@@ -253,6 +253,18 @@ def test_every_level_changes_the_model_and_is_undone_bit_exactly(knob: Knob, mod
             _assert_same(before, model)
 
 
+def test_a_model_of_16_bits_computes_with_every_level(knob: Knob, model: nn.Module, structure: Structure) -> None:
+    """As on a GPU."""
+    model.to(torch.bfloat16)
+    site = knob.sites(structure)[-1]
+    for level in knob.levels(site)[1:]:
+        undo = _put(model, knob, site, level, _material(model, site))
+        output = _output(model)
+        assert output.isfinite().all()
+        assert output.dtype == torch.bfloat16
+        undo()
+
+
 def test_kernel_exists(knob: Knob, structure: Structure) -> None:
     for site in knob.sites(structure):
         for level in knob.levels(site):
