@@ -100,6 +100,10 @@ def measured_by(metrics: Mapping[str, Metric], model: Any, tokenizer: Any) -> di
     except CandidateError:
         raise
     except Exception as error:  # it is the user's code
+        from autoeff.kernels.failures import of_device  # other searches import this module and need no torch
+
+        if of_device(error):
+            raise
         raise CandidateError(FailureClass.INVALID, f"a metric failed: {type(error).__name__}: {_line(error)}") from error
     if strange := next((name for name, value in values.items() if not math.isfinite(value)), None):
         raise CandidateError(FailureClass.NAN, f"metric {strange} is {values[strange]}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autoeff.errors import CandidateError, InputError
 from autoeff.evaluators.evaluator import Evaluator
@@ -91,6 +92,14 @@ def test_what_is_no_function_is_refused(module: Path, reference: str, says: str)
 def test_a_metric_that_fails_fails_the_candidate(module: Path, name: str, says: str) -> None:
     with pytest.raises(CandidateError, match=says):
         measured_by(imported_metrics([f"my_metrics:{name}"]), None, None)
+
+
+def test_a_device_that_fails_within_a_metric_is_not_the_metrics_failure() -> None:
+    def unlucky(model: object, tokenizer: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measured_by({"unlucky": unlucky}, None, None)
 
 
 def test_two_of_one_name_are_refused_and_the_digest_follows_the_source(module: Path) -> None:
