@@ -171,7 +171,7 @@ class Station:
 
     def _tick(self) -> None:
         if self._leaving():
-            self.stop()
+            self.stop(_GRACE_S)
         if time.monotonic() > self._stop_at:
             raise _Leaving
 
