@@ -134,7 +134,7 @@ def script(log: Path, environment: dict[str, str], *arguments: str) -> Iterator[
 def submissions(place: Place) -> Iterator[Measure]:
     """`POST /v1/jobs`, 16 in flight, over SQLite."""
     with place.serving("--no-coordinator") as (url, key), httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
-        for kind, seeds in (("same seed", [0] * 400), ("seeds of their own", list(range(1, 5)))):
+        for kind, seeds in (("same seed", [0] * 400), ("seeds of their own", list(range(1, 101)))):
             while client.post("/v1/jobs", json=JOB, timeout=120).status_code != 202:  # the engine is being loaded
                 time.sleep(0.5)
             seconds: list[float] = []
