@@ -336,13 +336,8 @@ def test_the_example_knob_is_searched_beside_others(float8: str, tmp_path: Path,
     assert 8 < planned.problem.cost_model.values(planned.space.indices(uniform.levels))["avg_bits"] < 8.2
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem != "search_your_own_module"))
-        for path in sorted((ROOT / "examples").glob("*.ipynb"))
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a fast form, which replaces the cell tagged `parameters`; stored outputs are those of the full one."""
     monkeypatch.setenv("AUTOEFF_HOME", str(tmp_path / "home"))

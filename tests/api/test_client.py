@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_patience_can_be_short() -> None:
     assert len(asked) == 2
 
 
-def test_events_end_and_the_export_is_unpacked(served: Any, client: Client, tmp_path: Path) -> None:
+def test_events_end_and_the_export_is_unpacked(served: Any, client: Client, command: Command, tmp_path: Path) -> None:
     events = list(client.events(served.job, after=3))
     assert [event.seq for event in events[:-1]] == [event.seq for event in served.store.events(served.job, 3, 10_000)]
     assert (events[-1].kind, events[-1].body) == ("end", {"state": "succeeded"})
@@ -179,6 +180,10 @@ def test_events_end_and_the_export_is_unpacked(served: Any, client: Client, tmp_
     with pytest.raises(InputError, match="exists already"):
         client.export(served.job, best, tmp_path / "out", "recipe")
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+    code, told, _ = command("export", served.job, "best", str(tmp_path / "again"), "--format", "recipe", there=True)
+    assert code == 0
+    assert re.search(r"kl after reload +[\d.e-]+\n", told)
+    assert {path.name for path in (tmp_path / "again").iterdir()} == set(artifact.facts["files"])
 
 
 def test_an_export_that_the_server_lost_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
