@@ -144,16 +144,16 @@ class _Office:
         if not waiting:
             return
         staffed = {queue for worker in self._store.workers() if worker.alive for queue in worker.queues}
-        for job_id, queue in sorted(waiting.items(), key=lambda item: item[1] not in staffed):
-            if len(self._driven) < self._settings.coordinated_jobs:
-                stop = threading.Event()
-                self._driven[job_id] = _Driven(queue, threading.Thread(target=self._drive, args=(job_id, stop), name=f"job {job_id}"), stop)
-                self._driven[job_id].thread.start()
-            elif queue in staffed:
-                for driven in self._driven.values():
-                    if driven.queue not in staffed and not driven.stop.is_set():
-                        driven.stop.set()
-                        break
+        ordered = sorted(waiting.items(), key=lambda item: item[1] not in staffed)
+        room = self._settings.coordinated_jobs - len(self._driven)
+        idle = [driven for driven in self._driven.values() if driven.queue not in staffed and not driven.stop.is_set()]
+        pressing = sum(queue in staffed for _, queue in ordered[room:]) - sum(driven.stop.is_set() for driven in self._driven.values())
+        for driven in idle[: max(0, pressing)]:
+            driven.stop.set()
+        for job_id, queue in ordered[:room]:
+            stop = threading.Event()
+            self._driven[job_id] = _Driven(queue, threading.Thread(target=self._drive, args=(job_id, stop), name=f"job {job_id}"), stop)
+            self._driven[job_id].thread.start()
 
     def _drive(self, job_id: str, stop: threading.Event) -> None:
         """Drives one job as far as it goes; what stays undone is found again by `waiting_jobs`."""
