@@ -128,8 +128,7 @@ class Coordinator:
                 return dict(job.result)
             self._begin()
             self._look()
-            if self._crew.claims is not None:  # of workers elsewhere the reaper ends claims: it knows of outages
-                self._store.reap()
+            self._reap()
             self._stored = all_trials(self._store, self._job_id)
             self._told = [trial.number for trial in self._stored if trial.state.terminal and not trial.told]
             for notice in self._subject.notices:
@@ -163,8 +162,7 @@ class Coordinator:
             job = self._store.job(self._job_id)
             if job.state is not JobState.SUCCEEDED:
                 raise InputError(f"job {job.id} is {job.state}; trials can be added when it has ended: `autoeff resume` goes on with it")
-            if self._crew.claims is not None:
-                self._store.reap()
+            self._reap()
             self._stored = all_trials(self._store, self._job_id)
             for trial in self._stored:  # a killed addition may have left one open
                 self._take_up(trial)
@@ -404,10 +402,19 @@ class Coordinator:
             self._trials_wanted = int(orders.budget.get("trials", self._problem.trials))
             self._seconds_wanted = orders.budget.get("seconds")
 
+    @property
+    def _submitted(self) -> bool:
+        """Whether workers elsewhere evaluate."""
+        return self._crew.claims is None
+
+    def _reap(self) -> None:
+        """Ends claims of the dead; those of workers elsewhere the reaper does, which knows of outages."""
+        if not self._submitted:
+            self._store.reap()
+
     def _begin(self) -> None:
         """Has the job run. A submitted one that was paused this moment stays so; at a command line, to resume is to drive."""
-        submitted = self._crew.claims is None
-        only_from = (JobState.PENDING, JobState.RUNNING) if submitted else tuple(JobState)
+        only_from = (JobState.PENDING, JobState.RUNNING) if self._submitted else tuple(JobState)
         try:
             self._store.set_job_state(self._job_id, self._fence, JobState.RUNNING, only_from=only_from)
         except Conflict as error:

@@ -14,7 +14,7 @@ two processes that believe to hold it, the database lets one write.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -99,10 +99,10 @@ def lock(connection: Connection, evaluation_id: int) -> State:
     return connection.execute(select(EvaluationRow.state).where(EvaluationRow.id == evaluation_id).with_for_update()).scalar_one()
 
 
-def wanted(connection: Connection, evaluation_id: int, by: Collection[JobState] = _WANTING) -> bool:
-    """Whether any job still wants the result: one that is neither cancelled nor about to be, or in one of the states given."""
+def wanted(connection: Connection, evaluation_id: int) -> bool:
+    """Whether any job still wants the result: one that is neither cancelled nor about to be."""
     query = select(TrialRow.number).join(JobRow, JobRow.id == TrialRow.job_id).where(TrialRow.evaluation_id == evaluation_id)
-    return connection.execute(query.where(JobRow.state.in_(by)).limit(1)).first() is not None
+    return connection.execute(query.where(JobRow.state.in_(_WANTING)).limit(1)).first() is not None
 
 
 def ring(connection: Connection, evaluation_id: int, queue: str | None) -> None:
@@ -119,7 +119,7 @@ def set_aside(connection: Connection, evaluation_id: int) -> None:
         return
     # Locked whatever their state: one that is resumed this moment must find the evaluation, or have it rung for afterwards.
     jobs = select(JobRow.state).where(JobRow.id.in_(select(TrialRow.job_id).where(TrialRow.evaluation_id == evaluation_id)))
-    if any(state in _WAITING for state in connection.execute(jobs.order_by(JobRow.id).with_for_update()).scalars()):
+    if any(asking in _WAITING for asking in connection.execute(jobs.order_by(JobRow.id).with_for_update()).scalars()):
         return
     if state is State.RUNNING and give_back(connection, evaluation_id, fence, "released"):
         announce(connection, evaluation_id, State.QUEUED, {"reason": "its job was paused"})
