@@ -1,7 +1,7 @@
 """Processes for what a server must not do itself: planning, solving for a new budget, exporting.
 
-Calls go to a pool of spawned processes, so that neither the interpreter lock nor the memory that a model takes is the server's. A process
-that dies takes its call with it and no more.
+Calls go to a pool of processes, so that neither the interpreter lock nor the memory that a model takes is the server's. All are forked from
+one that has loaded the engine, and share its memory. A process that dies takes its call with it and no more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +20,7 @@ from autoeff.api.problems import ApiError
 __all__ = ["Backroom"]
 
 _REMEMBERED = 200
+_ENGINE = ["autoeff.search.model", "autoeff.search.service"]
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
@@ -70,7 +70,9 @@ class Backroom:
     def start(self, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Future[Result]:
         """Begins and does not wait."""
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"), _leave_with_parent)
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(_ENGINE)
+            self._pool = ProcessPoolExecutor(self._processes, context, _leave_with_parent)
         try:
             return self._pool.submit(function, *args, **kwargs)
         except BrokenProcessPool:
@@ -86,12 +88,12 @@ class Backroom:
 
 
 def _leave_with_parent() -> None:
-    """Ends this process soon after the server that started it, however that ended."""
-    parent = os.getppid()
+    """Ends this process soon after the server that it works for, however that ended."""
+    server = multiprocessing.parent_process()
+    assert server is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        server.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -18,7 +18,6 @@ from contextlib import suppress
 
 import uvicorn
 
-from autoeff.api import work
 from autoeff.api.app import create_app
 from autoeff.errors import InputError
 from autoeff.search.keys import LOCAL, SCOPES
@@ -103,7 +102,7 @@ def run(
         app = create_app(settings, store)  # before a key is made, which is shown once: this may refuse
         key = first_key(KeyRing(store.database), host)
         told(url_of(host, bound.getsockname()[1]), key)
-        app.state.context.backroom.start(work.warmed)
+        app.state.context.backroom.start(os.getpid)  # the engine is loaded by the time of the first request
         config = uvicorn.Config(
             app,
             access_log=False,

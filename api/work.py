@@ -14,7 +14,7 @@ from autoeff.search.storage.store import Store
 if TYPE_CHECKING:  # the engine, which a server loads after it has begun to listen
     from autoeff.search.preparations import Preparations
 
-__all__ = ["compared", "preflight", "resolved", "submitted", "warmed"]
+__all__ = ["compared", "preflight", "resolved", "submitted"]
 
 
 def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -68,12 +68,6 @@ def compared(jobs: Sequence[str], settings: Settings) -> dict[str, Any]:
     from autoeff.search.compare import compare
 
     return compare(jobs, settings).to_json()
-
-
-def warmed() -> None:
-    """Loads the engine, so that the first request need not wait for it."""
-    import autoeff.search.model
-    import autoeff.search.service  # noqa: F401
 
 
 @lru_cache(1)

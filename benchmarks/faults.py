@@ -113,7 +113,7 @@ class Cluster:
         """One more process of `autoeff VERB`."""
         self.started += 1
         flags = ["--no-coordinator", "--port", str(self._port)] if verb == "serve" else []
-        own = {"AUTOEFF_TRAPS": str(self.folder / "traps" / verb), "AUTOEFF_CLOCK_AHEAD_S": CLOCKS[self.started % len(CLOCKS)]}
+        own = {"TRAPS": str(self.folder / "traps" / verb), "CLOCK_AHEAD_S": CLOCKS[self.started % len(CLOCKS)]}
         with (self.folder / f"{self.started}-{verb}.log").open("wb") as log:
             command = [sys.executable, "-m", "autoeff.cli", verb, *flags]
             process = subprocess.Popen(command, env=self.environment | own, stdout=log, stderr=log, start_new_session=True)
@@ -151,7 +151,7 @@ class Cluster:
                 process.wait()
 
     def children(self, depth: int) -> list[psutil.Process]:
-        """Of the workers: processes of their pools (1), or the runners of those (2)."""
+        """Of the workers: processes of their pools (1), what forks runners for those (2), or the runners (3)."""
         found = [psutil.Process(process.pid) for process in self.processes["worker"] if process.poll() is None]
         for _ in range(depth):
             found = [child for process in found for child in _children(process)]
@@ -173,6 +173,10 @@ def pool_process_killed(cluster: Cluster, rng: random.Random) -> None:
 
 
 def runner_killed(cluster: Cluster, rng: random.Random) -> None:
+    _signal(cluster.children(3), signal.SIGKILL, rng)
+
+
+def fork_server_killed(cluster: Cluster, rng: random.Random) -> None:
     _signal(cluster.children(2), signal.SIGKILL, rng)
 
 
@@ -274,8 +278,8 @@ FAULTS: Mapping[str, Callable[[Cluster, random.Random], None]] = {
     fault.__name__: fault
     for fault in (
         messages_repeated, messages_shuffled, messages_dropped, worker_killed, redis_emptied, pool_process_killed, coordinator_killed,
-        runner_killed, worker_stopped_past_its_lease, postgres_stopped_at_once, redis_killed, every_coordinator_killed, api_killed,
-        postgres_away_past_the_lease, redis_frozen, postgres_frozen_past_the_lease,
+        runner_killed, fork_server_killed, worker_stopped_past_its_lease, postgres_stopped_at_once, redis_killed, every_coordinator_killed,
+        api_killed, postgres_away_past_the_lease, redis_frozen, postgres_frozen_past_the_lease,
     )
 } | {f"{verb}_killed_at_{step}": killed_at(verb, step) for verb, steps in traps.STEPS.items() for step in steps}  # fmt: skip
 
@@ -355,7 +359,7 @@ def running(folder: Path, postgres: Any, redis: Any, database: str, spec: JobSpe
         for verb in ("serve", "coordinator", "worker", "coordinator", "worker"):
             cluster.start(verb)
         yield cluster
-        runners = cluster.children(2)
+        runners = cluster.children(2) + cluster.children(3)
     finally:
         cluster.stop()
     assert not [runner for runner in runners if runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE], "runners are left"

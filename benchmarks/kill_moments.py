@@ -2,8 +2,8 @@
 
     python benchmarks/kill_moments.py [--moments 25] [--seed 0]
 
-Half of the moments hit the search itself, which `autoeff resume` then finishes; half hit the runner, after which the search goes on by
-itself. No finished trial may be lost, none may stand twice, and the final sequence of trials, values included, must be the same.
+A third of the moments hit the search itself, which `autoeff resume` then finishes; the others hit the runner or the process that forks
+runners, after which the search goes on by itself. No finished trial may be lost, none may stand twice, and the final sequence of trials, values included, must be the same.
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ def kill_at(what: str, after: int, pause_s: float, arguments: Sequence[str], fol
             time.sleep(0.01)
         time.sleep(pause_s)
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it ended before the moment came
-            victims = [search] if what == "search" else psutil.Process(search.pid).children()
-            for victim in victims:
+            children = psutil.Process(search.pid).children(recursive=True)
+            victims = {"search": [search], "fork server": children[:1], "runner": children[1:]}
+            for victim in victims[what]:
                 os.kill(victim.pid, signal.SIGKILL)
         kill = Kill(what, ended(run))
         code = search.wait()
@@ -130,11 +131,11 @@ def check(moments: int, seed: int, folder: Path, arguments: Sequence[str], expec
     rng = random.Random(seed)
     kills = []
     for number in range(moments):
-        what = ("search", "runner")[number % 2]
+        what = ("search", "runner", "fork server")[number % 3]
         kill, rows = kill_at(what, rng.randrange(len(expected)), rng.uniform(0.0, 0.1), arguments, folder / str(number))
         assert sequence(rows) == sequence(expected), f"{kill}: the sequence differs from the uninterrupted one"
         kills.append(kill)
-        print(f"{number + 1:3d} {kill.what:6s} killed after {kill.after} trials: same sequence of {len(rows)}", flush=True)
+        print(f"{number + 1:3d} {kill.what:11s} killed after {kill.after} trials: same sequence of {len(rows)}", flush=True)
     return kills
 
 

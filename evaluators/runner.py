@@ -39,10 +39,9 @@ __all__ = ["main"]
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> int:
-    """Serves requests until standard input ends; returns the exit code."""
-    if len(sys.argv) > 1:
-        _end_with(int(sys.argv[1]))
+def main(parent: int) -> int:
+    """Serves requests until standard input ends or the process `parent` does; returns the exit code."""
+    _end_with(parent)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     requests = (json.loads(line) for line in sys.stdin)
@@ -123,4 +122,4 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1])))

@@ -20,6 +20,7 @@ from autoeff.search.model import Plan, plan
 from autoeff.search.own_job import Choice, refuse_own
 from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
+from autoeff.search.runner_process import prestart
 from autoeff.search.runs import new_run, open_run
 from autoeff.search.samplers.problem import Candidate
 from autoeff.search.service import planned_again
@@ -70,6 +71,7 @@ def start(spec: JobSpec, out: Path, settings: Settings, watch: Watch = lambda pr
     """
     if spec.queue is not None:
         raise InputError(f"queue {spec.queue!r} names workers of a server; submit the job to one, or leave it out")
+    prestart(spec.device)
     planned = plan(spec, settings)
     with Store.open(settings.database) as store:
         job_id = uuid.uuid4().hex[:12]

@@ -19,21 +19,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
 from autoeff.errors import CandidateError, FailureClass, InputError, RunnerLost
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup, measurement_from_json
+from autoeff.search.fork_server import Forked, fork_server
 from autoeff.search.printed import Printed
 from autoeff.search.settings import Settings
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.measurements import Measurement
 
-__all__ = ["Measured", "RunnerProcess", "answers", "death_of"]
+__all__ = ["Measured", "RunnerProcess", "answers", "death_of", "prestart"]
 
 _CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-_SECRET = re.compile(r"DATABASE_URL|BROKER_URL|PASSW|SECRET|CREDENTIAL|(^|_)(KEY|TOKEN)(_|$)", re.IGNORECASE)
+_WITHHELD = re.compile(r"^AUTOEFF_|^PYTEST_|DATABASE_URL|BROKER_URL|PASSW|SECRET|CREDENTIAL|(^|_)(KEY|TOKEN)(_|$)", re.IGNORECASE)
 _TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
 
 
@@ -73,7 +74,7 @@ class RunnerProcess:
     ) -> None:
         self._setup, self._settings, self._progress = setup, settings, progress
         self._printed = Printed(log, settings.log_bytes)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._pending = bytearray()
         self.digest: str | None = None
         self.starts = 0
@@ -101,14 +102,7 @@ class RunnerProcess:
         self.close()
         started = time.monotonic()
         with self._printed.file() as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "autoeff.evaluators.runner", str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches us alone
-                env={**_harmless(os.environ), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )
+            self._process = self._started(log, tick)
         self.starts += 1
         self._pending.clear()
         setup = replace(self._setup, memory_bytes=self._settings.memory_cap)
@@ -119,6 +113,18 @@ class RunnerProcess:
         self.digest = answer["digest"]
         self.opened_at = time.monotonic()
         self.opening_s = self.opened_at - started
+
+    def _started(self, log: BinaryIO, tick: Callable[[], None]) -> subprocess.Popen[bytes] | Forked:
+        if forks(self._setup.device):
+            return fork_server(_environment()).fork(log, self._settings.open_timeout_s, tick)
+        return subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", "autoeff.evaluators.runner", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C reaches us alone
+            env=_environment(),
+        )
 
     def evaluate(self, request: EvaluationRequest, tick: Callable[[], None] = lambda: None) -> Measured:
         """Measures one configuration.
@@ -202,7 +208,7 @@ class RunnerProcess:
                     return answer
         raise self._death(process)
 
-    def _death(self, process: subprocess.Popen[bytes]) -> Exception:
+    def _death(self, process: subprocess.Popen[bytes] | Forked) -> Exception:
         try:
             code = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -272,9 +278,21 @@ def death_of(code: int) -> Exception:
     return RunnerLost(f"the runner ended with {reason}")
 
 
-def _harmless(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what opens other doors: a runner needs no database, broker, server or hub."""
-    return {name: value for name, value in environment.items() if not _SECRET.search(name)}
+def prestart(device: str) -> None:
+    """Begins with what every runner on this device needs, while the caller does other things."""
+    if forks(device):
+        fork_server(_environment())
+
+
+def forks(device: str) -> bool:
+    """Whether runners on this device are forked: a CUDA context does not survive that, and only Linux ends them with their parent."""
+    return device == "cpu" and sys.platform == "linux"
+
+
+def _environment() -> dict[str, str]:
+    """Without what opens other doors, and what a setup says: a runner needs no database, broker, server or hub."""
+    kept = {name: value for name, value in os.environ.items() if not _WITHHELD.search(name)}
+    return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _resident(process: psutil.Process) -> int:

@@ -19,7 +19,7 @@ from autoeff.errors import InputError, StorageError
 from autoeff.evaluators.setup import EvaluationRequest, EvaluationSetup
 from autoeff.search.hardware import hardware
 from autoeff.search.job import JobSpec
-from autoeff.search.runner_process import Measured, RunnerProcess
+from autoeff.search.runner_process import Measured, RunnerProcess, prestart
 from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
 from autoeff.search.storage.records import Claim, Job
@@ -77,6 +77,8 @@ class Station:
 
     def open(self) -> None:
         """Announces the worker, and goes on to say that it lives until `close`."""
+        if "cpu" in self._queues:
+            prestart("cpu")
         threading.Thread(target=self._live, name="sign of life", daemon=True).start()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Kills a process at a named step. Python imports this module by itself where its folder is on PYTHONPATH.
 
-A trap is a file with the name of the step in the folder `AUTOEFF_TRAPS`: whoever comes to that step first removes the file and is killed
-there and then, by SIGKILL. `AUTOEFF_CLOCK_AHEAD_S` sets the clock of a process wrong by so many seconds.
+A trap is a file with the name of the step in the folder `TRAPS`: whoever comes to that step first removes the file and is killed
+there and then, by SIGKILL. `CLOCK_AHEAD_S` sets the clock of a process wrong by so many seconds.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def _spring(trap: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if "AUTOEFF_TRAPS" in os.environ:
-    _folder = Path(os.environ["AUTOEFF_TRAPS"])
+if "TRAPS" in os.environ:
+    _folder = Path(os.environ["TRAPS"])
     sys.meta_path.insert(0, _Setting(_folder, STEPS[_folder.name]))
-if _ahead := float(os.environ.get("AUTOEFF_CLOCK_AHEAD_S", "0")):
+if _ahead := float(os.environ.get("CLOCK_AHEAD_S", "0")):
     _time = time.time
     time.time = lambda: _time() + _ahead

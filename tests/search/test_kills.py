@@ -12,8 +12,8 @@ LOOSE = "linear_bytes<=0.35x"
 
 
 @pytest.mark.timeout(900)  # each moment is a search of its own, and a resumed one
-@pytest.mark.parametrize(("moments", "killed"), [(1, {"search"}), pytest.param(4, {"search", "runner"}, marks=pytest.mark.slow)])
-def test_a_killed_search_or_runner_leaves_the_sequence_of_an_undisturbed_run(
+@pytest.mark.parametrize("moments", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_search_of_which_a_process_is_killed_leaves_the_sequence_of_an_undisturbed_run(
     root: Path,
     tiny_models: dict[str, Path],
     tiny_text: Path,
@@ -21,7 +21,6 @@ def test_a_killed_search_or_runner_leaves_the_sequence_of_an_undisturbed_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     moments: int,
-    killed: set[str],
 ) -> None:
     spec = importlib.util.spec_from_file_location("kill_moments", root / "benchmarks" / "kill_moments.py")
     assert spec is not None
@@ -33,4 +32,4 @@ def test_a_killed_search_or_runner_leaves_the_sequence_of_an_undisturbed_run(
     text = [f"--data={tiny_text}", "--windows=8", "--length=16"]
     held_out = [f"--eval-data={tiny_text}", "--eval-windows=8", "--eval-length=16", "--eval-draw=first"]
     kills = script.check(moments, 1, tmp_path, [*search, *text, *held_out], script.trials(searched_once / "loose"))
-    assert {kill.what for kill in kills} == killed
+    assert len({kill.what for kill in kills}) == moments

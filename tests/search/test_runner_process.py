@@ -29,9 +29,9 @@ LEVELS = {FFN.format(i): "none" for i in range(3)}
 def runner_of(tiny_models: dict[str, Path], tmp_path: Path, third_party_knobs: Path) -> Iterator[Callable[..., RunnerProcess]]:
     made: list[RunnerProcess] = []
 
-    def make(model: Path | None = None, **settings: float) -> RunnerProcess:
+    def make(model: Path | None = None, lines: int = 60, **settings: float) -> RunnerProcess:
         text = tmp_path / "text.txt"
-        text.write_text("the cat sat on the mat and the dog ate the other hat\n" * 60)
+        text.write_text("the cat sat on the mat and the dog ate the other hat\n" * lines)
         data = TextSpec(str(text), windows=4, length=16)
         setup = EvaluationSetup(str(model or tiny_models["llama"]), data, None, SpaceSpec({"faulty": {}}), 0, "cpu", str(tmp_path / "bank"))
         made.append(RunnerProcess(setup, Settings(home=tmp_path, **settings), tmp_path / "runner.log"))
@@ -123,8 +123,9 @@ def test_a_runner_whose_device_fails_is_lost_not_failed(runner_of: Callable[...,
 
 
 def test_a_runner_that_cannot_open_a_good_setup_is_lost(runner_of: Callable[..., RunnerProcess]) -> None:
+    ask(runner_of())  # from here on runners are forked at once
     with pytest.raises(RunnerLost, match="could not open the job: no answer within"):
-        ask(runner_of(open_timeout_s=0.3))
+        ask(runner_of(lines=50_000, open_timeout_s=0.3))
 
 
 def test_a_setup_that_cannot_be_opened_is_bad_input(runner_of: Callable[..., RunnerProcess], tmp_path: Path) -> None:

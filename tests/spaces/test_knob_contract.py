@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,7 +94,9 @@ class _TwoDevices(TorchFunctionMode):
 
 
 @pytest.fixture(params=ROWS)
-def knob(request: pytest.FixtureRequest, third_party_knobs: Path) -> Knob:
+def knob(request: pytest.FixtureRequest) -> Knob:
+    if request.param == "third party":
+        request.getfixturevalue("third_party_knobs")
     return make_knob(*ROWS[request.param])
 
 
@@ -110,13 +111,14 @@ def model(family: str, knob: Knob, tiny_model: Callable[..., nn.Module]) -> nn.M
 
 
 @pytest.fixture
-def structure(model: nn.Module, family: str, knob: Knob) -> Structure:
+def structure(request: pytest.FixtureRequest, family: str, knob: Knob) -> Structure:
     if (knob.kind == "cache" or knob.of_context) and family == "bert":
         pytest.skip("encoders keep no keys and values")
     if knob.name == "token_keep" and family != "bert":
         pytest.skip("decoders have no class token")
     key = family, isinstance(knob, LoraRank)  # adapters hang on the model that is then looked at
     if key not in STRUCTURES:
+        model = request.getfixturevalue("model")
         STRUCTURES[key] = coupled(model, find_structure(model))[0].with_blocks().at_context(CONTEXT)
     return STRUCTURES[key]
 

@@ -1,0 +1,103 @@
+"""A process that has imported what every runner needs, and forks runners (`python -m autoeff.evaluators.fork_server FD`).
+
+A runner is there in a tenth of a second instead of seconds, and shares the memory of its libraries with the next one. A CUDA context does
+not survive a fork, so this is for runners that compute on a CPU.
+
+Each message on the socket FD asks for a runner; with it come file descriptors: its standard input, output and error, its working
+directory, and a socket on which its pid is told, and later its exit code. When FD is closed, everything ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import selectors
+import socket
+import sys
+import traceback
+import warnings
+from typing import NoReturn
+
+__all__ = ["DESCRIPTORS", "main"]
+
+DESCRIPTORS = 5
+"""That come with a request."""
+
+
+def main() -> int:
+    """Serves requests until nobody can make one; returns the exit code."""
+    asked = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()  # all that is imported stays, and looking through it for garbage takes a fifth of the time
+    importlib.import_module("autoeff.evaluators.runner")
+    gc.freeze()
+    gc.enable()
+    told: dict[int, socket.socket] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(asked, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is asked:
+                    message, descriptors, _, _ = socket.recv_fds(asked, 1, DESCRIPTORS)
+                    if not message:
+                        return 0  # the runners get SIGKILL, as their parent dies
+                    pid = _fork()
+                    if pid == 0:
+                        selector.close()
+                        for other in (asked, *told.values()):
+                            other.close()
+                        _run(descriptors)
+                    *others, status = descriptors
+                    for descriptor in others:
+                        os.close(descriptor)
+                    told[pid] = socket.socket(fileno=status)
+                    _tell(told[pid], pid)
+                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
+                else:
+                    selector.unregister(key.fileobj)
+                    os.close(key.fd)
+                    code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
+                    with told.pop(key.data) as status_socket:
+                        _tell(status_socket, code)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python 3.12 and later: numpy's idle threads are not in the child; it starts its own there.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _run(descriptors: list[int]) -> NoReturn:
+    """The life of a runner."""
+    code = 1
+    try:
+        from autoeff.evaluators import runner
+
+        parent = os.getppid()
+        os.setsid()  # it can be killed with all that it starts
+        *standard, folder, _ = descriptors
+        os.fchdir(folder)
+        sys.path[0] = ""  # as for any `python -m`: modules are looked for where the search was started
+        for number, descriptor in enumerate(standard):
+            os.dup2(descriptor, number)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        code = runner.main(parent)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _tell(status: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        status.send(str(number).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
