@@ -36,7 +36,8 @@ class Backroom:
     def __init__(self, processes: int = 1, timeout_s: float = 20.0) -> None:
         self._processes, self._timeout_s = processes, timeout_s
         self._pool: ProcessPoolExecutor | None = None
-        self._asked: dict[str, Future[Any]] = {}
+        self._asked: dict[str, asyncio.Task[Any]] = {}
+        self._starting = threading.Lock()
 
     async def ask(self, name: str, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
         """What `function`, of a module, returns; its errors are raised here.
@@ -46,13 +47,14 @@ class Backroom:
         Raises:
             ApiError: 503: it takes long, or its process died.
         """
-        future: Future[Result] | None = self._asked.get(name)
-        if future is None:
+        task: asyncio.Task[Result] | None = self._asked.get(name)
+        if task is None:
             if len(self._asked) > _REMEMBERED:  # answers that nobody came back for
                 self._asked = {key: asked for key, asked in self._asked.items() if not asked.done()}
-            future = self._asked[name] = self.start(function, *args, **kwargs)
+            task = self._asked[name] = asyncio.create_task(self._answered(function, *args, **kwargs))
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # which nobody may come back for
         try:
-            result = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self._timeout_s)
+            result = await asyncio.wait_for(asyncio.shield(task), self._timeout_s)
         except TimeoutError:
             message = "this is being worked on and takes long; send the same request again to hear the end of it"
             raise ApiError(503, "working", message, {"Retry-After": "1"}) from None
@@ -61,23 +63,28 @@ class Backroom:
             self._asked.pop(name, None)
             raise ApiError(503, "unavailable", "the process that worked on this died; try again", {"Retry-After": "5"}) from None
         except BaseException:
-            if future.done():
+            if task.done():
                 self._asked.pop(name, None)
             raise
         self._asked.pop(name, None)
         return result
 
+    async def _answered(self, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        future = await asyncio.to_thread(lambda: self.start(function, *args, **kwargs))
+        return await asyncio.wrap_future(future)
+
     def start(self, function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Future[Result]:
-        """Begins and does not wait."""
-        if self._pool is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(_ENGINE)
-            self._pool = ProcessPoolExecutor(self._processes, context, _leave_with_parent)
-        try:
-            return self._pool.submit(function, *args, **kwargs)
-        except BrokenProcessPool:
-            self._pool = None
-            return self.start(function, *args, **kwargs)
+        """Begins, once the engine is loaded, and does not wait for the result."""
+        with self._starting:
+            if self._pool is None:
+                context = multiprocessing.get_context("forkserver")
+                context.set_forkserver_preload(_ENGINE)
+                self._pool = ProcessPoolExecutor(self._processes, context, _leave_with_parent)
+            try:
+                return self._pool.submit(function, *args, **kwargs)
+            except BrokenProcessPool:
+                self._pool = None
+        return self.start(function, *args, **kwargs)
 
     def close(self) -> None:
         """Ends the processes; what has not begun never will."""

@@ -102,7 +102,7 @@ def run(
         app = create_app(settings, store)  # before a key is made, which is shown once: this may refuse
         key = first_key(KeyRing(store.database), host)
         told(url_of(host, bound.getsockname()[1]), key)
-        app.state.context.backroom.start(os.getpid)  # the engine is loaded by the time of the first request
+        threading.Thread(target=app.state.context.backroom.start, args=(os.getpid,), daemon=True).start()  # loads the engine meanwhile
         config = uvicorn.Config(
             app,
             access_log=False,
