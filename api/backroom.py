@@ -20,7 +20,7 @@ from autoeff.api.problems import ApiError
 __all__ = ["Backroom"]
 
 _REMEMBERED = 200
-_ENGINE = ["autoeff.search.model", "autoeff.search.service"]
+_ENGINE = ["autoeff.search.submission"]
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 

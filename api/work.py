@@ -24,7 +24,7 @@ def preflight(job: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         InputError: As `plan`.
     """
     from autoeff.search.facts import plan_facts
-    from autoeff.search.service import queue_of
+    from autoeff.search.submission import queue_of
 
     spec = JobSpec.parse(job)
     return plan_facts(_prepared().plan(spec, settings, queue_of(spec)), settings)
@@ -37,7 +37,7 @@ def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Rep
         InputError: As `plan`.
         Conflict: The reply's request has an answer already.
     """
-    from autoeff.search.service import submit
+    from autoeff.search.submission import submit
 
     def reply_for(job_id: str) -> Reply:
         assert reply is not None

@@ -33,12 +33,12 @@ from playwright.sync_api import Page, sync_playwright
 from autoeff.dashboard.demo import unpack
 from autoeff.search.job import JobSpec
 from autoeff.search.keys import LOCAL
-from autoeff.search.service import submit
 from autoeff.search.settings import Settings
 from autoeff.search.standing import problem_of
 from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.records import JobState
 from autoeff.search.storage.store import Store
+from autoeff.search.submission import submit
 
 ROUNDS = 5
 IDLE_S = 20.0

@@ -379,19 +379,23 @@ def break_everything(cluster: Cluster, faults: Sequence[str], rng: random.Random
             FAULTS[fault](cluster, rng)
         started = time.monotonic()
         cluster.keep_busy()
-        before = ended(cluster.store, cluster.jobs[-1], 0, str(together))
-        ended(cluster.store, cluster.jobs[-1], before + 2, str(together))
+        before = ended(cluster, cluster.jobs[-1], 0, str(together))
+        ended(cluster, cluster.jobs[-1], before + 2, str(together))
         moments.append(Moment(together, before, round(time.monotonic() - started, 2)))
     for job_id in cluster.jobs:
-        ended(cluster.store, job_id, sys.maxsize, "the last fault")
+        ended(cluster, job_id, sys.maxsize, "the last fault")
     return moments
 
 
-def ended(store: Store, job_id: str, count: int, what: str) -> int:
-    """Waits until so many trials, or the job, have ended; returns how many trials have."""
+def ended(cluster: Cluster, job_id: str, count: int, what: str) -> int:
+    """Waits until so many trials, or the job, have ended; returns how many trials have.
+
+    A process that found no database when it began has ended, and is started again, as by any supervisor.
+    """
     deadline = time.monotonic() + WAIT_S
     while True:
-        job = seen(store, job_id)
+        cluster.replace_dead()
+        job = seen(cluster.store, job_id)
         done = job.counts.trials - job.counts.open
         if done >= count or job.state.terminal:
             assert job.error is None, job.error

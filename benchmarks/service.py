@@ -40,11 +40,12 @@ from rich.console import Console
 from rich.table import Table
 
 from autoeff.search.job import JobSpec
-from autoeff.search.service import drive, submit
+from autoeff.search.service import drive
 from autoeff.search.settings import Settings
 from autoeff.search.standing import problem_of
 from autoeff.search.storage import Job, JobState, Proposal, Store
 from autoeff.search.storage.keys import KeyRing
+from autoeff.search.submission import submit
 from autoeff.spaces.configuration import Configuration, digest_of
 
 RESULTS = Path(__file__).parent / "results" / "service.json"

@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionStatistics", "Moments", "OfWindows", "mean_of", "of_windows"]
+from autoeff.evaluators.model_statistics import AttentionStatistics
 
-
-@dataclass(frozen=True)
-class AttentionStatistics:
-    """Of one attention, mean over windows of text.
-
-    Attributes:
-        mass: Share of all attention that goes to the k + 1 tokens that receive most, [tokens]; rising to 1 (PrefixKV, arXiv:2412.03409).
-        dispersion: Entropy of the attention of the last queries to the tokens before them, summed over heads and queries (CAKE,
-            arXiv:2503.12491).
-        shift: Variance over these queries of the attention to each token, summed over heads and tokens (CAKE).
-    """
-
-    mass: tuple[float, ...]
-    dispersion: float
-    shift: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> AttentionStatistics:
-        return cls(tuple(value["mass"]), value["dispersion"], value["shift"])
+__all__ = ["Moments", "OfWindows", "mean_of", "of_windows"]
 
 
 OfWindows = tuple[Tensor, Tensor, Tensor]

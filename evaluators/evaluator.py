@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autoeff.errors import InputError
 from autoeff.evaluators.amounts import amounts
-from autoeff.evaluators.attention import AttentionStatistics, Moments, OfWindows, mean_of, of_windows
+from autoeff.evaluators.attention import Moments, OfWindows, mean_of, of_windows
 from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected, explained, gradients
 from autoeff.evaluators.candidate import Candidate
@@ -29,7 +29,7 @@ from autoeff.evaluators.latency_fit import runtime_dtype
 from autoeff.evaluators.levels_file import built_for, put, write_built
 from autoeff.evaluators.loading import inspect_model, load_model, load_tokenizer
 from autoeff.evaluators.metrics import imported_metrics, measured_by
-from autoeff.evaluators.model_statistics import ModelStatistics
+from autoeff.evaluators.model_statistics import AttentionStatistics, Magnitudes, ModelStatistics
 from autoeff.evaluators.packed_linears import PackedLinears
 from autoeff.evaluators.passkey import Passkeys, passkeys
 from autoeff.evaluators.preparation import hardware_name, prepare
@@ -53,7 +53,7 @@ from autoeff.evaluators.super_adapter import Adapters
 from autoeff.evaluators.tasks import Tasks
 from autoeff.evaluators.text import Passages
 from autoeff.evaluators.training import Course
-from autoeff.evaluators.weights import Magnitudes, magnitudes_of, outlier_share, tail_exponent
+from autoeff.evaluators.weights import magnitudes_of, outlier_share, tail_exponent
 from autoeff.spaces.configuration import Level
 from autoeff.spaces.criteria.nirvana import Nirvana
 from autoeff.spaces.knobs.lora_rank import LoraRank

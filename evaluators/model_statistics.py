@@ -6,10 +6,52 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from autoeff.evaluators.attention import AttentionStatistics
-from autoeff.evaluators.weights import Magnitudes
+__all__ = ["AttentionStatistics", "Magnitudes", "ModelStatistics"]
 
-__all__ = ["ModelStatistics"]
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """Of one attention, mean over windows of text.
+
+    Attributes:
+        mass: Share of all attention that goes to the k + 1 tokens that receive most, [tokens]; rising to 1 (PrefixKV, arXiv:2412.03409).
+        dispersion: Entropy of the attention of the last queries to the tokens before them, summed over heads and queries (CAKE,
+            arXiv:2503.12491).
+        shift: Variance over these queries of the attention to each token, summed over heads and tokens (CAKE).
+    """
+
+    mass: tuple[float, ...]
+    dispersion: float
+    shift: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> AttentionStatistics:
+        return cls(tuple(value["mass"]), value["dispersion"], value["shift"])
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """The absolute values of some weights.
+
+    Attributes:
+        weights: How many.
+        quantiles: The k / 1000 quantiles, k from 0 to 1000.
+        pq_index: 0 where all are equal, towards 1 where few hold everything (PQ Index, arXiv:2302.05601; p = 0.5, q = 1).
+    """
+
+    weights: int
+    quantiles: tuple[float, ...]
+    pq_index: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Magnitudes:
+        return cls(value["weights"], tuple(value["quantiles"]), value["pq_index"])
 
 
 @dataclass(frozen=True)

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Magnitudes", "magnitudes_of", "outlier_share", "tail_exponent"]
+from autoeff.evaluators.model_statistics import Magnitudes
+
+__all__ = ["magnitudes_of", "outlier_share", "tail_exponent"]
 
 _STEPS = 1000  # quantiles kept, so a global threshold is met within a thousandth of every layer
-
-
-@dataclass(frozen=True)
-class Magnitudes:
-    """The absolute values of some weights.
-
-    Attributes:
-        weights: How many.
-        quantiles: The k / 1000 quantiles, k from 0 to 1000.
-        pq_index: 0 where all are equal, towards 1 where few hold everything (PQ Index, arXiv:2302.05601; p = 0.5, q = 1).
-    """
-
-    weights: int
-    quantiles: tuple[float, ...]
-    pq_index: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Magnitudes:
-        return cls(value["weights"], tuple(value["quantiles"]), value["pq_index"])
 
 
 def magnitudes_of(weights: Iterable[Tensor]) -> Magnitudes:

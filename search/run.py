@@ -18,12 +18,12 @@ from autoeff.search.exporter import export_trial
 from autoeff.search.job import JobSpec
 from autoeff.search.model import Plan, plan
 from autoeff.search.own_job import Choice, refuse_own
+from autoeff.search.planned import PlannedJob
 from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
 from autoeff.search.runner_process import prestart
 from autoeff.search.runs import new_run, open_run
 from autoeff.search.samplers.problem import Candidate
-from autoeff.search.service import planned_again
 from autoeff.search.settings import Settings
 from autoeff.search.storage.records import Job, Trial
 from autoeff.search.storage.store import Store
@@ -119,7 +119,7 @@ def adding(
         if not any(worker.alive and job.queue in worker.queues for worker in store.workers()):
             raise InputError(f"no worker of queue {job.queue!r} is there to measure; start one: autoeff worker --queues {job.queue}")
         crew = Away(store, job.queue, threading.Event(), threading.Event())
-        coordinator = Coordinator(store, job.id, planned_again(job, settings), Path(), settings, watch, crew)
+        coordinator = Coordinator(store, job.id, PlannedJob.stored(job), Path(), settings, watch, crew)
     with coordinator.adding() as evaluate:
         yield evaluate
 

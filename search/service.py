@@ -1,7 +1,8 @@
 """Searches that are submitted to the database: who drives them, who is told, who sees to what was lost.
 
 Any number of coordinator processes may run; a lease in the database gives every job to one of them. Each also sends messages for queued
-evaluations and ends the claims of dead workers. Nothing is kept here that the database does not have.
+evaluations and ends the claims of dead workers. Nothing is kept here that the database does not have, and neither the model nor its text is
+needed.
 """
 
 from __future__ import annotations
@@ -9,81 +10,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoeff.errors import AutoeffError, Conflict, InputError, LeaseLost, StorageError
+from autoeff.errors import AutoeffError, Conflict, LeaseLost, StorageError
 from autoeff.search.coordinator import Coordinator
 from autoeff.search.crew import Away, Stopped
-from autoeff.search.job import JobSpec
-from autoeff.search.model import Plan, plan
-from autoeff.search.preparations import Preparations
+from autoeff.search.planned import PlannedJob
 from autoeff.search.settings import Settings
 from autoeff.search.storage.holders import process_identity
-from autoeff.search.storage.records import Job, JobState, Message, Reply
+from autoeff.search.storage.records import JobState, Message
 from autoeff.search.storage.store import Store
 
-__all__ = ["planned_again", "queue_of", "run_coordinators", "submit"]
+__all__ = ["drive", "run_coordinators"]
 
 _log = logging.getLogger(__name__)
 
-Planned = Callable[[JobSpec, Settings, str | None], Plan]
 Send = Callable[[Sequence[Message]], None]
-
-
-def queue_of(spec: JobSpec) -> str:
-    """The workers that evaluate a job.
-
-    Raises:
-        InputError: It names some that do not have its device.
-    """
-    by_device = "cpu" if spec.device == "cpu" else "gpu.any"
-    queue = spec.queue or by_device
-    if queue.partition(".")[0] != by_device.partition(".")[0]:
-        raise InputError(f"queue {queue!r} has no workers with the device {spec.device!r}; leave one of them out")
-    return queue
-
-
-def submit(
-    store: Store,
-    spec: JobSpec,
-    settings: Settings,
-    *,
-    owner: str | None = None,
-    reply_for: Callable[[str], Reply] | None = None,
-    planned: Planned = plan,
-) -> Job:
-    """Checks a job and stores it for the coordinators.
-
-    Args:
-        store: Where to.
-        spec: The job.
-        settings: Of this machine.
-        owner: Whose it is.
-        reply_for: From the job's id, the answer that the same request gets again.
-        planned: May stand for `plan`: that of `Preparations` remembers.
-
-    Raises:
-        InputError: As `plan`.
-        Conflict: The request has an answer already.
-    """
-    queue = queue_of(spec)
-    found = planned(spec, settings, queue)
-    job_id = uuid.uuid4().hex[:12]
-    return store.create_job(
-        job_id,
-        spec.model_dump(mode="json"),
-        found.preflight,
-        found.space.to_json(),
-        found.digest,
-        owner=owner,
-        queue=queue,
-        reply=None if reply_for is None else reply_for(job_id),
-    )
 
 
 def run_coordinators(settings: Settings, stop: threading.Event) -> None:
@@ -120,7 +66,6 @@ class _Office:
         self._me = process_identity()
         self._rung = threading.Event()
         self._driven: dict[str, _Driven] = {}
-        self._prepared = Preparations()
 
     def run(self) -> None:
         helpers = [threading.Thread(target=self._reap, name="reaper")]
@@ -158,7 +103,7 @@ class _Office:
     def _drive(self, job_id: str, stop: threading.Event) -> None:
         """Drives one job as far as it goes; what stays undone is found again by `waiting_jobs`."""
         try:
-            drive(self._store, job_id, self._settings, self._rung, stop, self._prepared.plan)
+            drive(self._store, job_id, self._settings, self._rung, stop)
         except (Conflict, LeaseLost, Stopped) as error:
             _log.info("job %s: %s", job_id, error)
         except StorageError as error:
@@ -204,7 +149,6 @@ def drive(
     settings: Settings,
     rung: threading.Event,
     stop: threading.Event,
-    planned: Planned = plan,
 ) -> dict[str, Any]:
     """Searches for one submitted job, evaluated by workers elsewhere, to its end.
 
@@ -214,36 +158,23 @@ def drive(
         settings: Of this machine.
         rung: Set whenever work was queued.
         stop: Set when this process is to end.
-        planned: As of `submit`.
 
     Raises:
         Stopped: The job was paused or cancelled, or `stop` set.
         Conflict: Another process drives it.
-        AutoeffError: As `Coordinator.run`. A job that cannot be planned has failed.
+        AutoeffError: As `Coordinator.run`. A job that cannot be read has failed.
     """
     job = store.job(job_id)
     assert job.queue is not None
     try:
-        found = planned_again(job, settings, planned)
+        planned = PlannedJob.stored(job)
     except Exception as error:
         if (after := _after(error)) is not None:
             _fail(store, job_id, settings, str(after[1]))
         raise
     crew = Away(store, job.queue, rung, stop)
-    coordinator = Coordinator(store, job_id, found, Path(), settings, lambda progress: None, crew)
+    coordinator = Coordinator(store, job_id, planned, Path(), settings, lambda progress: None, crew)
     return coordinator.run(_after)
-
-
-def planned_again(job: Job, settings: Settings, planned: Planned = plan) -> Plan:
-    """The plan of a submitted job, found to be what it was.
-
-    Raises:
-        InputError: As `plan`, or it is not.
-    """
-    found = planned(JobSpec.parse(job.spec), settings, job.queue)
-    if found.digest != job.setup_digest:
-        raise InputError("its model, its text or this version is no longer what it was when it was submitted; submit it again")
-    return found
 
 
 def _after(error: BaseException) -> tuple[JobState, str | None] | None:

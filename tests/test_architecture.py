@@ -151,8 +151,10 @@ print(*sorted(engines & set(sys.modules)))
     assert loaded.split() == []
 
 
-@pytest.mark.parametrize("module", ["autoeff.search.celery_app", "autoeff.search.station", "autoeff.search.job", "autoeff.client"])
-def test_workers_and_clients_load_no_engine_that_evaluates(module: str) -> None:
+@pytest.mark.parametrize(
+    "module", ["autoeff.search.celery_app", "autoeff.search.station", "autoeff.search.service", "autoeff.search.job", "autoeff.client"]
+)
+def test_workers_coordinators_and_clients_load_no_engine_that_evaluates(module: str) -> None:
     loaded = python(
         "import importlib, sys; importlib.import_module(sys.argv[1]); print(*{'torch', 'transformers'} & set(sys.modules))", module
     )

@@ -9,7 +9,7 @@ from fractions import Fraction
 from math import floor
 from typing import ClassVar
 
-from autoeff.evaluators.attention import AttentionStatistics
+from autoeff.evaluators.model_statistics import AttentionStatistics
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.allocators.nearest import nearest
 from autoeff.search.seed import Formula, Given

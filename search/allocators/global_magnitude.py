@@ -6,8 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import ClassVar
 
-from autoeff.evaluators.model_statistics import ModelStatistics
-from autoeff.evaluators.weights import Magnitudes
+from autoeff.evaluators.model_statistics import Magnitudes, ModelStatistics
 from autoeff.search.allocators.pruning import PruningSeed
 
 __all__ = ["GlobalMagnitude", "below_one_threshold"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoeff.evaluators.weights import Magnitudes, magnitudes_of, outlier_share, tail_exponent
+from autoeff.evaluators.model_statistics import Magnitudes
+from autoeff.evaluators.weights import magnitudes_of, outlier_share, tail_exponent
 
 
 def test_the_pq_index_is_0_for_equal_weights_and_nearly_1_for_a_single_one() -> None:

@@ -15,9 +15,10 @@ import pytest
 
 from autoeff.errors import FailureClass
 from autoeff.search.job import JobSpec
-from autoeff.search.service import _Office, submit
+from autoeff.search.service import _Office
 from autoeff.search.settings import Settings
 from autoeff.search.storage import Claim, Job, JobState, State, Store
+from autoeff.search.submission import submit
 
 Make = Callable[..., JobSpec]
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,22 @@ import pytest
 import torch
 from celery import Celery
 from redis import Redis
+from sqlalchemy import update
 
 from autoeff.errors import InputError
 from autoeff.search.celery_app import app, sender
 from autoeff.search.crew import Stopped
 from autoeff.search.job import JobSpec
-from autoeff.search.model import Plan, plan
+from autoeff.search.model import plan
+from autoeff.search.planned import PlannedJob
 from autoeff.search.resolve import resolve
-from autoeff.search.service import drive, queue_of, run_coordinators, submit
+from autoeff.search.samplers.problem import Candidate
+from autoeff.search.service import drive, run_coordinators
 from autoeff.search.settings import Settings
 from autoeff.search.station import Station, check_queues
 from autoeff.search.storage import Job, JobState, Message, State, Store, Trial
+from autoeff.search.storage.tables import JobRow
+from autoeff.search.submission import queue_of, submit
 
 LOOSE, TIGHT = "linear_bytes<=0.35x", "linear_bytes<=0.30x"
 Make = Callable[..., JobSpec]
@@ -245,27 +250,6 @@ def test_a_job_is_paused_resumed_with_a_smaller_budget_and_cancelled(tiny_job: M
         assert store.waiting(["cpu"]) == []
 
 
-def test_a_job_that_cannot_be_driven_fails_and_says_why(
-    tiny_job: Make, tiny_models: dict[str, Path], settings: Settings, store: Store, tmp_path: Path
-) -> None:
-    model = shutil.copytree(tiny_models["llama"], tmp_path / "model")
-    gone, changed = (submit(store, tiny_job(model=str(model), seed=seed), settings) for seed in (0, 1))
-    kept = (model / "config.json").read_text()
-    (model / "config.json").unlink()
-    with coordinating(settings):
-        failed = until(store, gone.id, ended)
-    assert failed.state is JobState.FAILED
-    assert "config.json" in (failed.error or "")
-    (model / "config.json").write_text(kept)
-    shutil.copyfile(tiny_models["mistral"] / "model.safetensors", model / "model.safetensors")
-    store.resume(gone.id)
-    store.cancel(gone.id)
-    with coordinating(settings):
-        failed = until(store, changed.id, ended)
-    assert failed.state is JobState.FAILED
-    assert failed.error is not None
-
-
 def test_a_worker_with_another_model_does_not_evaluate_and_harms_nothing(
     tiny_job: Make, settings: Settings, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,7 +280,7 @@ def test_a_worker_with_another_model_does_not_evaluate_and_harms_nothing(
 def test_who_takes_a_job_up_leaves_claims_to_the_reaper_and_a_pause_in_force(
     tiny_job: Make, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an outage workers have a whole lease to report; and planning takes seconds, in which the user may pause."""
+    """After an outage workers have a whole lease to report; and the user may pause at any moment."""
     job = submit(store, tiny_job(), settings)
     stop = threading.Event()
     stop.set()
@@ -306,13 +290,15 @@ def test_who_takes_a_job_up_leaves_claims_to_the_reaper_and_a_pause_in_force(
             drive(store, job.id, settings, threading.Event(), stop)
     assert store.job(job.id).state is JobState.RUNNING
 
-    def paused_meanwhile(*words: Any) -> Plan:
-        found = plan(*words)
-        store.pause(job.id)
-        return found
+    read = PlannedJob.stored
 
+    def paused_meanwhile(job: Job) -> PlannedJob:
+        store.pause(job.id)
+        return read(job)
+
+    monkeypatch.setattr(PlannedJob, "stored", paused_meanwhile)
     with pytest.raises(Stopped, match="paused"):
-        drive(store, job.id, settings, threading.Event(), stop, paused_meanwhile)
+        drive(store, job.id, settings, threading.Event(), stop)
     assert store.job(job.id).state is JobState.PAUSED
 
 
@@ -328,16 +314,47 @@ def test_jobs_that_nobody_evaluates_make_room_for_others(tiny_job: Make, setting
     assert store.job(first).state is JobState.RUNNING
 
 
-def test_a_fault_while_planning_fails_the_job(tiny_job: Make, settings: Settings, store: Store) -> None:
+def test_a_job_of_another_version_has_failed(tiny_job: Make, settings: Settings, store: Store) -> None:
     job = submit(store, tiny_job(), settings)
-
-    def faulty(*_: Any) -> Plan:
-        raise OSError(5, "Input/output error")
-
-    with pytest.raises(OSError, match="Input/output"):
-        drive(store, job.id, settings, threading.Event(), threading.Event(), faulty)
+    with store.database.write() as connection:
+        connection.execute(update(JobRow).values(preflight={"quality": "kl"}))
+    with pytest.raises(InputError, match="stored by another version"):
+        drive(store, job.id, settings, threading.Event(), threading.Event())
     failed = store.job(job.id)
-    assert (failed.state, failed.error) == (JobState.FAILED, "OSError: [Errno 5] Input/output error")
+    assert failed.state is JobState.FAILED
+    assert failed.error == f"job {job.id} was stored by another version, without its 'model'; submit it again"
+
+
+def baselines(planned: PlannedJob) -> list[Candidate]:
+    """All that is evaluated before the search where every level does some harm."""
+    guests, found = planned.guests(), []
+    with suppress(StopIteration):
+        batch = next(guests)
+        while True:
+            found += batch
+            batch = guests.send([sum(candidate.indices) / 10 for candidate in batch])
+    return found
+
+
+def test_a_coordinator_needs_neither_the_model_nor_its_text(tiny_job: Make, settings: Settings, store: Store, tmp_path: Path) -> None:
+    """What it goes by is what was planned, to the last number."""
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    job = tiny_job(limits=[LOOSE], knobs={"bits": {"group_size": 16}, "kv_budget": {}})
+    shutil.copytree(job.model, model)
+    shutil.copy(str(job.data.source), text)
+    data = {"source": str(text), "windows": 8, "length": 32}
+    spec = JobSpec.parse(job.model_dump(mode="json") | {"model": str(model), "data": data, "eval_data": None})
+    stored = submit(store, spec, settings)
+    planned = plan(spec, settings, "cpu")
+    shutil.rmtree(model)
+    text.unlink()
+    found = PlannedJob.stored(stored)
+    for name in ("digest", "notices", "sampler", "budget", "seconds", "held_out_windows", "table", "left_to_search", "least", "dense"):
+        assert getattr(found, name) == getattr(planned, name), name
+    assert found.limits == planned.limits
+    assert found.problem.objectives == planned.problem.objectives
+    assert found.space.to_json() == planned.space.to_json()
+    assert baselines(found) == baselines(planned)
 
 
 def test_queues_follow_from_the_device_and_the_machine(tiny_job: Make) -> None:

@@ -9,8 +9,7 @@ from fractions import Fraction
 import pytest
 
 from autoeff.errors import InputError
-from autoeff.evaluators.attention import AttentionStatistics
-from autoeff.evaluators.model_statistics import ModelStatistics
+from autoeff.evaluators.model_statistics import AttentionStatistics, ModelStatistics
 from autoeff.search.allocators.cache import CacheSeed, Tokens, exact_shares
 from autoeff.search.allocators.dp import Allocator
 from autoeff.search.limits import parse_limit

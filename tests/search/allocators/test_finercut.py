@@ -12,7 +12,7 @@ import torch
 from autoeff.search.allocators.finercut import FinerCut
 from autoeff.search.guests import preamble
 from autoeff.search.limits import Limit
-from autoeff.search.model import _stepped
+from autoeff.search.planned import _stepped
 from autoeff.search.samplers.problem import Candidate, Problem
 from autoeff.search.seed import Given
 from autoeff.spaces.costs import CostModel

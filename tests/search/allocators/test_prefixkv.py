@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoeff.evaluators.attention import AttentionStatistics
+from autoeff.evaluators.model_statistics import AttentionStatistics
 from autoeff.search.allocators.cache import Tokens
 from autoeff.search.allocators.prefixkv import PrefixKV
 
