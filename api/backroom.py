@@ -20,7 +20,6 @@ from autoeff.api.problems import ApiError
 __all__ = ["Backroom"]
 
 _REMEMBERED = 200
-_ENGINE = ["autoeff.search.submission"]
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
@@ -78,7 +77,7 @@ class Backroom:
         with self._starting:
             if self._pool is None:
                 context = multiprocessing.get_context("forkserver")
-                context.set_forkserver_preload(_ENGINE)
+                context.set_forkserver_preload(["autoeff.api.engine"])
                 self._pool = ProcessPoolExecutor(self._processes, context, _leave_with_parent)
             try:
                 return self._pool.submit(function, *args, **kwargs)

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +50,7 @@ from autoeff.search.storage.keys import KeyRing
 from autoeff.search.storage.leases import LOSSES_TO_QUARANTINE
 from autoeff.search.storage.tables import AttemptRow, EvaluationRow, EventRow, JobRow, OutboxRow, TrialRow
 
-LEASE_S = 2.0
+LEASE_S = 1.0
 HERE = Path(__file__).parent
 TEXT = HERE.parent / "docs" / "service.md"  # any text does, and a short one is tokenised soon, in every process
 JOB = {
@@ -83,6 +83,7 @@ class Cluster:
         spec: What is searched, each time with another seed.
         store: The database.
         jobs: Ids of the searches; the last one is under way, or was.
+        checked: How many of them were found to be in order.
     """
 
     def __init__(self, folder: Path, postgres: Any, redis: Any, database: str, spec: JobSpec, seed: int) -> None:
@@ -104,8 +105,10 @@ class Cluster:
         self._client = Client(f"http://127.0.0.1:{self._port}", key, attempts=100)
         self._random = random.Random(seed)
         self.jobs: list[str] = []
+        self.checked = 0
         self.processes: dict[str, list[subprocess.Popen[bytes]]] = {verb: [] for verb in traps.STEPS}
         self.started = 0
+        self._pool, self._submissions = ThreadPoolExecutor(), list[Future[None]]()
         for verb in traps.STEPS:
             (folder / "traps" / verb).mkdir(parents=True)
 
@@ -131,13 +134,25 @@ class Cluster:
         spec = self.spec.model_copy(update={"seed": self._random.randrange(1 << 30)})
         self.jobs.append(self._client.submit(spec).job)
 
+    def begin_submission(self) -> None:
+        """One more search, which is submitted while other things happen."""
+        self._submissions.append(self._pool.submit(self.submit))
+
+    def settle(self) -> None:
+        """Waits until all submissions are answered."""
+        while self._submissions:
+            self._submissions.pop().result()
+
     def keep_busy(self) -> None:
         """One more search where the last one has ended."""
+        if self._submissions and not self._submissions[-1].done():
+            return
         if not self.jobs or seen(self.store, self.jobs[-1]).state.terminal:
             self.submit()
 
     def stop(self) -> None:
         """Ends all of them in order."""
+        self._pool.shutdown()
         self._client.close()
         self.store.close()
         everybody = [process for group in self.processes.values() for process in group]
@@ -150,12 +165,19 @@ class Cluster:
                 process.kill()
                 process.wait()
 
-    def children(self, depth: int) -> list[psutil.Process]:
-        """Of the workers: processes of their pools (1), what forks runners for those (2), or the runners (3)."""
-        found = [psutil.Process(process.pid) for process in self.processes["worker"] if process.poll() is None]
-        for _ in range(depth):
-            found = [child for process in found for child in _children(process)]
-        return found
+    def pool(self) -> list[psutil.Process]:
+        """The processes of the workers that evaluate."""
+        return [child for child in self._of_workers() if not _forks(child)]
+
+    def fork_servers(self) -> list[psutil.Process]:
+        """What forks runners for those."""
+        return [child for child in self._of_workers() if _forks(child)]
+
+    def runners(self) -> list[psutil.Process]:
+        return [child for server in self.fork_servers() for child in _children(server)]
+
+    def _of_workers(self) -> list[psutil.Process]:
+        return [child for one in self.processes["worker"] if one.poll() is None for child in _children(psutil.Process(one.pid))]
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -164,24 +186,30 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
+def _forks(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return "autoeff.evaluators.fork_server" in process.cmdline()
+    return False
+
+
 def worker_killed(cluster: Cluster, rng: random.Random) -> None:
     _replaced(cluster, [rng.choice(cluster.processes["worker"])])
 
 
 def pool_process_killed(cluster: Cluster, rng: random.Random) -> None:
-    _signal(cluster.children(1), signal.SIGKILL, rng)
+    _signal(cluster.pool(), signal.SIGKILL, rng)
 
 
 def runner_killed(cluster: Cluster, rng: random.Random) -> None:
-    _signal(cluster.children(3), signal.SIGKILL, rng)
+    _signal(cluster.runners(), signal.SIGKILL, rng)
 
 
 def fork_server_killed(cluster: Cluster, rng: random.Random) -> None:
-    _signal(cluster.children(2), signal.SIGKILL, rng)
+    _signal(cluster.fork_servers(), signal.SIGKILL, rng)
 
 
 def worker_stopped_past_its_lease(cluster: Cluster, rng: random.Random) -> None:
-    stopped = _signal(cluster.children(1), signal.SIGSTOP, rng)
+    stopped = _signal(cluster.pool(), signal.SIGSTOP, rng)
     time.sleep(1.5 * LEASE_S)
     for process in stopped:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its worker, which an earlier fault has killed
@@ -197,9 +225,9 @@ def every_coordinator_killed(cluster: Cluster, rng: random.Random) -> None:
 
 
 def api_killed(cluster: Cluster, rng: random.Random) -> None:
-    with _submitting(cluster):
-        time.sleep(rng.uniform(0.0, 0.2))
-        _replaced(cluster, cluster.processes["serve"])
+    cluster.begin_submission()
+    time.sleep(rng.uniform(0.0, 0.2))
+    _replaced(cluster, cluster.processes["serve"])
 
 
 def redis_emptied(cluster: Cluster, rng: random.Random) -> None:
@@ -249,15 +277,17 @@ def killed_at(verb: str, step: str) -> Callable[[Cluster, random.Random], None]:
     def fault(cluster: Cluster, rng: random.Random) -> None:
         trap = cluster.folder / "traps" / verb / step
         trap.touch()
-        with _submitting(cluster) if verb == "serve" else contextlib.nullcontext():
-            deadline = time.monotonic() + WAIT_S
-            while trap.exists():
-                assert time.monotonic() < deadline, f"no {verb} came to {step}"
-                if verb != "serve":
-                    cluster.keep_busy()
-                time.sleep(0.05)
-            time.sleep(0.2)
-            cluster.replace_dead()
+        if verb == "serve":
+            cluster.begin_submission()
+        if step == "runner_opening":  # it has been open for long
+            _signal(cluster.runners(), signal.SIGKILL, rng)
+        deadline = time.monotonic() + WAIT_S
+        while trap.exists():
+            assert time.monotonic() < deadline, f"no {verb} came to {step}"
+            cluster.keep_busy()
+            time.sleep(0.02)
+        time.sleep(0.05)
+        cluster.replace_dead()
 
     return fault
 
@@ -282,15 +312,6 @@ FAULTS: Mapping[str, Callable[[Cluster, random.Random], None]] = {
         api_killed, postgres_away_past_the_lease, redis_frozen, postgres_frozen_past_the_lease,
     )
 } | {f"{verb}_killed_at_{step}": killed_at(verb, step) for verb, steps in traps.STEPS.items() for step in steps}  # fmt: skip
-
-
-@contextlib.contextmanager
-def _submitting(cluster: Cluster) -> Iterator[None]:
-    """A search is submitted meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        submission = pool.submit(cluster.submit)
-        yield
-        submission.result()
 
 
 def _replaced(cluster: Cluster, victims: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -351,18 +372,21 @@ def running(folder: Path, postgres: Any, redis: Any, database: str, spec: JobSpe
     """A cluster with the API, two coordinators and two workers.
 
     Raises:
-        AssertionError: At the end a runner is left.
+        AssertionError: At the end something that a worker has started is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(folder, postgres, redis, database, spec, seed)
     try:
-        for verb in ("serve", "coordinator", "worker", "coordinator", "worker"):
+        for verb in ("serve", "coordinator", "coordinator"):
             cluster.start(verb)
+        cluster.submit()
+        for _ in range(2):
+            cluster.start("worker")
         yield cluster
-        runners = cluster.children(2) + cluster.children(3)
+        left = [*cluster.pool(), *cluster.fork_servers(), *cluster.runners()]
     finally:
         cluster.stop()
-    assert not [runner for runner in runners if runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE], "runners are left"
+    assert not [one for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE], "processes of workers are left"
 
 
 def break_everything(cluster: Cluster, faults: Sequence[str], rng: random.Random) -> list[Moment]:
@@ -374,10 +398,11 @@ def break_everything(cluster: Cluster, faults: Sequence[str], rng: random.Random
     moments = []
     for together in batched(faults, TOGETHER):
         for fault in together:
-            time.sleep(rng.uniform(0.0, 0.5))
+            time.sleep(rng.uniform(0.0, 0.2))
             cluster.keep_busy()
             FAULTS[fault](cluster, rng)
         started = time.monotonic()
+        cluster.settle()
         cluster.keep_busy()
         before = ended(cluster, cluster.jobs[-1], 0, str(together))
         ended(cluster, cluster.jobs[-1], before + 2, str(together))
@@ -495,12 +520,12 @@ def check(cluster: Cluster, faults: Sequence[str], rng: random.Random) -> tuple[
     Raises:
         AssertionError: Something was lost, doubled or stuck.
     """
-    earlier = len(cluster.jobs)
     moments = break_everything(cluster, faults, rng)
     wrong = audit(cluster.store, cluster.jobs)
     assert not wrong, "\n".join(wrong)
-    same_values(cluster.store, cluster.jobs[earlier], cluster.settings, count=8)
-    ids = {trial.evaluation_id for job_id in cluster.jobs[earlier:] for trial in all_trials(cluster.store, job_id)}
+    jobs, cluster.checked = cluster.jobs[cluster.checked :], len(cluster.jobs)
+    same_values(cluster.store, jobs[0], cluster.settings, count=8)
+    ids = {trial.evaluation_id for job_id in jobs for trial in all_trials(cluster.store, job_id)}
     return moments, Counter(a.worker.split("/")[2] for a in cluster.store.attempts(*ids) if a.accepted)
 
 

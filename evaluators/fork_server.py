@@ -4,7 +4,8 @@ A runner is there in a tenth of a second instead of seconds, and shares the memo
 not survive a fork, so this is for runners that compute on a CPU.
 
 Each message on the socket FD asks for a runner; with it come file descriptors: its standard input, output and error, its working
-directory, and a socket on which its pid is told, and later its exit code. When FD is closed, everything ends.
+directory, and a socket on which its pid is told, and later its exit code. A runner whose socket is closed is killed; when FD is closed,
+everything ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import gc
 import importlib
 import os
 import selectors
+import signal
 import socket
 import sys
 import traceback
@@ -35,31 +37,52 @@ def main() -> int:
     gc.enable()
     told: dict[int, socket.socket] = {}
     with selectors.DefaultSelector() as selector:
-        selector.register(asked, selectors.EVENT_READ)
+
+        def start() -> bool:
+            message, descriptors, _, _ = socket.recv_fds(asked, 1, DESCRIPTORS)
+            if not message:
+                return False  # the runners get SIGKILL, as their parent dies
+            pid = _fork()
+            if pid == 0:
+                selector.close()
+                for other in (asked, *told.values()):
+                    other.close()
+                _run(descriptors)
+            *others, status = descriptors
+            for descriptor in others:
+                os.close(descriptor)
+            told[pid] = socket.socket(fileno=status)
+            _tell(told[pid], pid)
+            selector.register(told[pid], selectors.EVENT_READ, lambda: forget(pid))
+            ended = os.pidfd_open(pid)
+            selector.register(ended, selectors.EVENT_READ, lambda: bury(pid, ended))
+            return True
+
+        def forget(pid: int) -> bool:
+            """Whoever asked for the runner is gone."""
+            if pid not in told:  # and so is the runner
+                return True
+            selector.unregister(told[pid])
+            with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+                os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return True
+
+        def bury(pid: int, ended: int) -> bool:
+            selector.unregister(ended)
+            os.close(ended)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with told.pop(pid) as status, contextlib.suppress(KeyError):
+                _tell(status, code)
+                selector.unregister(status)
+            return True
+
+        selector.register(asked, selectors.EVENT_READ, start)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is asked:
-                    message, descriptors, _, _ = socket.recv_fds(asked, 1, DESCRIPTORS)
-                    if not message:
-                        return 0  # the runners get SIGKILL, as their parent dies
-                    pid = _fork()
-                    if pid == 0:
-                        selector.close()
-                        for other in (asked, *told.values()):
-                            other.close()
-                        _run(descriptors)
-                    *others, status = descriptors
-                    for descriptor in others:
-                        os.close(descriptor)
-                    told[pid] = socket.socket(fileno=status)
-                    _tell(told[pid], pid)
-                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
-                else:
-                    selector.unregister(key.fileobj)
-                    os.close(key.fd)
-                    code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
-                    with told.pop(key.data) as status_socket:
-                        _tell(status_socket, code)
+                if not key.data():
+                    return 0
 
 
 def _fork() -> int:

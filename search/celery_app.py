@@ -13,9 +13,10 @@ from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_init, worker_process_init, worker_process_shutdown, worker_shutting_down
+from celery.signals import celeryd_after_setup, worker_init, worker_process_init, worker_process_shutdown, worker_shutting_down
 from kombu.exceptions import OperationalError
 
+from autoeff.search.runner_process import prestart
 from autoeff.search.settings import Settings
 from autoeff.search.station import QUEUE, Station
 from autoeff.search.storage.records import Message
@@ -66,6 +67,13 @@ _leaving: Any = None
 def _begin(**_: Any) -> None:
     global _leaving
     _leaving = RawValue("b", 0)
+
+
+@celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def _prepare(**_: Any) -> None:
+    """Before the pool is forked, whose processes share what this one has; one that was killed is replaced soon."""
+    if QUEUE in app.amqp.queues.consume_from:
+        prestart("cpu")
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]

@@ -24,21 +24,23 @@ _TICK_S = 0.1
 _SAID_BYTES = 500  # of its last words
 
 _lock = threading.Lock()
-_servers: dict[int, ForkServer] = {}
-"""The last one of each process: one that is forked from this needs its own."""
+_last: ForkServer | None = None
 
 
 def fork_server(environment: Mapping[str, str]) -> ForkServer:
-    """The server of this process whose runners have these environment variables; it is started if need be, and does not block."""
+    """The server of this process, or of the one that it was forked from, whose runners have these environment variables.
+
+    It is started if need be; then it imports while the caller does other things.
+    """
+    global _last
     with _lock:
-        server = _servers.get(os.getpid())
-        if server is None or server.environment != environment or not server.alive:
-            _servers[os.getpid()] = server = ForkServer(environment)
-        return server
+        if _last is None or _last.environment != environment or not _last.alive:
+            _last = ForkServer(environment)
+        return _last
 
 
 class ForkServer:
-    """A process that forks runners. It ends with this one, and when it is replaced and its last runner is forgotten.
+    """A process that forks runners. It ends with those who can ask it, and when it is replaced and its last runner is forgotten.
 
     Attributes:
         environment: Of the runners.
@@ -58,11 +60,11 @@ class ForkServer:
                 start_new_session=True,  # Ctrl-C reaches us alone
                 env=self.environment,
             )
-        weakref.finalize(self, _end, self._socket, self._process, self._said)
+        weakref.finalize(self, _end, os.getpid(), self._socket, self._process, self._said)
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return not select.select([self._socket], [], [], 0.0)[0]  # it says nothing there, so it has closed its end
 
     def fork(self, log: BinaryIO, timeout_s: float, tick: Callable[[], None]) -> Forked:
         """A runner.
@@ -149,8 +151,9 @@ def _sockets() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def _end(asking: socket.socket, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+def _end(owner: int, asking: socket.socket, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
     for ours in (asking, said):
         ours.close()
-    process.kill()
-    process.wait()
+    if os.getpid() == owner:
+        process.kill()
+        process.wait()

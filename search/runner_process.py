@@ -34,7 +34,9 @@ from autoeff.spaces.measurements import Measurement
 __all__ = ["Measured", "RunnerProcess", "answers", "death_of", "prestart"]
 
 _CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-_WITHHELD = re.compile(r"^AUTOEFF_|^PYTEST_|DATABASE_URL|BROKER_URL|PASSW|SECRET|CREDENTIAL|(^|_)(KEY|TOKEN)(_|$)", re.IGNORECASE)
+_WITHHELD = re.compile(
+    r"^(AUTOEFF|PYTEST|CELERY|_MP)_|DATABASE_URL|BROKER_URL|PASSW|SECRET|CREDENTIAL|(^|_)(KEY|TOKEN)(_|$)", re.IGNORECASE
+)
 _TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
 
 
@@ -290,7 +292,7 @@ def forks(device: str) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Without what opens other doors, and what a setup says: a runner needs no database, broker, server or hub."""
+    """Without what opens other doors: a runner needs no database, broker, server or hub. Those who share a fork server have the same."""
     kept = {name: value for name, value in os.environ.items() if not _WITHHELD.search(name)}
     return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

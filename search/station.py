@@ -77,7 +77,7 @@ class Station:
 
     def open(self) -> None:
         """Announces the worker, and goes on to say that it lives until `close`."""
-        if "cpu" in self._queues:
+        if QUEUE in self._queues:
             prestart("cpu")
         threading.Thread(target=self._live, name="sign of life", daemon=True).start()
 

@@ -75,10 +75,20 @@ def test_an_environment_has_its_server_and_a_replaced_one_ends_with_its_last_run
 
 
 def test_runners_end_with_their_server() -> None:
-    runner = forked(ForkServer(ENVIRONMENT))
+    runner = forked(fork_server(ENVIRONMENT))
     server_of(runner).kill()
     assert ended(runner) == -signal.SIGKILL
     runner.kill()
+
+
+def test_a_runner_that_nobody_waits_for_any_more_is_killed() -> None:
+    """As where a process of a pool was killed, whose worker goes on with the same server."""
+    runner = forked(fork_server(ENVIRONMENT))
+    process = psutil.Process(runner.pid)
+    runner._status.close()
+    process.wait(20)
+    runner.stdin.close()
+    runner.stdout.close()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
