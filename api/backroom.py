@@ -58,7 +58,6 @@ class Backroom:
             message = "this is being worked on and takes long; send the same request again to hear the end of it"
             raise ApiError(503, "working", message, {"Retry-After": "1"}) from None
         except BrokenProcessPool:
-            self._pool = None
             self._asked.pop(name, None)
             raise ApiError(503, "unavailable", "the process that worked on this died; try again", {"Retry-After": "5"}) from None
         except BaseException:
@@ -81,8 +80,11 @@ class Backroom:
                 self._pool = ProcessPoolExecutor(self._processes, context, _leave_with_parent)
             try:
                 return self._pool.submit(function, *args, **kwargs)
-            except BrokenProcessPool:
+            except BrokenProcessPool:  # by an earlier call
                 self._pool = None
+            except (EOFError, OSError) as error:  # what forks the processes has died
+                self._pool = None
+                raise BrokenProcessPool(str(error)) from error
         return self.start(function, *args, **kwargs)
 
     def close(self) -> None:

@@ -36,26 +36,32 @@ def main() -> int:
     gc.freeze()
     gc.enable()
     told: dict[int, socket.socket] = {}
+    parent = os.getpid()
     with selectors.DefaultSelector() as selector:
 
         def start() -> bool:
             message, descriptors, _, _ = socket.recv_fds(asked, 1, DESCRIPTORS)
             if not message:
                 return False  # the runners get SIGKILL, as their parent dies
-            pid = _fork()
-            if pid == 0:
-                selector.close()
-                for other in (asked, *told.values()):
-                    other.close()
-                _run(descriptors)
             *others, status = descriptors
+            try:
+                pid = _fork()
+            except OSError:  # no room for a process now; whoever asked sees the socket closed
+                traceback.print_exc()
+                os.close(status)
+            else:
+                if pid == 0:
+                    selector.close()
+                    for other in (asked, *told.values()):
+                        other.close()
+                    _run(descriptors, parent)
+                told[pid] = socket.socket(fileno=status)
+                _tell(told[pid], pid)
+                selector.register(told[pid], selectors.EVENT_READ, lambda: forget(pid))
+                ended = os.pidfd_open(pid)
+                selector.register(ended, selectors.EVENT_READ, lambda: bury(pid, ended))
             for descriptor in others:
                 os.close(descriptor)
-            told[pid] = socket.socket(fileno=status)
-            _tell(told[pid], pid)
-            selector.register(told[pid], selectors.EVENT_READ, lambda: forget(pid))
-            ended = os.pidfd_open(pid)
-            selector.register(ended, selectors.EVENT_READ, lambda: bury(pid, ended))
             return True
 
         def forget(pid: int) -> bool:
@@ -92,17 +98,17 @@ def _fork() -> int:
         return os.fork()
 
 
-def _run(descriptors: list[int]) -> NoReturn:
+def _run(descriptors: list[int], parent: int) -> NoReturn:
     """The life of a runner."""
     code = 1
     try:
         from autoeff.evaluators import runner
 
-        parent = os.getppid()
         os.setsid()  # it can be killed with all that it starts
         *standard, folder, _ = descriptors
         os.fchdir(folder)
-        sys.path[0] = ""  # as for any `python -m`: modules are looked for where the search was started
+        if not sys.flags.safe_path:
+            sys.path[0] = ""  # as for any `python -m`: modules are looked for where the search was started
         for number, descriptor in enumerate(standard):
             os.dup2(descriptor, number)
         for descriptor in descriptors:

@@ -16,7 +16,7 @@ from autoeff.evaluators.images import make_images
 from autoeff.evaluators.latency import Latency, latency_of
 from autoeff.evaluators.loading import ModelFacts, check_memory, load_tokenizer
 from autoeff.evaluators.metrics import check_metrics
-from autoeff.evaluators.setup import EvaluationSetup
+from autoeff.evaluators.setup import EVALUATOR_VERSION, EvaluationSetup
 from autoeff.evaluators.tasks import check_tasks
 from autoeff.evaluators.text import Passages, make_passages, make_windows
 from autoeff.spaces.build import build_space
@@ -30,9 +30,8 @@ from autoeff.spaces.units import UnitKnob
 if TYPE_CHECKING:
     from autoeff.evaluators.text import Encode
 
-__all__ = ["EVALUATOR_VERSION", "Preparation", "device_of", "prepare"]
+__all__ = ["Preparation", "device_of", "prepare"]
 
-EVALUATOR_VERSION = 3  # raised when a value of the same key could change
 _CALIBRATED = 4  # times the search text: a pass more, and an X^T X of so many tokens is far from singular in usual widths
 
 
@@ -128,6 +127,7 @@ class Preparation:
             "bank_missing_bytes": self.footprint.missing_bytes,
             "hardware": hardware_name(self.device),
             "torch": torch.__version__,
+            "evaluator": EVALUATOR_VERSION,
             "notices": self.notices,
             **({} if self.latency is None else {"latency": self.latency.report()}),
         }  # fmt: skip

@@ -12,6 +12,7 @@ from autoeff.spaces.measurements import Measurement, Split
 from autoeff.spaces.space import SpaceSpec
 
 __all__ = [
+    "EVALUATOR_VERSION",
     "EvaluationRequest",
     "EvaluationSetup",
     "LatencySpec",
@@ -20,6 +21,9 @@ __all__ = [
     "measurement_from_json",
     "measurement_to_json",
 ]
+
+EVALUATOR_VERSION = 3
+"""Raised when a value of the same key could change."""
 
 
 @dataclass(frozen=True)

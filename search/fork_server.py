@@ -48,6 +48,7 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
+        self._late = False
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
         self._socket, theirs = _sockets()
         with theirs:
@@ -64,7 +65,8 @@ class ForkServer:
 
     @property
     def alive(self) -> bool:
-        return not select.select([self._socket], [], [], 0.0)[0]  # it says nothing there, so it has closed its end
+        """Whether it can be asked."""
+        return not self._late and not _readable(self._socket, 0.0)  # it says nothing there, so it would have closed its end
 
     def fork(self, log: BinaryIO, timeout_s: float, tick: Callable[[], None]) -> Forked:
         """A runner.
@@ -83,18 +85,19 @@ class ForkServer:
             status, told = _sockets()
             ours.enter_context(status)
             theirs.enter_context(told)
-            folder = os.open(".", os.O_RDONLY)
+            folder = os.open(".", os.O_PATH)
             theirs.callback(os.close, folder)
             with suppress(OSError):  # the server has ended, which is seen below
                 socket.send_fds(self._socket, [b"1"], [reading.fileno(), writing.fileno(), log.fileno(), folder, told.fileno()])
             theirs.close()
             deadline = time.monotonic() + timeout_s
-            while not select.select([status], [], [], _TICK_S)[0]:
+            while not _readable(status, _TICK_S):
                 tick()
                 if time.monotonic() > deadline:
+                    self._late = True
                     raise RunnerLost(f"no runner within {timeout_s:g} s")
             if not (pid := status.recv(16)):
-                raise RunnerLost(f"the process that forks runners has ended: {self._last_words()}")
+                raise RunnerLost(f"no runner could be forked: {self._last_words()}")
             ours.pop_all()
             return Forked(self, int(pid), asking, answers, status)
 
@@ -127,7 +130,7 @@ class Forked:
     def wait(self, timeout: float | None = None) -> int:
         """The exit code. Raises `subprocess.TimeoutExpired` after `timeout` seconds."""
         if self._code is None:
-            if not select.select([self._status], [], [], timeout)[0]:
+            if not _readable(self._status, timeout):
                 raise subprocess.TimeoutExpired("runner", timeout or 0.0)
             self._code = int(self._status.recv(16) or -signal.SIGKILL)  # with its parent, the server, it is killed
             self._status.close()
@@ -144,6 +147,12 @@ def _pipe(reading: ExitStack, writing: ExitStack) -> tuple[IO[bytes], IO[bytes]]
     """A pipe whose ends are closed with these."""
     ends = os.pipe()
     return reading.enter_context(open(ends[0], "rb")), writing.enter_context(open(ends[1], "wb"))  # noqa: PTH123  (file descriptors)
+
+
+def _readable(sock: socket.socket, timeout_s: float | None) -> bool:
+    poll = select.poll()  # select() takes no descriptor above 1023
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else 1000 * timeout_s))
 
 
 def _sockets() -> tuple[socket.socket, socket.socket]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from autoeff.errors import InputError, RunnerLost
 from autoeff.evaluators.model_statistics import ModelStatistics
-from autoeff.evaluators.setup import measurement_from_json
+from autoeff.evaluators.setup import EVALUATOR_VERSION, measurement_from_json
 from autoeff.search.attribution import alternatives, attribution
 from autoeff.search.guests import DamageTable, Proposing, left_to_search, preamble, table_candidates, table_form
 from autoeff.search.job import JobSpec
@@ -55,12 +56,16 @@ class PlannedJob:
         """The plan of a job that was submitted.
 
         Raises:
-            InputError: Another version of autoeff stored it.
+            InputError: Its values would not be those of this version.
         """
-        try:
-            return cls(JobSpec.parse(job.spec), problem_of(job), job.setup_digest, job.preflight)
-        except KeyError as error:
-            raise InputError(f"job {job.id} was stored by another version, without its {error}; submit it again") from None
+        there = job.preflight.get("evaluator"), _release(str(job.preflight["torch"]))
+        here = EVALUATOR_VERSION, _release(version("torch"))
+        if here != there:
+            raise InputError(
+                f"job {job.id} was submitted to evaluation {there[0]} with torch {there[1]}; here are {here[0]} and {here[1]}, "
+                "so submit it again"
+            )
+        return cls(JobSpec.parse(job.spec), problem_of(job), job.setup_digest, job.preflight)
 
     @property
     def space(self) -> SearchSpace:
@@ -127,7 +132,8 @@ class PlannedJob:
                 asking = next(seed.name for seed in seeds if seed.needs)
                 raise InputError(f"seed {asking} goes by {', '.join(needs)} of the model, which only a search without a server knows")
             statistics = ModelStatistics.from_json(answered(runner, {"kind": "statistics", "needs": needs})["statistics"])
-        given = Given(self.problem, (), table.damage, statistics=statistics)
+        context = self.spec.context or self.preflight["model"]["context"] or 0
+        given = Given(self.problem, (), table.damage, context, statistics=statistics)
         if "kv_budget" in self.spec.knobs:
             given = self._with_lengths(given)
         found: dict[tuple[int, ...], Candidate] = {}
@@ -142,10 +148,10 @@ class PlannedJob:
         from autoeff.spaces.knob import make_knob  # which imports torch
         from autoeff.spaces.knobs.kv_budget import KvBudget
 
-        budget, context = make_knob("kv_budget", self.spec.knobs["kv_budget"]), self.spec.context or self.preflight["model"]["context"]
+        budget = make_knob("kv_budget", self.spec.knobs["kv_budget"])
         assert isinstance(budget, KvBudget)
-        sizes = budget.sizes(context)
-        return replace(given, context=context, least=sizes.least, window=sizes.window)
+        sizes = budget.sizes(given.context)
+        return replace(given, least=sizes.least, window=sizes.window)
 
     def runner(self, settings: Settings, log: Path, progress: Callable[[int, int], None]) -> RunnerProcess:
         return RunnerProcess(self.spec.setup(settings.bank), settings, log, progress)
@@ -210,3 +216,8 @@ def _stepped(seed: Seed, given: Given) -> Generator[list[Candidate], Sequence[fl
     except StopIteration as end:
         found: tuple[int, ...] | None = end.value
         return found
+
+
+def _release(name: str) -> str:
+    """Without what the build is for."""
+    return name.partition("+")[0]

@@ -118,8 +118,11 @@ def adding(
     else:
         if not any(worker.alive and job.queue in worker.queues for worker in store.workers()):
             raise InputError(f"no worker of queue {job.queue!r} is there to measure; start one: autoeff worker --queues {job.queue}")
+        planned_there = PlannedJob.stored(job)
+        if plan(planned_there.spec, settings, job.queue).digest != job.setup_digest:
+            raise InputError("its model, its text or this version is no longer what it was when it was submitted; submit it again")
         crew = Away(store, job.queue, threading.Event(), threading.Event())
-        coordinator = Coordinator(store, job.id, PlannedJob.stored(job), Path(), settings, watch, crew)
+        coordinator = Coordinator(store, job.id, planned_there, Path(), settings, watch, crew)
     with coordinator.adding() as evaluate:
         yield evaluate
 

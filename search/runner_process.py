@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +38,7 @@ _CANDIDATE_SIGNALS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGF
 _WITHHELD = re.compile(
     r"^(AUTOEFF|PYTEST|CELERY|_MP)_|DATABASE_URL|BROKER_URL|PASSW|SECRET|CREDENTIAL|(^|_)(KEY|TOKEN)(_|$)", re.IGNORECASE
 )
+_FAREWELL_S = 5.0  # for a process that was killed
 _TICK_S = 0.1  # between looks at deadline, memory and lease; answers are not delayed by it
 
 
@@ -170,7 +172,8 @@ class RunnerProcess:
             process.wait(timeout=0.2)
         with suppress(ProcessLookupError):  # nobody of its session is left
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # who would tell of its end does not
+            process.wait(_FAREWELL_S)
 
     def log_tail(self) -> str:
         """The end of what the runner printed since the last request."""
@@ -241,7 +244,7 @@ def answers(
     """
     looked = time.monotonic()
     deadline = looked + timeout_s
-    watched = psutil.Process(pid)
+    watched = _process(pid)
     cap, answering = settings.memory_cap, False
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
@@ -288,7 +291,17 @@ def prestart(device: str) -> None:
 
 def forks(device: str) -> bool:
     """Whether runners on this device are forked: a CUDA context does not survive that, and only Linux ends them with their parent."""
-    return device == "cpu" and sys.platform == "linux"
+    return device == "cpu" and sys.platform == "linux" and _tells_of_ends()
+
+
+@cache
+def _tells_of_ends() -> bool:
+    """Whether this kernel, its sandbox and this build of Python let a process wait for others by descriptor."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def _environment() -> dict[str, str]:
@@ -297,11 +310,17 @@ def _environment() -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
+def _process(pid: int) -> psutil.Process | None:
+    """None where it has ended already, which is seen when nothing comes from it."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid)
+    return None
+
+
+def _resident(process: psutil.Process | None) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return 0 if process is None else int(process.memory_info().rss)
+    return 0
 
 
 @contextmanager

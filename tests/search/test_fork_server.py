@@ -93,13 +93,15 @@ def test_a_runner_that_nobody_waits_for_any_more_is_killed() -> None:
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("raise ImportError('a broken installation')\n")
-    with pytest.raises(RunnerLost, match="has ended: ImportError: a broken installation"):
+    with pytest.raises(RunnerLost, match="could be forked: ImportError: a broken installation"):
         forked(ForkServer(ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}))
 
 
 def test_a_server_that_is_not_there_in_time_is_lost() -> None:
+    server = ForkServer(ENVIRONMENT)
     with pytest.raises(RunnerLost, match=r"within 0\.2 s"):
-        forked(ForkServer(ENVIRONMENT), timeout_s=0.2)
+        forked(server, timeout_s=0.2)
+    assert not server.alive, "the next runner is of another one"
 
 
 def test_a_runner_measures_the_same_whether_it_is_forked_or_not(

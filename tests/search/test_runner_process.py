@@ -202,6 +202,15 @@ def test_an_answer_that_is_cut_off_is_none() -> None:
     os.close(reading)
 
 
+def test_a_process_that_has_ended_before_it_is_looked_at_gives_no_answer() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    reading, writing = os.pipe()
+    os.close(writing)
+    assert list(answers(reading, ended.pid, bytearray(), Settings(), 60.0, lambda: None)) == []
+    os.close(reading)
+
+
 def test_an_answer_counts_however_late_it_is_read(tmp_path: Path) -> None:
     """On a busy machine a process may answer and end between two looks at it; the second one would find it dead."""
     reading, writing = os.pipe()

@@ -165,6 +165,10 @@ def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_ser
         assert job.result is not None
         assert job.result["found"] is not None
         assert store.waiting(["cpu"]) == []
+        with store.database.write() as connection:
+            connection.execute(update(JobRow).values(setup_digest="of another text"))
+        with pytest.raises(InputError, match="no longer what it was when it was submitted"):
+            resolve(job.id, ["linear_bytes<=0.31x"], service, measure=True)
         monkeypatch.setattr(Store, "workers", lambda store: [])
         with pytest.raises(InputError, match="no worker of queue 'cpu' is there to measure"):
             resolve(job.id, ["linear_bytes<=0.31x"], service, measure=True)
@@ -317,12 +321,12 @@ def test_jobs_that_nobody_evaluates_make_room_for_others(tiny_job: Make, setting
 def test_a_job_of_another_version_has_failed(tiny_job: Make, settings: Settings, store: Store) -> None:
     job = submit(store, tiny_job(), settings)
     with store.database.write() as connection:
-        connection.execute(update(JobRow).values(preflight={"quality": "kl"}))
-    with pytest.raises(InputError, match="stored by another version"):
+        connection.execute(update(JobRow).values(preflight={**job.preflight, "torch": "2.0.1+cpu"}))
+    with pytest.raises(InputError, match="so submit it again"):
         drive(store, job.id, settings, threading.Event(), threading.Event())
     failed = store.job(job.id)
     assert failed.state is JobState.FAILED
-    assert failed.error == f"job {job.id} was stored by another version, without its 'model'; submit it again"
+    assert "with torch 2.0.1; here are" in (failed.error or "")
 
 
 def baselines(planned: PlannedJob) -> list[Candidate]:
