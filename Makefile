@@ -8,7 +8,7 @@
 # PYTHON chooses the interpreter (3.11 to 3.13), WORKERS the number of test processes, TESTS what pytest runs.
 
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 TESTS ?= tests
 
 # Bytecode saves seconds at every start of a process; an inherited variable must not switch it off.
@@ -47,7 +47,7 @@ faults-storm: env
 kernels-compile: env
 	$(BIN)/autoeff kernels compile --target sm_90
 
-# One process per core: torch's own threads would only compete.
+# One thread in each process, and more processes than two cores: many tests wait for servers and workers.
 test: lint types
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 $(TESTS)
