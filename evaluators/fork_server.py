@@ -22,9 +22,9 @@ import traceback
 import warnings
 from typing import NoReturn
 
-__all__ = ["DESCRIPTORS", "main"]
+__all__ = ["main"]
 
-DESCRIPTORS = 5
+_DESCRIPTORS = 5
 """That come with a request."""
 
 
@@ -40,7 +40,7 @@ def main() -> int:
     with selectors.DefaultSelector() as selector:
 
         def start() -> bool:
-            message, descriptors, _, _ = socket.recv_fds(asked, 1, DESCRIPTORS)
+            message, descriptors, _, _ = socket.recv_fds(asked, 1, _DESCRIPTORS)
             if not message:
                 return False  # the runners get SIGKILL, as their parent dies
             *others, status = descriptors
