@@ -25,15 +25,14 @@ Result = TypeVar("Result")
 
 
 class Backroom:
-    """A few processes that wait for work.
+    """A process that waits for work; it starts when it is first needed.
 
     Args:
-        processes: How many; they start when they are first needed.
         timeout_s: How long a request waits for an answer; less than proxies do.
     """
 
-    def __init__(self, processes: int = 1, timeout_s: float = 20.0) -> None:
-        self._processes, self._timeout_s = processes, timeout_s
+    def __init__(self, timeout_s: float = 20.0) -> None:
+        self._timeout_s = timeout_s
         self._pool: ProcessPoolExecutor | None = None
         self._asked: dict[str, asyncio.Task[Any]] = {}
         self._starting = threading.Lock()
@@ -77,7 +76,7 @@ class Backroom:
             if self._pool is None:
                 context = multiprocessing.get_context("forkserver")
                 context.set_forkserver_preload(["autoeff.api.engine"])
-                self._pool = ProcessPoolExecutor(self._processes, context, _leave_with_parent)
+                self._pool = ProcessPoolExecutor(1, context, _leave_with_parent)
             try:
                 return self._pool.submit(function, *args, **kwargs)
             except BrokenProcessPool:  # by an earlier call

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
+from autoeff.evaluators.fork_server import load
 
-gc.disable()  # all of it stays, and looking through it for garbage takes a fifth of the time
-importlib.import_module("autoeff.search.submission")
-gc.freeze()
-gc.enable()
+load("autoeff.search.submission")

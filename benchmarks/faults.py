@@ -369,7 +369,7 @@ def batched(items: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
 
 @contextlib.contextmanager
 def running(folder: Path, postgres: Any, redis: Any, database: str, spec: JobSpec, seed: int = 0) -> Iterator[Cluster]:
-    """A cluster with the API, two coordinators and two workers.
+    """A cluster with the API, two coordinators, two workers, and a search under way.
 
     Raises:
         AssertionError: At the end something that a worker has started is left.

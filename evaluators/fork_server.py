@@ -22,7 +22,7 @@ import traceback
 import warnings
 from typing import NoReturn
 
-__all__ = ["main"]
+__all__ = ["load", "main"]
 
 _DESCRIPTORS = 5
 """That come with a request."""
@@ -31,10 +31,7 @@ _DESCRIPTORS = 5
 def main() -> int:
     """Serves requests until nobody can make one; returns the exit code."""
     asked = socket.socket(fileno=int(sys.argv[1]))
-    gc.disable()  # all that is imported stays, and looking through it for garbage takes a fifth of the time
-    importlib.import_module("autoeff.evaluators.runner")
-    gc.freeze()
-    gc.enable()
+    load("autoeff.evaluators.runner")
     told: dict[int, socket.socket] = {}
     parent = os.getpid()
     with selectors.DefaultSelector() as selector:
@@ -89,6 +86,14 @@ def main() -> int:
             for key, _ in selector.select():
                 if not key.data():
                     return 0
+
+
+def load(module: str) -> None:
+    """Imports what a process and all that are forked from it need."""
+    gc.disable()  # all of it stays, and looking through it for garbage takes a fifth of the time
+    importlib.import_module(module)
+    gc.freeze()
+    gc.enable()
 
 
 def _fork() -> int:

@@ -132,8 +132,7 @@ class PlannedJob:
                 asking = next(seed.name for seed in seeds if seed.needs)
                 raise InputError(f"seed {asking} goes by {', '.join(needs)} of the model, which only a search without a server knows")
             statistics = ModelStatistics.from_json(answered(runner, {"kind": "statistics", "needs": needs})["statistics"])
-        context = self.spec.context or self.preflight["model"]["context"] or 0
-        given = Given(self.problem, (), table.damage, context, statistics=statistics)
+        given = Given(self.problem, (), table.damage, self.problem.cost_model.context, statistics=statistics)
         if "kv_budget" in self.spec.knobs:
             given = self._with_lengths(given)
         found: dict[tuple[int, ...], Candidate] = {}

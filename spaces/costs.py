@@ -47,6 +47,7 @@ class CostModel:
     """The cost measures of a space at a batch size and context length.
 
     Attributes:
+        context: Tokens that caches hold.
         measures: Affine form by measurement name.
     """
 
@@ -59,7 +60,7 @@ class CostModel:
         read = "read_bytes" if "read_bytes" in dense else "linear_bytes"
         # of all that could be spared, which is taken away from what the dense model takes, levels say what is left on average
         flops, spared_bytes = (dense.get(name, 0) for name in ("expected_flops", "expected_read_bytes"))
-        self.space = space
+        self.space, self.context = space, context
         self.measures: dict[str, Affine] = {
             "linear_bytes": Affine(Fraction(0), {"linear_bytes": one}),
             "weight_bytes": Affine(Fraction(dense["other_bytes"]), {"linear_bytes": one}),

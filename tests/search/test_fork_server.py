@@ -84,9 +84,11 @@ def test_runners_end_with_their_server() -> None:
 def test_a_runner_that_nobody_waits_for_any_more_is_killed() -> None:
     """As where a process of a pool was killed, whose worker goes on with the same server."""
     runner = forked(fork_server(ENVIRONMENT))
-    process = psutil.Process(runner.pid)
+    process, server = psutil.Process(runner.pid), server_of(runner)
     runner._status.close()
-    process.wait(20)
+    psutil.wait_procs([process], timeout=20)
+    assert not process.is_running()
+    assert server.is_running()
     runner.stdin.close()
     runner.stdout.close()
 
