@@ -74,7 +74,7 @@ def equal_bytes(folder: Path, model: str, knobs: str, width: int, seeds: list[in
     for seed in seeds:
         probe = spec(folder, model, knobs, seed, "linear_bytes<=1.0x", data)
         space = plan(probe, Settings.read()).space
-        uniform = space.uniform()[f"bits={width}"]
+        uniform = space.uniform[f"bits={width}"]
         limit = f"linear_bytes<={space.primary(space.indices(uniform.levels))['linear_bytes']}"
         rows.append(
             {

@@ -103,10 +103,9 @@ class Bank:
         *before, step = chain
         return step.knob.derived(step.site, step.level, self._entry((*before, _stored(step))))
 
-    def missing(self, chains: Iterable[Chain]) -> list[Step]:
-        """The steps whose entries are not stored yet, of chains of one step; an entry that serves several levels is named once."""
-        stored = {self._path(chain): chain[0] for chain in ((_stored(step),) for (step,) in chains)}
-        return [step for path, step in stored.items() if not path.exists()]
+    def files(self, steps: Iterable[Step]) -> dict[Path, Step]:
+        """The steps by the file that each has alone, whether it is there or not; of several levels that one serves, one is named."""
+        return {self._path((_stored(step),)): step for step in steps}
 
     def _entry(self, chain: Chain) -> dict[str, Tensor]:
         """The stored tensors of the chain's last step, memory-mapped; built and stored first if needed."""

@@ -30,7 +30,7 @@ from autoeff.spaces.measurements import Split
 from autoeff.spaces.sites import Structure
 from autoeff.spaces.space import SearchSpace
 
-__all__ = ["Footprint", "footprint_of", "steps_of"]
+__all__ = ["Footprint", "check_disk", "footprint_of", "steps_of"]
 
 _PROCESS_BYTES = 500 << 20  # Python with torch and transformers, measured
 _KEEP_STATES_BYTES = 2 << 30
@@ -53,8 +53,7 @@ class Footprint:
         narrow: Parameters that are kept in 16 bits although the device computes in float32.
         state_stride: The inputs of every how manieth block are kept; None for none.
         keep_decoded: Bytes of decoded levels that are kept.
-        bank_bytes: Of all single-knob entries.
-        missing_bytes: Of those that are still to be built.
+        entries: Bytes of the bank's single-knob entries, by their file.
     """
 
     parts: Mapping[str, int]
@@ -62,12 +61,20 @@ class Footprint:
     narrow: frozenset[str]
     state_stride: int | None
     keep_decoded: int
-    bank_bytes: int
-    missing_bytes: int
+    entries: Mapping[Path, int]
 
     @property
     def memory_bytes(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def bank_bytes(self) -> int:
+        return sum(self.entries.values())
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the entries that are still to be built, as of now."""
+        return sum(size for path, size in self.entries.items() if not path.exists())
 
 
 def footprint_of(
@@ -95,10 +102,10 @@ def footprint_of(
         passages: Both splits.
         device: Where it runs.
         tuning: What adapters are trained on.
-        judged: Whether memory and disk are those of this machine; else there is room enough.
+        judged: Whether memory is that of this machine; else there is enough.
 
     Raises:
-        InputError: Memory or disk cannot do; one line with what would make it fit.
+        InputError: Memory cannot do; one line with what would make it fit.
     """
     needs = {need for knob in knobs.values() for need in knob.needs}
     # gradients have the dtype of their parameters, and float16 has no room for theirs
@@ -134,18 +141,13 @@ def footprint_of(
     kept = max(keep, in_force) if len(of_values) > 1 else min(every_level, max(keep, in_force))
     bank = Bank(Path(setup.bank), facts.digest, {}, lambda name: torch.empty(0), lambda tensor: tensor, 0)
     bank.statistics = Statistics(passages["search"].calibration.digest, {})
-    stored = {(step.linears, step.knob.name, step.knob.stored_level(step.site, step.level)): step for step in steps}
-    missing = sum(entry_bytes(step) + _FILE_BYTES for step in bank.missing((step,) for step in steps))
-    if judged:
-        _check_disk(Path(setup.bank), missing, knobs)
     return Footprint(
         parts={**fixed, "states": states, "levels": kept + int(_HEAP_SHARE * kept if device.type == "cpu" else 0)},
         capacity=capacity,
         narrow=narrow,
         state_stride=stride,
         keep_decoded=keep,
-        bank_bytes=sum(entry_bytes(step) + _FILE_BYTES for step in stored.values()),
-        missing_bytes=missing,
+        entries={path: entry_bytes(step) + _FILE_BYTES for path, step in bank.files(steps).items()},
     )
 
 
@@ -225,7 +227,8 @@ def _too_much(parts: Mapping[str, int], capacity: int, facts: ModelFacts, device
     )
 
 
-def _check_disk(folder: Path, needed: int, knobs: Mapping[str, Knob]) -> None:
+def check_disk(folder: Path, needed: int, knobs: Mapping[str, Knob]) -> None:
+    """Raises InputError where `needed` bytes more do not fit on the disk of the bank's folder."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:

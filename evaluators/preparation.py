@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from autoeff.errors import InputError
-from autoeff.evaluators.footprint import Footprint, footprint_of
-from autoeff.evaluators.ground import Ground, ground_of
+from autoeff.evaluators.footprint import Footprint, check_disk, footprint_of
+from autoeff.evaluators.ground import ground_of
 from autoeff.evaluators.images import make_images
+from autoeff.evaluators.keeping import Keep, anew
 from autoeff.evaluators.latency import Latency, latency_of
-from autoeff.evaluators.loading import ModelFacts, check_memory, load_tokenizer
+from autoeff.evaluators.loading import ModelFacts, check_memory, load_tokenizer, resolve_model
 from autoeff.evaluators.metrics import check_metrics
 from autoeff.evaluators.setup import EVALUATOR_VERSION, EvaluationSetup
 from autoeff.evaluators.tasks import check_tasks
@@ -28,7 +30,7 @@ from autoeff.spaces.space import SearchSpace
 from autoeff.spaces.units import UnitKnob
 
 if TYPE_CHECKING:
-    from autoeff.evaluators.text import Encode
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Preparation", "device_of", "prepare"]
 
@@ -133,16 +135,13 @@ class Preparation:
         }  # fmt: skip
 
 
-def prepare(
-    setup: EvaluationSetup, *, elsewhere: bool = False, encode: Encode | None = None, ground: Callable[..., Ground] = ground_of
-) -> Preparation:
+def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, keep: Keep = anew) -> Preparation:
     """Reads headers, config and text; loads no weights.
 
     Args:
         setup: What is to be evaluated.
         elsewhere: For machines other than this one, which need not have the device; then its memory is theirs to judge.
-        encode: As of `make_windows`.
-        ground: May stand for `ground_of`, as what remembers grounds does.
+        keep: May know what jobs of other texts or seeds share.
 
     Raises:
         InputError: Anything wrong with the model, the text, the knobs or the device.
@@ -151,12 +150,13 @@ def prepare(
     wanted = _named(setup.device)
     device = device_of("cpu" if elsewhere else setup.device)
     judged = device.type == wanted.type
-    found = ground(setup.model, setup.space, setup.batch, setup.context)
+    key = [setup.model, asdict(setup.space), setup.batch, setup.context]
+    found = keep("ground", key, [resolve_model(setup.model)], lambda: ground_of(setup.model, setup.space, setup.batch, setup.context))
     if judged:
         check_memory(found.facts, device)
     facts, structure, space, knobs = found.facts, found.structure, found.space, found.knobs
     trained = sorted(name for name, knob in knobs.items() if knob.kind == "trained")
-    setup, tuning = _tuning(facts, setup, trained, encode)
+    setup, tuning = _tuning(facts, setup, trained, keep)
     latency = None
     if setup.latency is not None:
         latency = latency_of(setup.latency, facts, structure, setup.space, device)
@@ -166,7 +166,8 @@ def prepare(
     asked = {} if setup.tasks is None else {"tasks": check_tasks(setup.tasks)}
     if setup.metrics:
         asked["metrics"] = check_metrics(setup.metrics)
-    passages = _passages(facts, setup, encode, calibrated=any(knob.needs for knob in knobs.values()))
+    calibrated = any(knob.needs for knob in knobs.values())
+    passages = _passages(facts, setup, keep, calibrated=calibrated)
     if tuning is not None:  # what the bank is told of inputs is said of the tuned model
         levels = [d.levels for d in space.decisions if d.knob in trained]
         about = [tuning.digest, setup.seed, [knobs[name].settings() for name in trained], levels]
@@ -176,7 +177,17 @@ def prepare(
     for knob in knobs.values():
         if knob.kind == "cache":
             knob.check_length(min(p.length for p in passages.values()))
-    footprint = footprint_of(setup, facts, found.model, structure, space, knobs, passages, wanted, tuning, judged=judged)
+    # of the texts their sizes count, and what the bank was told of one
+    shapes = [None if p is None else p.inputs.shape for p in (*passages.values(), tuning)]
+    key = [replace(setup, seed=0).to_json(), elsewhere, shapes, passages["search"].calibration.digest if calibrated else None]
+    footprint = keep(
+        "footprint",
+        key,
+        [facts.path],
+        lambda: footprint_of(setup, facts, found.model, structure, space, knobs, passages, wanted, tuning, judged=judged),
+    )
+    if judged:
+        check_disk(Path(setup.bank), footprint.missing_bytes, knobs)
     digest = digest_of(
         {
             "evaluator": EVALUATOR_VERSION,
@@ -195,9 +206,7 @@ def prepare(
     return Preparation(facts, structure, space, knobs, passages, device, found.left_out, footprint, seconds, digest, latency, tuning)
 
 
-def _tuning(
-    facts: ModelFacts, setup: EvaluationSetup, trained: Sequence[str], encode: Encode | None
-) -> tuple[EvaluationSetup, Passages | None]:
+def _tuning(facts: ModelFacts, setup: EvaluationSetup, trained: Sequence[str], keep: Keep) -> tuple[EvaluationSetup, Passages | None]:
     """The text to train on; a setup that names no search text is searched on what is left of it.
 
     Raises:
@@ -218,15 +227,19 @@ def _tuning(
         setup = replace(setup, data=replace(setup.data, source=spec.source))
     spec = spec if spec.windows is not None else replace(spec, windows=0)
     shared = setup.data.source == spec.source
-    return setup, make_windows(load_tokenizer(facts), facts, spec, setup.seed, "tune", divided=shared, tuned=shared, encode=encode)
+    return setup, make_windows(_tokenizer(facts, keep), facts, spec, setup.seed, "tune", divided=shared, tuned=shared, keep=keep)
 
 
-def _passages(facts: ModelFacts, setup: EvaluationSetup, encode: Encode | None, *, calibrated: bool) -> dict[Split, Passages]:
+def _passages(facts: ModelFacts, setup: EvaluationSetup, keep: Keep, *, calibrated: bool) -> dict[Split, Passages]:
     if facts.task == "vision":
         return make_images(facts, setup.data, setup.eval_data, setup.seed, spared=calibrated)
     tuned_on = None if setup.tune_data is None else setup.tune_data.source
-    tokenizer, spared = load_tokenizer(facts), _CALIBRATED * calibrated
-    return make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on, spared=spared, encode=encode)
+    tokenizer, spared = _tokenizer(facts, keep), _CALIBRATED * calibrated
+    return make_passages(tokenizer, facts, setup.data, setup.eval_data, setup.seed, tuned_on=tuned_on, spared=spared, keep=keep)
+
+
+def _tokenizer(facts: ModelFacts, keep: Keep) -> PreTrainedTokenizerBase:
+    return keep("tokenizer", [str(facts.path)], [facts.path], lambda: load_tokenizer(facts))
 
 
 def device_of(name: str) -> torch.device:

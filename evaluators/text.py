@@ -18,6 +18,7 @@ from autoeff.errors import InputError
 from autoeff.evaluators.chat import Conversation, rendered
 from autoeff.evaluators.checkpoint import read_json
 from autoeff.evaluators.dataset import HUB, is_dataset, read_dataset
+from autoeff.evaluators.keeping import Keep, anew
 from autoeff.evaluators.loading import ModelFacts
 from autoeff.evaluators.setup import TextSpec
 from autoeff.evaluators.sources import Text, read_package, read_pairs, read_text
@@ -26,9 +27,7 @@ from autoeff.spaces.measurements import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    Encode = Callable[[PreTrainedTokenizerBase, Text, str], Tensor]
-
-__all__ = ["Passages", "chosen", "digest_of", "encoded", "make_passages", "make_sentences", "make_windows", "with_others"]
+__all__ = ["Passages", "Reading", "chosen", "digest_of", "make_passages", "make_sentences", "make_windows", "with_others"]
 
 _WINDOWS = 16
 _WINDOW_LENGTH = 512
@@ -95,6 +94,21 @@ class Passages:
         return replace(self, inputs=self.inputs.to(device), mask=move(self.mask), scores=move(self.scores), labels=move(self.labels))
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A text as ids, of which windows are cut.
+
+    Attributes:
+        ids: int64 [ids], in order.
+        name: Of what was read.
+        notices: What the user must be told once.
+    """
+
+    ids: Tensor
+    name: str
+    notices: tuple[str, ...]
+
+
 def make_passages(
     tokenizer: PreTrainedTokenizerBase,
     facts: ModelFacts,
@@ -104,13 +118,13 @@ def make_passages(
     *,
     tuned_on: str | None = None,
     spared: int = 0,
-    encode: Encode | None = None,
+    keep: Keep = anew,
 ) -> dict[Split, Passages]:
     """Search and held-out passages of a job.
 
     Without a held-out source, a given search source is divided: its first four fifths are searched on, the last fifth is held out. Of
     a source that the model is `tuned_on` the first three fifths are left to that, and the fourth is searched on. Search passages have
-    others `beside` them, `spared` times as many where there are. `encode` may stand for `encoded`.
+    others `beside` them, `spared` times as many where there are.
 
     Raises:
         InputError: A text cannot be read, is too short, or is needed and not given.
@@ -119,12 +133,12 @@ def make_passages(
     divided = data.source is not None and (eval_data is None or eval_data.source is None)
     if divided:
         held_out = replace(held_out, source=data.source)
-    make = partial(make_windows, encode=encode) if facts.task == "decoder" else make_sentences
+    make = partial(make_windows, keep=keep) if facts.task == "decoder" else make_sentences
     limit = None
     if divided and _remote(data):  # one limit for both, or the parts would overlap
         limit = min(_READ_LIMIT, 5 * max((1 + spared) * _reach(data, facts), _reach(held_out, facts)))
     tuned = tuned_on is not None and data.source == tuned_on
-    make_search = partial(make_windows, tuned=True, encode=encode) if tuned else make
+    make_search = partial(make_windows, tuned=True, keep=keep) if tuned else make
     return {
         "search": make_search(tokenizer, facts, data, seed, "search", divided=divided or tuned, limit_bytes=limit, spared=spared),
         "held_out": make(tokenizer, facts, held_out, seed, "held_out", divided=divided, limit_bytes=limit),
@@ -142,7 +156,7 @@ def make_windows(
     limit_bytes: int | None = None,
     tuned: bool = False,
     spared: int = 0,
-    encode: Encode | None = None,
+    keep: Keep = anew,
 ) -> Passages:
     """Windows of a text for a decoder.
 
@@ -157,12 +171,11 @@ def make_windows(
         limit_bytes: How much of the source is read. None takes 64 MiB, or less of a source that is remote or read from its start:
             16 bytes a token, and more where that does not suffice.
         spared: So many times as many windows are drawn from what lies between these, and returned `beside` them.
-        encode: May stand for `encoded`, as what remembers ids does.
+        keep: May know the ids of the text.
 
     Raises:
         InputError: The text is missing, unreadable or too short, or the windows do not fit the model.
     """
-    encode = encode or encoded
     length = _length(spec, facts, _WINDOW_LENGTH)
     bos = tokenizer.bos_token_id if spec.bos == "per_window" else None
     step = length - (bos is not None)
@@ -171,17 +184,15 @@ def make_windows(
     wanted = (max(spec.draw) + step if isinstance(spec.draw, tuple) else count * step) + spared * count * step
     frugal = not divided and (_remote(spec) or spec.draw == "first")
     limit = limit_bytes or (_bytes_for(wanted) if frugal else _READ_LIMIT)
-    text, notices = _read(spec, facts, split, limit)
-    ids = encode(tokenizer, text, spec.bos)
-    while frugal and not text.complete and limit < _READ_LIMIT and len(ids) < wanted + _SETTLED:
-        limit = min(4 * limit, _READ_LIMIT)
-        text, notices = _read(spec, facts, split, limit)
-        ids = encode(tokenizer, text, spec.bos)
-    if not text.complete and (limit == _READ_LIMIT or divided or spec.draw == "random"):
-        notices.append(_cut_at(limit, text))
-    where = text.name
-    if spec.bos == "per_window" and _has_ends(text) and _END not in tokenizer.get_vocab():
-        notices.append(f"{where} has lines {_END} between its documents, which are read as text; bos per_document divides it there")
+    least = wanted + _SETTLED if frugal else 0
+    told = divided or spec.draw == "random"
+
+    def read() -> Reading:
+        return _reading(tokenizer, facts, spec, split, limit, least, told=told)
+
+    key = [spec.source or f"of the model, {split}", spec.bos, limit, least, told]
+    reading = read() if _remote(spec) else keep("text", key, [facts.path, *filter(None, [spec.source])], read)
+    ids, where, notices = reading.ids, reading.name, list(reading.notices)
     if divided:
         begin, end, named = _FIFTHS[split, tuned]
         ids = ids[len(ids) * begin // 5 : len(ids) * end // 5]
@@ -324,7 +335,24 @@ def _read(spec: TextSpec, facts: ModelFacts, split: str, limit_bytes: int) -> tu
     return text, notices
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
+def _reading(
+    tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, spec: TextSpec, split: str, limit: int, least: int, *, told: bool
+) -> Reading:
+    """The first `limit` bytes of a text, or more where they are not `least` ids; that it is cut is `told`, or only at the last limit."""
+    text, notices = _read(spec, facts, split, limit)
+    ids = _encoded(tokenizer, text, spec.bos)
+    while not text.complete and limit < _READ_LIMIT and len(ids) < least:
+        limit = min(4 * limit, _READ_LIMIT)
+        text, notices = _read(spec, facts, split, limit)
+        ids = _encoded(tokenizer, text, spec.bos)
+    if not text.complete and (limit == _READ_LIMIT or told):
+        notices.append(_cut_at(limit, text))
+    if spec.bos == "per_window" and _has_ends(text) and _END not in tokenizer.get_vocab():
+        notices.append(f"{text.name} has lines {_END} between its documents, which are read as text; bos per_document divides it there")
+    return Reading(ids, text.name, tuple(notices))
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str) -> Tensor:
     """All ids of a text in order, int64 [ids]; `bos` as in `TextSpec`."""
     ids: list[int] = []
     for plain, group in groupby(text.documents, key=lambda document: isinstance(document, str)):

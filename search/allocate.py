@@ -36,7 +36,7 @@ def rule_job(fields: Mapping[str, Any], rules: str, settings: Settings) -> JobSp
     spec = JobSpec.parse({**fields, "knobs": knobs, "seeds": names, "sampler": "none"})
     preparation = prepare(spec.setup(settings.bank))
     space, windows = preparation.space, len(preparation.passages["search"].inputs)
-    points = 1 if spec.limits else max(3, len(space.uniform()))
+    points = 1 if spec.limits else max(3, len(space.uniform))
     short = sum(rule.measures(space) for rule in make_seeds(names, list(knobs)))
     on_the_way = -(-short * max(1, windows // 4) // windows)
     # rules take at most half of what is left, and a richer table up to a third

@@ -210,7 +210,7 @@ def _points(sides: Sequence[_Side], cost: str) -> Iterator[tuple[OperatingPoint,
     first = sides[0].problem
     bounded = [side for side in sides if side.problem.cost_limits or is_own(side.job)]
     points = [point for side in bounded for point in side.problem.operating_points]
-    for name, configuration in first.space.uniform().items():
+    for name, configuration in first.space.uniform.items():
         bound = first.cost_model.exact(cost, first.space.indices(configuration.levels))
         points.append(OperatingPoint(f"{cost} of {name}", (Limit(cost, bound, f"{cost}<={name}"),)))
     distinct = {tuple((limit.name, limit.bound, limit.lower) for limit in point.limits): point for point in reversed(points)}

@@ -62,13 +62,13 @@ def full_table_trials(space: SearchSpace) -> int:
 
 def minimum_trials(space: SearchSpace, windows: int) -> int:
     """The least budget in full-token equivalents: dense, uniform levels, the cheap table and five more."""
-    return 1 + len(space.uniform()) + -(-_table_cost(space, "cheap", windows) // 1) + _AFTER_TABLE
+    return 1 + len(space.uniform) + -(-_table_cost(space, "cheap", windows) // 1) + _AFTER_TABLE
 
 
 def left_to_search(problem: Problem) -> int:
     """Evaluations that are left to the sampler when no two guests are equal; rules among them are not counted."""
     space, trials, windows = problem.space, problem.trials, problem.windows
-    spent = 1 + len(space.uniform()) + _table_cost(space, table_form(space, trials, windows), windows) + len(problem.operating_points)
+    spent = 1 + len(space.uniform) + _table_cost(space, table_form(space, trials, windows), windows) + len(problem.operating_points)
     return int(trials - spent - _random_count(trials, spent))
 
 
@@ -85,7 +85,7 @@ def preamble(
     known: dict[Key, float | None] = {}
     full = problem.windows
     zero = tuple([0] * len(problem.space.decisions))
-    uniform = [(problem.space.indices(c.levels), name) for name, c in problem.space.uniform().items()]
+    uniform = [(problem.space.indices(c.levels), name) for name, c in problem.space.uniform.items()]
     dense = Candidate(zero, full, "dense")
     yield from _asked([dense] if table_only else [dense, *(Candidate(indices, full, "uniform", name) for indices, name in uniform)], known)
     yield from _asked(table_candidates(problem), known)

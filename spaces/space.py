@@ -193,7 +193,8 @@ class SearchSpace:
     def dense_configuration(self) -> Configuration:
         return self.at([0] * len(self.decisions))
 
-    def uniform(self) -> dict[str, Configuration]:
+    @cached_property
+    def uniform(self) -> Mapping[str, Configuration]:
         """The baselines "one level everywhere", by `knob=level`; every other knob stays dense."""
         found: dict[str, Configuration] = {}
         for knob in dict.fromkeys(d.knob for d in self.decisions if d.uniform):

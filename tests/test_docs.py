@@ -332,7 +332,7 @@ def test_the_example_knob_is_searched_beside_others(float8: str, tmp_path: Path,
     spec = JobSpec.parse({"model": "demo", "knobs": [float8, "skip", "width"], "limits": ["avg_bits<=8"], "data": text, "eval_data": text})
     planned = plan(spec, Settings.read())
     assert {decision.knob for decision in planned.space.decisions} == {float8, "skip", "width"}
-    uniform = planned.space.uniform()[f"{float8}=fp8"]
+    uniform = planned.space.uniform[f"{float8}=fp8"]
     assert 8 < planned.problem.cost_model.values(planned.space.indices(uniform.levels))["avg_bits"] < 8.2
 
 

@@ -106,7 +106,7 @@ class Problem:
         if self.cost_limits:
             return (OperatingPoint(", ".join(limit.text for limit in self.cost_limits), self.cost_limits),)
         points: dict[Fraction, OperatingPoint] = {}
-        for name, configuration in self.space.uniform().items():
+        for name, configuration in self.space.uniform.items():
             bound = self.cost_model.exact(self.cost_measure, self.space.indices(configuration.levels))
             points.setdefault(bound, OperatingPoint(name, (Limit(self.cost_measure, bound, f"{self.cost_measure}<={name}"),)))
         if not points:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from autoeff.evaluators.preparation import prepare
 from autoeff.evaluators.setup import EvaluationSetup
 from autoeff.search.job import JobSpec
@@ -36,6 +38,8 @@ def test_a_preparation_is_made_once_until_a_file_changes(
     other = prepared(setup(seed=1), elsewhere=True)
     assert other.digest == prepare(setup(seed=1), elsewhere=True).digest != first.digest
     assert other.space is first.space, "a model is looked through once"
+    assert other.footprint is first.footprint
+    assert len(prepared._kept["text"]._known) == 1, "a text is tokenised once"
     assert prepared(setup(knobs={"skip": {}}), elsewhere=True).space is not first.space
     text.write_text(text.read_text() + "and one line more\n" * 40)
     second = prepared(setup(), elsewhere=True)
@@ -44,4 +48,34 @@ def test_a_preparation_is_made_once_until_a_file_changes(
     assert prepared(setup(), elsewhere=True) is not second
     prepared(replace(setup(), hardware="cpu"), elsewhere=True)
     prepared(replace(setup(), hardware="gpu.any"), elsewhere=True)
-    assert len(prepared._prepared._known) == 2
+    assert len(prepared._kept["preparation"]._known) == 2
+
+
+@pytest.mark.parametrize("knobs", [{"bits": {"group_size": 16}}, {"bits": {"group_size": 16, "quantizer": "gptq"}}])
+def test_what_is_kept_gives_what_a_new_preparation_gives(tiny_job: Make, tiny_text: Path, tmp_path: Path, knobs: dict[str, object]) -> None:
+    prepared = Preparations()
+    whole = {"source": str(tiny_text), "windows": 8, "length": 16}
+    for data in (whole, whole | {"windows": 4}, whole | {"draw": "first"}, whole | {"bos": "per_document"}, whole | {"draw": (3, 40)}):
+        for seed in (0, 1):
+            setup = tiny_job(knobs=knobs, data=data, eval_data=None, seed=seed).setup(tmp_path / "bank")
+            assert prepared(setup).report() == prepare(setup).report()
+            assert prepared(setup).digest == prepare(setup).digest
+
+
+def test_ids_take_a_limited_room(tiny_job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoeff.search.preparations._READINGS_BYTES", 0)
+    prepared = Preparations()
+    setup = tiny_job().setup(tmp_path / "bank")
+    assert prepared(setup).digest == prepare(setup).digest
+    assert not prepared._kept["text"]._known
+
+
+def test_a_level_that_was_built_since_is_no_longer_missing(tiny_job: Make, tmp_path: Path) -> None:
+    prepared = Preparations()
+    setup = tiny_job(knobs={"bits": {"group_size": 16, "quantizer": "gptq"}}).setup(tmp_path / "bank")
+    before = prepared(setup).report()["bank_missing_bytes"]
+    (path, size), *_ = prepared(setup).footprint.entries.items()
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert prepared(setup).report()["bank_missing_bytes"] == before - size
+    assert prepared(replace(setup, seed=1)).report()["bank_missing_bytes"] == before, "levels are fitted to the text that is drawn"

@@ -151,7 +151,7 @@ def test_level_that_only_some_sites_have_may_be_named_for_all(make_structure: Ma
 
 def test_uniform_levels_are_baselines_of_knobs_that_people_use_so(make_structure: MakeStructure) -> None:
     space = _space(make_structure(2))
-    uniform = space.uniform()
+    uniform = space.uniform
     assert list(uniform) == ["bits=8", "bits=6", "bits=4", "bits=3", "bits=2"]
     assert set(uniform["bits=3"].levels.items()) == {(d.key, 3 if d.knob == "bits" else "keep") for d in space.decisions}
 

@@ -146,7 +146,7 @@ def test_a_cost_objective_gets_a_front(toy: Make) -> None:
     def point(indices: tuple[int, ...]) -> tuple[float, float]:
         return float(some.problem.cost_model.exact("linear_bytes", indices) / dense), some.damage(indices, some.problem.windows)
 
-    uniform = [point(some.problem.space.indices(c.levels)) for c in some.problem.space.uniform().values()]
+    uniform = [point(some.problem.space.indices(c.levels)) for c in some.problem.space.uniform.values()]
     found = hypervolume([point(c.indices) for c in candidates], (0.6, 2.0))
     seeds = hypervolume([point(c.indices) for c in some.searched()[0][1]], (0.6, 2.0))
     assert seeds > 1.01 * hypervolume(uniform, (0.6, 2.0))

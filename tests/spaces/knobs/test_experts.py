@@ -77,7 +77,7 @@ def test_costs_are_the_operations_of_the_experts_left_out(tiny_model: Callable[.
     both = space.indices({"model.layers.1.mlp:experts": 1, "model.layers.1.mlp:skip": "skip"})
     alone = space.indices({"model.layers.1.mlp:skip": "skip"})
     assert costs.exact("flops_per_token", both) == costs.exact("flops_per_token", alone)
-    assert "experts=1" in space.uniform()
+    assert "experts=1" in space.uniform
     bits = {d.key: d for d in space.decisions}["model.layers.1.mlp.experts.gate_up_proj+down_proj:bits"]
     assert all(len(context) == 2 for context in bits.costs)  # fewer experts are fewer bytes to read
 

@@ -43,7 +43,7 @@ def test_a_share_keeps_so_many_tokens_of_every_sequence(tiny_model: Callable[...
     assert costs.exact("bytes_per_token", indices) - costs.dense("bytes_per_token") == ALL // 2 + ALL * 3 // 16 - 2 * ALL
     assert costs.exact("weight_bytes", indices) == costs.dense("weight_bytes")
     assert costs.exact("kv_peak_bytes", indices) - costs.exact("kv_bytes", indices) == 3 * ALL // 8  # a block is an eighth
-    assert list(space.uniform())[:2] == ["kv_budget=0.75", "kv_budget=0.5"]
+    assert list(space.uniform)[:2] == ["kv_budget=0.75", "kv_budget=0.5"]
 
 
 def test_costs_go_on_top_of_whatever_changes_the_cache_besides(tiny_model: Callable[..., nn.Module]) -> None:
