@@ -227,11 +227,11 @@ def _too_much(parts: Mapping[str, int], capacity: int, facts: ModelFacts, device
     )
 
 
-def check_disk(folder: Path, needed: int, knobs: Mapping[str, Knob]) -> None:
-    """Raises InputError where `needed` bytes more do not fit on the disk of the bank's folder."""
+def check_disk(footprint: Footprint, folder: Path, knobs: Mapping[str, Knob]) -> None:
+    """Raises InputError where the entries that are still to be built do not fit on the disk of the bank's folder."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if needed > free:
+    if footprint.bank_bytes > free and (needed := footprint.missing_bytes) > free:
         nested = "set bits.store=nested (a third of the bytes), " if getattr(knobs.get("bits"), "store", None) == "separate" else ""
         raise InputError(
             f"the level bank needs {needed / 1e9:.1f} GB more at {folder}, {free / 1e9:.1f} GB are free; "

@@ -187,7 +187,7 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, keep: Keep = ane
         lambda: footprint_of(setup, facts, found.model, structure, space, knobs, passages, wanted, tuning, judged=judged),
     )
     if judged:
-        check_disk(Path(setup.bank), footprint.missing_bytes, knobs)
+        check_disk(footprint, Path(setup.bank), knobs)
     digest = digest_of(
         {
             "evaluator": EVALUATOR_VERSION,

@@ -36,20 +36,30 @@ class Preparations:
 
     def __init__(self, kept: int = 16) -> None:
         self._kept: defaultdict[str, _Recent] = defaultdict(lambda: _Recent(kept))
+        self._stamps: dict[str, list[Any]] = {}  # as of the present call
 
     def __call__(self, setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
         """As `prepare`."""
+        self._stamps.clear()
         key = [setup.to_json(), elsewhere, _stored(setup)]
         return self._keep("preparation", key, _files(setup), lambda: prepare(setup, elsewhere=elsewhere, keep=self._keep))
 
     def plan(self, spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
         """As `plan`; equal jobs share one."""
+        self._stamps.clear()
         setup = spec.setup(settings.bank)
         key = [spec.model_dump(mode="json"), queue, str(settings.home), settings.memory_cap, _stored(setup)]
         return self._keep("plan", key, _files(setup), lambda: plan(spec, settings, queue, self))
 
     def _keep(self, kind: str, key: Sequence[Any], places: Sequence[str | Path], make: Callable[[], T]) -> T:
-        return self._kept[kind].get(digest_of([*key, *map(_stamp, places)]), make)
+        return self._kept[kind].get(digest_of([*key, *map(self._stamp, places)]), make)
+
+    def _stamp(self, name: str | Path) -> list[Any]:
+        place = Path(name)
+        if str(place) not in self._stamps:
+            files = [place] if not place.is_dir() else sorted(place.rglob("*"))
+            self._stamps[str(place)] = [str(place), *_stamps(files)]  # of the hub or a package only its name
+        return self._stamps[str(place)]
 
 
 class _Recent:
@@ -85,13 +95,6 @@ def _stored(setup: EvaluationSetup) -> list[Any]:
     """What changes with the first levels that are built, for the bytes that are still to be written; the bank has thousands of files."""
     bank = Path(setup.bank)
     return _stamps(sorted(bank.iterdir())) if bank.is_dir() else []
-
-
-def _stamp(name: str | Path) -> list[Any]:
-    place = Path(name)
-    if not place.exists():  # of the hub or a package
-        return [str(place)]
-    return _stamps([place] if place.is_file() else sorted(place.rglob("*")))
 
 
 def _stamps(files: Sequence[Path]) -> list[Any]:
