@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,11 @@ class Roots:
         return None
 
 
-def bundled_models() -> list[str]:
+@lru_cache(1)
+def bundled_models() -> tuple[str, ...]:
     """Names of the models that the package brings."""
     folder = importlib.resources.files("autoeff") / "models"
-    return sorted(item.name for item in folder.iterdir() if item.is_dir() and item.joinpath("config.json").is_file())
+    return tuple(sorted(item.name for item in folder.iterdir() if item.is_dir() and item.joinpath("config.json").is_file()))
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:

@@ -45,7 +45,7 @@ def submitted(job: Mapping[str, Any], settings: Settings, owner: str, reply: Rep
 
     store = _store(settings.database)
     answer = None if reply is None else reply_for
-    return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=answer, planned=_prepared().plan).id
+    return submit(store, JobSpec.parse(job), settings, owner=owner, reply_for=answer, planned=_prepared().plan)
 
 
 def resolved(job_id: str, limits: Sequence[str], settings: Settings, *, measure: bool = False) -> dict[str, Any]:

@@ -115,9 +115,8 @@ def filled(home: Path, trials: int) -> tuple[str, str]:
     unpack(home)
     settings = Settings(home=home)
     with Store.open(settings.database) as store:
-        job = submit(
-            store, JobSpec.parse({"model": "demo", "knobs": {"bits": {}, "skip": {}}, "limits": ["avg_bits<=4"]}), settings, owner=LOCAL
-        )
+        spec = JobSpec.parse({"model": "demo", "knobs": {"bits": {}, "skip": {}}, "limits": ["avg_bits<=4"]})
+        job = store.job(submit(store, spec, settings, owner=LOCAL))
         simulated.fill_thinly(store, job, trials, problem_of(job).windows, seed=0)
         simulated.state_of(store, job.id, JobState.PAUSED)
         return job.id, KeyRing(store.database).make("benchmark", LOCAL, ["jobs:read"])[1].text

@@ -135,7 +135,7 @@ def script(log: Path, environment: dict[str, str], *arguments: str) -> Iterator[
 def submissions(place: Place) -> Iterator[Measure]:
     """`POST /v1/jobs`, 16 in flight, over SQLite."""
     with place.serving("--no-coordinator") as (url, key), httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
-        for kind, seeds in (("same seed", [0] * 400), ("seeds of their own", list(range(1, 101)))):
+        for kind, seeds in (("same seed", [0] * 400), ("seeds of their own", list(range(1, 401)))):
             while client.post("/v1/jobs", json=JOB, timeout=120).status_code != 202:  # the engine is being loaded
                 time.sleep(0.5)
             seconds: list[float] = []
@@ -311,7 +311,7 @@ def _pace(place: Place, database: str, workers: int, seconds: float, trials: int
             assert time.monotonic() < deadline, "the workers did not come"
             time.sleep(0.1)
         spec = JobSpec.parse(JOB | {"budget": {"trials": trials}})
-        job = submit(store, spec, place.settings(database))
+        job = store.job(submit(store, spec, place.settings(database)))
         _ended(store, job.id, lambda job: job.counts.succeeded >= 2 * workers)
         first, started = store.counts(job.id).succeeded, time.perf_counter()
         _ended(store, job.id, lambda job: job.counts.succeeded >= trials - 4)
@@ -344,7 +344,7 @@ def crowd(place: Place) -> Iterator[Measure]:
     with Store.open(database) as store, simulated.Crowd(store, workers, seconds, lease_s=20.0) as crowd:
         spec = JobSpec.parse(JOB | {"budget": {"trials": 1300}})
         with running(place.folder / "coordinator.log", place.environment(database), "coordinator"):
-            job = submit(store, spec, place.settings(database))
+            job = store.job(submit(store, spec, place.settings(database)))
             _ended(store, job.id, lambda job: job.counts.succeeded >= 3 * workers)
             begun = time.monotonic()
             time.sleep(12 * seconds)
@@ -359,7 +359,7 @@ def coordinator(place: Place) -> Iterator[Measure]:
     """A job of 10,000 trials is taken up again and asks on, with NSGA-II."""
     settings = place.settings()
     with Store.open(settings.database) as store, simulated.Crowd(store, 1):
-        job = submit(store, JobSpec.parse(JOB | {"sampler": "nsga2", "budget": {"trials": 300}}), settings)
+        job = store.job(submit(store, JobSpec.parse(JOB | {"sampler": "nsga2", "budget": {"trials": 300}}), settings))
         stop = threading.Event()
 
         def driven() -> threading.Thread:
@@ -406,7 +406,7 @@ def large(place: Place, count: int = 100_000) -> Iterator[Measure]:
     """Page, front, summary and points of a job of 100,000 trials that goes on, over REST and SQLite."""
     settings = place.settings()
     with Store.open(settings.database) as store:
-        job = submit(store, JobSpec.parse(JOB), settings, owner="ada")
+        job = store.job(submit(store, JobSpec.parse(JOB), settings, owner="ada"))
         windows = problem_of(job).windows
         started = time.perf_counter()
         simulated.fill_thinly(store, job, count, windows, seed=count)

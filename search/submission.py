@@ -9,7 +9,7 @@ from autoeff.errors import InputError
 from autoeff.search.job import JobSpec
 from autoeff.search.model import Plan, plan
 from autoeff.search.settings import Settings
-from autoeff.search.storage.records import Job, Reply
+from autoeff.search.storage.records import Reply
 from autoeff.search.storage.store import Store
 
 __all__ = ["queue_of", "submit"]
@@ -36,8 +36,8 @@ def submit(
     owner: str | None = None,
     reply_for: Callable[[str], Reply] | None = None,
     planned: Callable[[JobSpec, Settings, str | None], Plan] = plan,
-) -> Job:
-    """Checks a job and stores it for the coordinators.
+) -> str:
+    """Checks a job and stores it for the coordinators; returns its id.
 
     Args:
         store: Where to.
@@ -54,7 +54,7 @@ def submit(
     queue = queue_of(spec)
     found = planned(spec, settings, queue)
     job_id = uuid.uuid4().hex[:12]
-    return store.create_job(
+    store.create_job(
         job_id,
         spec.model_dump(mode="json"),
         found.preflight,
@@ -64,3 +64,4 @@ def submit(
         queue=queue,
         reply=None if reply_for is None else reply_for(job_id),
     )
+    return job_id

@@ -58,7 +58,7 @@ class Jobs:
         owner: str | None = None,
         queue: str | None = None,
         reply: Reply | None = None,
-    ) -> Job:
+    ) -> None:
         """Adds a pending job.
 
         Args:
@@ -85,7 +85,6 @@ class Jobs:
                 connection.execute(delete(IdempotencyRow).where(IdempotencyRow.expires_at <= now()))
                 if not insert_absent(connection, IdempotencyRow, reply.values(), stamped="expires_at", after_s=reply.ttl_s):
                     raise Conflict(f"the request {reply.idempotency_key!r} has an answer already")
-        return self.job(job_id)
 
     def job(self, job_id: str, owner: str | None = None) -> Job:
         """The job of this id.
@@ -129,9 +128,9 @@ class Jobs:
     def has_open_jobs(self, owner: str, number: int) -> bool:
         """Whether so many jobs of an owner have not ended."""
         open_states = JobRow.state.in_([state for state in JobState if not state.terminal])
-        query = select(JobRow.id).where(JobRow.owner == owner, open_states).limit(number)
+        query = select(JobRow.id).where(JobRow.owner == owner, open_states).offset(number - 1).limit(1)
         with self._database.read() as connection:
-            return len(connection.execute(query).all()) >= number
+            return connection.execute(query).first() is not None
 
     def counts(self, job_id: str) -> Counts:
         """The job's counters alone.

@@ -190,10 +190,11 @@ def test_a_job_is_validated_without_being_started(served: Any) -> None:
 
 
 def test_open_jobs_of_an_owner_are_counted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = submitted(served)
-    monkeypatch.setattr(served.settings, "open_jobs", 1)
+    monkeypatch.setattr(served.settings, "open_jobs", 2)
+    jobs = [submitted(served), submitted(served)]
     assert served.refused(served.ask("POST", "/v1/jobs", json=served.tiny), 429, "quota")["status"] == 429
-    served.ask("POST", f"/v1/jobs/{job}/cancel")
+    for job in jobs:
+        served.ask("POST", f"/v1/jobs/{job}/cancel")
 
 
 def test_a_new_budget_is_resolved(served: Any) -> None:

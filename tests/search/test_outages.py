@@ -77,7 +77,7 @@ def test_a_search_goes_on_when_a_full_disk_has_room_again(
     tiny_job: Make, simulated: ModuleType, audit: Callable[..., list[str]], settings: Settings
 ) -> None:
     with Store.open(settings.database) as store, simulated.Crowd(store, 2, 0.01, lease_s=1.0), coordinating(store, settings):
-        job = submit(store, small(tiny_job), settings)
+        job = store.job(submit(store, small(tiny_job), settings))
         until(store, job.id, lambda job: job.counts.succeeded >= 10)
         with store.database.write() as connection:  # a pragma of the one connection that writes
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
@@ -108,7 +108,7 @@ def test_a_search_whose_failures_are_tried_again_ends_as_if_they_had_not_been(
                 super().report(claim, seconds)
 
     with Store.open(settings.database) as store, Broken(store, 1):
-        job = submit(store, small(tiny_job), settings)
+        job = store.job(submit(store, small(tiny_job), settings))
         with coordinating(store, settings):
             until(store, job.id, lambda job: job.counts.succeeded + job.counts.failed >= 30)
         failed = [trial.number for trial in store.trials(job.id) if trial.state is State.FAILED]

@@ -141,7 +141,7 @@ def test_an_interrupted_service_with_one_worker_asks_what_a_search_without_a_ser
         (alone,) = [other.trials(job.id) for job in other.jobs() if job.spec["limits"] == [LOOSE]]
     with Store.open(service.database) as store:
         embedded = service.model_copy(update={"broker_url": None})
-        job = submit(store, tiny_job(limits=[LOOSE]), service, owner="ada")
+        job = store.job(submit(store, tiny_job(limits=[LOOSE]), service, owner="ada"))
         assert (job.state, job.queue, job.owner) == (JobState.PENDING, "cpu", "ada")
         with coordinating(embedded), working(embedded):
             until(store, job.id, lambda job: job.counts.succeeded >= len(alone) * 2 // 3)
@@ -211,7 +211,7 @@ def test_a_worker_reserves_nothing_and_survives_messages_that_nobody_should_send
 @pytest.mark.slow
 def test_a_worker_stays_at_a_job_while_that_saves_opening_models(tiny_job: Make, settings: Settings, store: Store) -> None:
     small = {"knobs": {"skip": {}}, "sampler": "random", "budget": {"trials": 14}}
-    jobs = [submit(store, tiny_job(**small, seed=seed), settings).id for seed in (0, 1)]  # of different windows
+    jobs = [submit(store, tiny_job(**small, seed=seed), settings) for seed in (0, 1)]  # of different windows
     with coordinating(settings), working(settings):
         for job_id in jobs:
             assert until(store, job_id, ended).state is JobState.SUCCEEDED
@@ -226,7 +226,7 @@ def test_a_job_is_paused_resumed_with_a_smaller_budget_and_cancelled(tiny_job: M
     small = {"limits": ["avg_bits<=12"], "space": {"include": ["model.layers.0.*"]}}
     spec = tiny_job(**small, budget={"trials": 60}, sampler="random")
     with coordinating(settings), working(settings):
-        job = submit(store, spec, settings)
+        job = store.job(submit(store, spec, settings))
         until(store, job.id, lambda job: job.counts.succeeded >= 3)
         store.pause(job.id)
         paused = until(store, job.id, lambda job: job.coordinator is None and job.counts.open == 0)
@@ -245,7 +245,7 @@ def test_a_job_is_paused_resumed_with_a_smaller_budget_and_cancelled(tiny_job: M
         assert (job.state, job.error) == (JobState.SUCCEEDED, None)
         assert 34 < job.counts.cost <= 35
 
-        second = submit(store, tiny_job(**small, seed=1), settings)  # other windows, so other work
+        second = store.job(submit(store, tiny_job(**small, seed=1), settings))  # other windows, so other work
         until(store, second.id, lambda job: job.counts.succeeded >= 1)
         store.cancel(second.id)
         cancelled = until(store, second.id, ended)
@@ -262,7 +262,7 @@ def test_a_worker_with_another_model_does_not_evaluate_and_harms_nothing(
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\n" * 400)
     small = {"knobs": {"skip": {}}, "sampler": "random", "budget": {"trials": 14}}
-    job = submit(store, tiny_job(**small, data={"source": str(text), "windows": 8, "length": 16}), settings)
+    job = store.job(submit(store, tiny_job(**small, data={"source": str(text), "windows": 8, "length": 16}), settings))
     with coordinating(settings):
         until(store, job.id, lambda job: job.counts.trials == 1)
         evaluation = store.trial(job.id, 0).evaluation_id
@@ -285,7 +285,7 @@ def test_who_takes_a_job_up_leaves_claims_to_the_reaper_and_a_pause_in_force(
     tiny_job: Make, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an outage workers have a whole lease to report; and the user may pause at any moment."""
-    job = submit(store, tiny_job(), settings)
+    job = store.job(submit(store, tiny_job(), settings))
     stop = threading.Event()
     stop.set()
     with monkeypatch.context() as patch:
@@ -309,7 +309,7 @@ def test_who_takes_a_job_up_leaves_claims_to_the_reaper_and_a_pause_in_force(
 def test_jobs_that_nobody_evaluates_make_room_for_others(tiny_job: Make, settings: Settings, store: Store) -> None:
     settings = settings.model_copy(update={"coordinated_jobs": 1})
     small = {"knobs": {"skip": {}}, "sampler": "random", "budget": {"trials": 14}}
-    first, second = (submit(store, tiny_job(**small, device=device), settings).id for device in ("cuda", "cpu"))
+    first, second = (submit(store, tiny_job(**small, device=device), settings) for device in ("cuda", "cpu"))
     with coordinating(settings):
         until(store, first, lambda job: job.counts.trials == 1)
         with working(settings):
@@ -319,7 +319,7 @@ def test_jobs_that_nobody_evaluates_make_room_for_others(tiny_job: Make, setting
 
 
 def test_a_job_of_another_version_has_failed(tiny_job: Make, settings: Settings, store: Store) -> None:
-    job = submit(store, tiny_job(), settings)
+    job = store.job(submit(store, tiny_job(), settings))
     with store.database.write() as connection:
         connection.execute(update(JobRow).values(preflight={**job.preflight, "torch": "2.0.1+cpu"}))
     with pytest.raises(InputError, match="so submit it again"):
@@ -348,7 +348,7 @@ def test_a_coordinator_needs_neither_the_model_nor_its_text(tiny_job: Make, sett
     shutil.copy(str(job.data.source), text)
     data = {"source": str(text), "windows": 8, "length": 32}
     spec = JobSpec.parse(job.model_dump(mode="json") | {"model": str(model), "data": data, "eval_data": None})
-    stored = submit(store, spec, settings)
+    stored = store.job(submit(store, spec, settings))
     planned = plan(spec, settings, "cpu")
     shutil.rmtree(model)
     text.unlink()
