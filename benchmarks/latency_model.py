@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
+from autoeff.evaluators.correlation import spearman
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.latency_table import PHASES
 from autoeff.evaluators.loading import inspect_model, resolve_model
@@ -76,7 +76,7 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name in (name for name in ("decode_ms", "prefill_ms") if name in rows[0]):
         pairs = [(row[name]["predicted"], row[name]["measured"]) for row in rows if row["label"] != "dense"]
         errors = [abs(predicted / measured - 1) for predicted, measured in pairs]
-        rank = float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else None
+        rank = spearman(*zip(*pairs, strict=True)) if len(pairs) > 2 else None
         found[name] = {"median_error": median(errors), "largest_error": max(errors), "spearman": rank, "configurations": len(pairs)}
     return {"agreement": found}
 

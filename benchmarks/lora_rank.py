@@ -29,10 +29,10 @@ from result_files import add_rows
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
+from autoeff.evaluators.correlation import spearman
 from autoeff.evaluators.evaluator import Evaluator
 from autoeff.evaluators.loading import load_model
 from autoeff.evaluators.preparation import Preparation, prepare
-from autoeff.evaluators.quality import spearman
 from autoeff.evaluators.setup import EvaluationRequest
 from autoeff.evaluators.super_adapter import tuned
 from autoeff.evaluators.text import Passages

@@ -21,6 +21,7 @@ from autoeff.evaluators.attention import Moments, OfWindows, mean_of, of_windows
 from autoeff.evaluators.bank import Bank, Statistics
 from autoeff.evaluators.calibration import collected, explained, gradients
 from autoeff.evaluators.candidate import Candidate
+from autoeff.evaluators.correlation import spearman
 from autoeff.evaluators.footprint import steps_of
 from autoeff.evaluators.forward import Forward, States, fed_to
 from autoeff.evaluators.images import PROCESSOR
@@ -41,7 +42,6 @@ from autoeff.evaluators.quality import (
     next_token_losses,
     pooled,
     sample_of,
-    spearman,
     teacher_of,
     token_kl,
 )
@@ -423,8 +423,8 @@ class Evaluator:
         if request.split == "held_out" and scores is not None and order is not None and request.windows == len(order):
             as_read = torch.empty_like(embeddings)
             as_read[order] = embeddings
-            left, right = as_read[0::2], as_read[1::2]
-            result.append(self._measured("spearman", request, Sample(spearman((left * right).sum(-1), scores), None), len(scores)))
+            cosines = (as_read[0::2] * as_read[1::2]).sum(-1)
+            result.append(self._measured("spearman", request, Sample(spearman(cosines.tolist(), scores.tolist()), None), len(scores)))
         if request.split == "held_out" and text.passages.labels is not None:
             hits = sample_of(self._classes(text, request.windows) == text.passages.labels[: request.windows])
             hardware = hardware_name(self.preparation.device)

@@ -31,7 +31,6 @@ __all__ = [
     "next_token_losses",
     "pooled",
     "sample_of",
-    "spearman",
     "teacher_of",
     "token_kl",
 ]
@@ -148,20 +147,6 @@ def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
 def cosine_damage(embeddings: Tensor, dense: Tensor) -> Tensor:
     """1 - cosine of unit vectors, [sentences]; half the squared distance, so that equal vectors give exactly zero."""
     return (embeddings - dense).square().sum(-1) / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors, ties at their mean rank."""
-    ranks = torch.stack([_ranks(a.double()), _ranks(b.double())])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    inverse: Tensor
-    counts: Tensor
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0).double() - (counts - 1) / 2
-    return ranks[inverse]
 
 
 def _score(hidden: Tensor, log_sum: Tensor, teacher: Teacher) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any
 
+from autoeff.evaluators.correlation import spearman
 from autoeff.search.guests import DamageTable
 from autoeff.search.limits import Limit, feasible
 from autoeff.search.pareto import non_dominated
@@ -156,15 +157,13 @@ class Results:
 
     def additivity(self, table: DamageTable) -> dict[str, float] | None:
         """Spearman of predicted and true damage among candidates within 1.5 times the best at the first operating point."""
-        from scipy.stats import spearmanr  # type: ignore[import-untyped]  # here: it takes longer to import than the read verbs to answer
-
         trials = self.within(self.problem.operating_points[0].limits)
         good = [t for t in trials if self.quality(t) <= 1.5 * self.quality(trials[0])]
         if len(good) < 5:
             return None
         space = self.problem.space
         predicted = [table.predicted(space, space.indices(trial.configuration.levels)) for trial in good]
-        return {"spearman": float(spearmanr(predicted, [self.quality(t) for t in good]).statistic), "n": len(good)}
+        return {"spearman": spearman(predicted, [self.quality(t) for t in good]), "n": len(good)}
 
     def summary(self) -> dict[str, Any]:
         """The end table and the front, as plain data."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 from torch import nn
 
 from autoeff.errors import CandidateError, FailureClass
@@ -15,7 +14,6 @@ from autoeff.evaluators.quality import (
     next_token_losses,
     pooled,
     sample_of,
-    spearman,
     teacher_of,
     token_kl,
 )
@@ -91,11 +89,6 @@ def test_cosine_damage_is_one_minus_cosine_and_zero_for_equal_embeddings() -> No
     a, b = nn.functional.normalize(torch.randn(2, 6, 16), dim=-1)
     torch.testing.assert_close(cosine_damage(a, b), 1 - (a * b).sum(-1), rtol=1e-5, atol=1e-6)
     assert torch.equal(cosine_damage(a, a.clone()), torch.zeros(6))
-
-
-def test_spearman_agrees_with_scipy_also_with_ties() -> None:
-    a, b = torch.randint(0, 9, (200,)).float(), torch.randn(200).round(decimals=1)
-    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
 
 
 def test_a_value_that_is_not_finite_is_the_candidates_failure() -> None:
