@@ -5,7 +5,7 @@
 Throw-away PostgreSQL and Redis, the API, two coordinators and two Celery workers, of which some have a clock that is two hours wrong.
 Searches of the bundled model are submitted over REST, one after the other. At every fault, a kill at one of the steps named in
 `traps/sitecustomize.py` or a thing done to a whole part, the search must go on by itself; at the end the tables must tell one story, and the
-values must be those of a process of its own. Faults come in threes, each while the service recovers from the one before. The file is written
+values must be those of a process of its own. Faults come in fives, each while the service recovers from those before. The file is written
 anew after every round of all faults.
 """
 
@@ -59,7 +59,7 @@ JOB = {
     "sampler": "nsga2",
 }  # fmt: skip
 WAIT_S = 300.0
-TOGETHER = 3
+TOGETHER = 5
 QUEUE = "autoeff:cpu"  # of Celery in Redis
 CLOCKS = ("0", "7200", "-7200")  # how far those of the processes are ahead, in turn; leases go by the database's
 
@@ -93,9 +93,9 @@ class Cluster:
             "AUTOEFF_HOME": str(folder / "home"), "AUTOEFF_DATABASE_URL": database, "AUTOEFF_BROKER_URL": redis.url,
             "AUTOEFF_LEASE_S": str(LEASE_S), "AUTOEFF_RESEND_S": "1", "AUTOEFF_POLL_S": "0.2", "OMP_NUM_THREADS": "1",
             "AUTOEFF_MEMORY_CAP_BYTES": str(3 << 30), "AUTOEFF_MODEL_ROOTS": str(Path(spec.model).parent.resolve()),
-            "AUTOEFF_DATA_ROOTS": str(Path(spec.data.source).parent), "PYTHONPATH": str(HERE / "traps"),
+            "AUTOEFF_DATA_ROOTS": str(Path(spec.data.source).parent), "PYTHONPATH": str(HERE / "traps"), "TRAPS": str(folder),
         }  # fmt: skip
-        self.environment = {**os.environ, **variables}
+        environment = {**os.environ, **variables}
         self.settings = Settings(
             home=folder / "home", database_url=database, broker_url=redis.url, lease_s=LEASE_S, memory_cap_bytes=3 << 30
         )
@@ -106,26 +106,32 @@ class Cluster:
         self._random = random.Random(seed)
         self.jobs: list[str] = []
         self.checked = 0
-        self.processes: dict[str, list[subprocess.Popen[bytes]]] = {verb: [] for verb in traps.STEPS}
+        self.processes: dict[str, list[psutil.Process]] = {verb: [] for verb in traps.STEPS}
         self.started = 0
-        self._pool, self._submissions = ThreadPoolExecutor(), list[Future[None]]()
+        self._pool = ThreadPoolExecutor(1)
+        self._submission: Future[None] | None = None
         for verb in traps.STEPS:
             (folder / "traps" / verb).mkdir(parents=True)
+        self._template = subprocess.Popen(
+            [sys.executable, str(HERE / "command_forks.py")], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def start(self, verb: str) -> None:
         """One more process of `autoeff VERB`."""
         self.started += 1
         flags = ["--no-coordinator", "--port", str(self._port)] if verb == "serve" else []
         own = {"TRAPS": str(self.folder / "traps" / verb), "CLOCK_AHEAD_S": CLOCKS[self.started % len(CLOCKS)]}
-        with (self.folder / f"{self.started}-{verb}.log").open("wb") as log:
-            command = [sys.executable, "-m", "autoeff.cli", verb, *flags]
-            process = subprocess.Popen(command, env=self.environment | own, stdout=log, stderr=log, start_new_session=True)
-        self.processes[verb].append(process)
+        order = [[verb, *flags], own, str(self.folder / f"{self.started}-{verb}.log")]
+        assert self._template.stdin is not None
+        assert self._template.stdout is not None
+        self._template.stdin.write(json.dumps(order) + "\n")
+        self._template.stdin.flush()
+        self.processes[verb].append(psutil.Process(int(self._template.stdout.readline())))
 
     def replace_dead(self) -> None:
         """Starts as many processes as have ended."""
         for verb, group in self.processes.items():
-            for process in [process for process in group if process.poll() is not None]:
+            for process in [process for process in group if not process.is_running()]:
                 group.remove(process)
                 self.start(verb)
 
@@ -135,20 +141,20 @@ class Cluster:
         self.jobs.append(self._client.submit(spec).job)
 
     def begin_submission(self) -> None:
-        """One more search, which is submitted while other things happen."""
-        self._submissions.append(self._pool.submit(self.submit))
+        """One more search, which is submitted while other things happen; at most one at a time."""
+        if self._submission is None or self._submission.done():
+            self.settle()
+            self._submission = self._pool.submit(self.submit)
 
     def settle(self) -> None:
-        """Waits until all submissions are answered."""
-        while self._submissions:
-            self._submissions.pop().result()
+        """Waits until what is being submitted is answered."""
+        if self._submission is not None:
+            self._submission.result()
 
     def keep_busy(self) -> None:
         """One more search where the last one has ended."""
-        if self._submissions and not self._submissions[-1].done():
-            return
-        if not self.jobs or seen(self.store, self.jobs[-1]).state.terminal:
-            self.submit()
+        if seen(self.store, self.jobs[-1]).state.terminal:
+            self.begin_submission()
 
     def stop(self) -> None:
         """Ends all of them in order."""
@@ -157,13 +163,12 @@ class Cluster:
         self.store.close()
         everybody = [process for group in self.processes.values() for process in group]
         for process in everybody:
-            process.terminate()
-        for process in everybody:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(everybody, timeout=30)[1]:
+            process.kill()
+            process.wait()
+        self._template.communicate()
 
     def pool(self) -> list[psutil.Process]:
         """The processes of the workers that evaluate."""
@@ -177,7 +182,7 @@ class Cluster:
         return [child for server in self.fork_servers() for child in _children(server)]
 
     def _of_workers(self) -> list[psutil.Process]:
-        return [child for one in self.processes["worker"] if one.poll() is None for child in _children(psutil.Process(one.pid))]
+        return [child for one in self.processes["worker"] for child in _children(one)]
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -272,22 +277,14 @@ def messages_dropped(cluster: Cluster, rng: random.Random) -> None:
 
 
 def killed_at(verb: str, step: str) -> Callable[[Cluster, random.Random], None]:
-    """Kills whoever comes to this step first, and waits for that."""
+    """Kills whoever comes to this step next."""
 
     def fault(cluster: Cluster, rng: random.Random) -> None:
-        trap = cluster.folder / "traps" / verb / step
-        trap.touch()
+        (cluster.folder / "traps" / verb / step).touch()
         if verb == "serve":
             cluster.begin_submission()
         if step == "runner_opening":  # it has been open for long
             _signal(cluster.runners(), signal.SIGKILL, rng)
-        deadline = time.monotonic() + WAIT_S
-        while trap.exists():
-            assert time.monotonic() < deadline, f"no {verb} came to {step}"
-            cluster.keep_busy()
-            time.sleep(0.02)
-        time.sleep(0.05)
-        cluster.replace_dead()
 
     return fault
 
@@ -314,10 +311,11 @@ FAULTS: Mapping[str, Callable[[Cluster, random.Random], None]] = {
 } | {f"{verb}_killed_at_{step}": killed_at(verb, step) for verb, steps in traps.STEPS.items() for step in steps}  # fmt: skip
 
 
-def _replaced(cluster: Cluster, victims: Sequence[subprocess.Popen[bytes]]) -> None:
+def _replaced(cluster: Cluster, victims: Sequence[psutil.Process]) -> None:
     """Kills these processes, and starts as many."""
     for victim in victims:
-        victim.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
         victim.wait()
     cluster.replace_dead()
 
@@ -377,11 +375,10 @@ def running(folder: Path, postgres: Any, redis: Any, database: str, spec: JobSpe
     folder.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(folder, postgres, redis, database, spec, seed)
     try:
-        for verb in ("serve", "coordinator", "coordinator"):
+        for verb in ("serve", "worker", "coordinator", "coordinator"):
             cluster.start(verb)
         cluster.submit()
-        for _ in range(2):
-            cluster.start("worker")
+        cluster.start("worker")
         yield cluster
         left = [*cluster.pool(), *cluster.fork_servers(), *cluster.runners()]
     finally:
@@ -401,15 +398,29 @@ def break_everything(cluster: Cluster, faults: Sequence[str], rng: random.Random
             time.sleep(rng.uniform(0.0, 0.2))
             cluster.keep_busy()
             FAULTS[fault](cluster, rng)
+            cluster.replace_dead()
+        spring(cluster)
         started = time.monotonic()
-        cluster.settle()
         cluster.keep_busy()
         before = ended(cluster, cluster.jobs[-1], 0, str(together))
         ended(cluster, cluster.jobs[-1], before + 2, str(together))
         moments.append(Moment(together, before, round(time.monotonic() - started, 2)))
+    cluster.settle()
     for job_id in cluster.jobs:
         ended(cluster, job_id, sys.maxsize, "the last fault")
     return moments
+
+
+def spring(cluster: Cluster) -> None:
+    """Waits until somebody was killed at every step where that is to be."""
+    deadline = time.monotonic() + WAIT_S
+    while left := list((cluster.folder / "traps").glob("*/*")):
+        assert time.monotonic() < deadline, f"nobody came to {', '.join(trap.name for trap in left)}"
+        if any(trap.parent.name == "serve" for trap in left):
+            cluster.begin_submission()
+        cluster.keep_busy()
+        cluster.replace_dead()
+        time.sleep(0.02)
 
 
 def ended(cluster: Cluster, job_id: str, count: int, what: str) -> int:

@@ -1,7 +1,8 @@
 """Kills a process at a named step. Python imports this module by itself where its folder is on PYTHONPATH.
 
 A trap is a file with the name of the step in the folder `TRAPS`: whoever comes to that step first removes the file and is killed
-there and then, by SIGKILL. `CLOCK_AHEAD_S` sets the clock of a process wrong by so many seconds.
+there and then, by SIGKILL. `CLOCK_AHEAD_S` sets the clock of a process wrong by so many seconds. Both may be set for a process that was
+forked from one that has imported everything, so they are looked up where they count.
 """
 
 from __future__ import annotations
@@ -49,11 +50,8 @@ STEPS: dict[str, dict[str, tuple[str, str, str]]] = {
 class _Setting(MetaPathFinder):
     """Puts traps around functions of modules, as those are imported."""
 
-    def __init__(self, folder: Path, steps: dict[str, tuple[str, str, str]]) -> None:
-        self._folder, self._steps = folder, steps
-
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        mine = {step: place for step, place in self._steps.items() if place[0] == name}
+        mine = {step: place for steps in STEPS.values() for step, place in steps.items() if place[0] == name}
         spec = importlib.machinery.PathFinder.find_spec(name, path) if mine else None
         if spec is None or spec.loader is None:
             return None
@@ -64,36 +62,34 @@ class _Setting(MetaPathFinder):
             for step, (_, function, moment) in mine.items():
                 *owners, last = function.split(".")
                 owner = functools.reduce(getattr, owners, module)
-                setattr(owner, last, _trapped(getattr(owner, last), self._folder / step, moment))
+                setattr(owner, last, _trapped(getattr(owner, last), step, moment))
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _trapped(function: Callable[..., Any], trap: Path, moment: str) -> Callable[..., Any]:
+def _trapped(function: Callable[..., Any], step: str, moment: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if moment == "before":
-            _spring(trap)
+            _spring(step)
         result = function(*args, **kwargs)
         if moment == "after":
-            _spring(trap)
+            _spring(step)
         return result
 
     return call
 
 
-def _spring(trap: Path) -> None:
+def _spring(step: str) -> None:
     try:
-        trap.unlink()
+        Path(os.environ["TRAPS"], step).unlink()
     except FileNotFoundError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 if "TRAPS" in os.environ:
-    _folder = Path(os.environ["TRAPS"])
-    sys.meta_path.insert(0, _Setting(_folder, STEPS[_folder.name]))
-if _ahead := float(os.environ.get("CLOCK_AHEAD_S", "0")):
+    sys.meta_path.insert(0, _Setting())
     _time = time.time
-    time.time = lambda: _time() + _ahead
+    time.time = lambda: _time() + float(os.environ.get("CLOCK_AHEAD_S", "0"))
