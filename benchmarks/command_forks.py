@@ -34,8 +34,9 @@ def become(arguments: Sequence[str], variables: Mapping[str, str], log: str) -> 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.environ.update(variables)
-    for number, file, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_CREAT), (2, log, os.O_WRONLY | os.O_APPEND)):
-        os.dup2(os.open(file, flags, 0o644), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     sys.argv = ["autoeff", *arguments]
     from autoeff.cli import main as command
 

@@ -126,7 +126,11 @@ class Cluster:
         assert self._template.stdout is not None
         self._template.stdin.write(json.dumps(order) + "\n")
         self._template.stdin.flush()
-        self.processes[verb].append(psutil.Process(int(self._template.stdout.readline())))
+        pid = int(self._template.stdout.readline())
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
+            self.processes[verb].append(psutil.Process(pid))
+            return
+        self.start(verb)
 
     def replace_dead(self) -> None:
         """Starts as many processes as have ended."""
@@ -149,12 +153,18 @@ class Cluster:
     def settle(self) -> None:
         """Waits until what is being submitted is answered."""
         if self._submission is not None:
+            while not self._submission.done():
+                self.replace_dead()
+                time.sleep(0.02)
             self._submission.result()
 
     def keep_busy(self) -> None:
-        """One more search where the last one has ended."""
-        if seen(self.store, self.jobs[-1]).state.terminal:
+        """One more search where the last one ends soon; waits for it where the last one has ended."""
+        last = seen(self.store, self.jobs[-1])
+        if last.state.terminal or last.counts.cost > 0.6 * self.spec.budget.trials:
             self.begin_submission()
+        if last.state.terminal:
+            self.settle()
 
     def stop(self) -> None:
         """Ends all of them in order."""
@@ -166,7 +176,8 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
         for process in psutil.wait_procs(everybody, timeout=30)[1]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
             process.wait()
         self._template.communicate()
 
@@ -402,8 +413,9 @@ def break_everything(cluster: Cluster, faults: Sequence[str], rng: random.Random
         spring(cluster)
         started = time.monotonic()
         cluster.keep_busy()
-        before = ended(cluster, cluster.jobs[-1], 0, str(together))
-        ended(cluster, cluster.jobs[-1], before + 2, str(together))
+        job_id = cluster.jobs[-1]
+        before = ended(cluster, job_id, 0, str(together))
+        ended(cluster, job_id, before + 2, str(together))
         moments.append(Moment(together, before, round(time.monotonic() - started, 2)))
     cluster.settle()
     for job_id in cluster.jobs:

@@ -11,7 +11,7 @@ Floats = NDArray[np.float64]
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's rank correlation of two vectors, ties at their mean rank; not a number where one of them is constant."""
+    """Spearman's rank correlation of two vectors of finite numbers, ties at their mean rank; not a number where one is constant."""
     with np.errstate(invalid="ignore"):
         return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from autoeff.errors import InputError
-from autoeff.evaluators.loading import ModelFacts, inspect_model, resolve_model, skeleton
+from autoeff.evaluators.loading import ModelFacts, inspect_model, skeleton
 from autoeff.spaces.build import build_space
 from autoeff.spaces.couplings import coupled
 from autoeff.spaces.knob import Knob, known_knobs
@@ -39,11 +40,11 @@ class Ground:
     knobs: Mapping[str, Knob]
 
 
-def ground_of(model: str, spec: SpaceSpec, batch: int, context: int | None) -> Ground:
+def ground_of(model: Path, spec: SpaceSpec, batch: int, context: int | None) -> Ground:
     """Reads headers and config.
 
     Args:
-        model: Directory, bundled name or hub id.
+        model: Its directory.
         spec: Knobs and their settings.
         batch: Sequences decoded together.
         context: Tokens that budgets of the cache are shares of; None takes the model's context.
@@ -51,7 +52,7 @@ def ground_of(model: str, spec: SpaceSpec, batch: int, context: int | None) -> G
     Raises:
         InputError: Anything wrong with the model or the knobs.
     """
-    facts = inspect_model(resolve_model(model))
+    facts = inspect_model(model)
     bare = skeleton(facts)
     structure = find_structure(bare, untie=spec.untie).at_batch(batch)
     left_out: Mapping[str, str] = {}

@@ -150,8 +150,9 @@ def prepare(setup: EvaluationSetup, *, elsewhere: bool = False, keep: Keep = ane
     wanted = _named(setup.device)
     device = device_of("cpu" if elsewhere else setup.device)
     judged = device.type == wanted.type
-    key = [setup.model, asdict(setup.space), setup.batch, setup.context]
-    found = keep("ground", key, [resolve_model(setup.model)], lambda: ground_of(setup.model, setup.space, setup.batch, setup.context))
+    path = resolve_model(setup.model)
+    key = [str(path), asdict(setup.space), setup.batch, setup.context]
+    found = keep("ground", key, [path], lambda: ground_of(path, setup.space, setup.batch, setup.context))
     if judged:
         check_memory(found.facts, device)
     facts, structure, space, knobs = found.facts, found.structure, found.space, found.knobs

@@ -22,10 +22,11 @@ from autoeff.errors import InputError
 from autoeff.evaluators.chat import CHAT_COLUMNS, Conversation, conversation
 from autoeff.evaluators.checkpoint import existing_path
 
-__all__ = ["SUFFIXES", "PackageText", "ScoredPair", "Text", "read_package", "read_pairs", "read_text"]
+__all__ = ["PACKAGE", "SUFFIXES", "PackageText", "ScoredPair", "Text", "installed", "read_package", "read_pairs", "read_text"]
 
 SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
-_PACKAGE = "package:"
+PACKAGE = "package:"
+"""In front of the name of a distribution."""
 _PAIR_COLUMNS = ("sentence1", "sentence2", "score")
 _CSV_LIMIT = 64 << 20
 _LINE_LIMIT = 16 << 20  # of a JSONL file
@@ -90,8 +91,8 @@ def read_text(source: str, limit_bytes: int) -> Text:
     Raises:
         InputError: There is no text, or what is there cannot be read as UTF-8 text.
     """
-    if source.startswith(_PACKAGE):
-        package = read_package(source.removeprefix(_PACKAGE))
+    if source.startswith(PACKAGE):
+        package = read_package(source.removeprefix(PACKAGE))
         return package.text(limit_bytes)
     files = _files(source)
     documents: list[str | Conversation] = []
@@ -167,6 +168,14 @@ def read_package(name: str) -> PackageText:
     if not any(document.strip() for document in documents):
         raise InputError(f"package {name!r} lists no Python source files (an editable install lists none); give another text")
     return PackageText(distribution.metadata["Name"], distribution.version, digest, documents)
+
+
+def installed(name: str) -> str | None:
+    """What changes when a distribution is installed anew: the list of its files with their digests; None where there is none."""
+    try:
+        return importlib.metadata.distribution(name).read_text("RECORD")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
 
 
 @lru_cache(2)  # a few MB, which every job of a bundled model asks for

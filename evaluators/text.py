@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,7 +22,7 @@ from autoeff.evaluators.dataset import HUB, is_dataset, read_dataset
 from autoeff.evaluators.keeping import Keep, anew
 from autoeff.evaluators.loading import ModelFacts
 from autoeff.evaluators.setup import TextSpec
-from autoeff.evaluators.sources import Text, read_package, read_pairs, read_text
+from autoeff.evaluators.sources import PACKAGE, Text, installed, read_package, read_pairs, read_text
 from autoeff.spaces.measurements import Split
 
 if TYPE_CHECKING:
@@ -186,12 +187,10 @@ def make_windows(
     limit = limit_bytes or (_bytes_for(wanted) if frugal else _READ_LIMIT)
     least = wanted + _SETTLED if frugal else 0
     told = divided or spec.draw == "random"
-
-    def read() -> Reading:
-        return _reading(tokenizer, facts, spec, split, limit, least, told=told)
-
-    key = [spec.source or f"of the model, {split}", spec.bos, limit, least, told]
-    reading = read() if _remote(spec) else keep("text", key, [facts.path, *filter(None, [spec.source])], read)
+    known = anew if _remote(spec) else keep  # what a hub has now, only it knows
+    key = [spec.source or split, _installed(spec, facts, split), spec.bos, limit, least, told]
+    places: list[str | Path] = [facts.path] if spec.source is None else [facts.path, spec.source]
+    reading = known("text", key, places, lambda: _reading(tokenizer, facts, spec, split, limit, least, told=told))
     ids, where, notices = reading.ids, reading.name, list(reading.notices)
     if divided:
         begin, end, named = _FIFTHS[split, tuned]
@@ -316,14 +315,7 @@ def _read(spec: TextSpec, facts: ModelFacts, split: str, limit_bytes: int) -> tu
     """The text and what must be said about it."""
     if spec.source is not None:
         return (read_dataset if is_dataset(spec.source) else read_text)(spec.source, limit_bytes), []
-    path = facts.path / _BUNDLED
-    if not path.is_file():
-        raise InputError(f"{facts.path} brings no text of its own; give one with --data")
-    listed = read_json(path, 1 << 16)
-    entry = listed.get(split)
-    keys = ("package", "version", "sha256")
-    if listed.get("format") != 1 or not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
-        raise InputError(f"{path} is malformed; expected format 1 and package, version and sha256 of the {split} text")
+    entry = _bundled(facts, split)
     package = read_package(entry["package"])
     text = package.text(limit_bytes)
     notices = []
@@ -333,6 +325,26 @@ def _read(spec: TextSpec, facts: ModelFacts, split: str, limit_bytes: int) -> tu
             f"(sha256 {entry['sha256'][:12]}…); values may differ"
         )
     return text, notices
+
+
+def _installed(spec: TextSpec, facts: ModelFacts, split: str) -> str | None:
+    """What changes when the package is installed anew whose source files are the text; None where they are not."""
+    if spec.source is None:
+        return installed(_bundled(facts, split)["package"])
+    return installed(spec.source.removeprefix(PACKAGE)) if spec.source.startswith(PACKAGE) else None
+
+
+def _bundled(facts: ModelFacts, split: str) -> Mapping[str, str]:
+    """Package, version and sha256 of the text that the model was published with."""
+    path = facts.path / _BUNDLED
+    if not path.is_file():
+        raise InputError(f"{facts.path} brings no text of its own; give one with --data")
+    listed = read_json(path, 1 << 16)
+    entry = listed.get(split)
+    keys = ("package", "version", "sha256")
+    if listed.get("format") != 1 or not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+        raise InputError(f"{path} is malformed; expected format 1 and package, version and sha256 of the {split} text")
+    return {key: entry[key] for key in keys}
 
 
 def _reading(

@@ -7,7 +7,6 @@ for as long as a worker lives, which leaves evaluating to its runner.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -55,7 +54,10 @@ def hardware() -> Hardware:
     Raises:
         InputError: torch does not start.
     """
-    said = _said()
+    done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    if done.returncode != 0:
+        raise InputError(f"torch does not start here: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
+    said = json.loads(done.stdout)
     gpu, memory_bytes = said.pop("gpu"), said.pop("memory_bytes")
     facts = {
         "name": gpu or platform.processor() or platform.machine(),
@@ -64,17 +66,6 @@ def hardware() -> Hardware:
         **said,
     }
     return Hardware("cpu" if gpu is None else kind_of(gpu), facts)
-
-
-def _said() -> dict[str, Any]:
-    version = importlib.metadata.version("torch")
-    if version.endswith("+cpu"):  # it knows no other devices
-        return {"gpu": None, "memory_bytes": None, "torch": version, "cuda": None}
-    done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=_ANSWER_S, check=False)
-    if done.returncode != 0:
-        raise InputError(f"torch does not start here: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def kind_of(gpu: str) -> str:

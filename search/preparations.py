@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +16,6 @@ from autoeff.evaluators.text import Reading
 from autoeff.search.job import JobSpec
 from autoeff.search.model import Plan, plan
 from autoeff.search.settings import Settings
-from autoeff.spaces.configuration import digest_of
 
 __all__ = ["Preparations"]
 
@@ -41,25 +42,30 @@ class Preparations:
     def __call__(self, setup: EvaluationSetup, *, elsewhere: bool = False) -> Preparation:
         """As `prepare`."""
         self._stamps.clear()
-        key = [setup.to_json(), elsewhere, _stored(setup)]
-        return self._keep("preparation", key, _files(setup), lambda: prepare(setup, elsewhere=elsewhere, keep=self._keep))
+        return self._prepared(setup, elsewhere=elsewhere)
 
     def plan(self, spec: JobSpec, settings: Settings, queue: str | None = None) -> Plan:
         """As `plan`; equal jobs share one."""
         self._stamps.clear()
         setup = spec.setup(settings.bank)
         key = [spec.model_dump(mode="json"), queue, str(settings.home), settings.memory_cap, _stored(setup)]
-        return self._keep("plan", key, _files(setup), lambda: plan(spec, settings, queue, self))
+        return self._keep("plan", key, _files(setup), lambda: plan(spec, settings, queue, self._prepared))
+
+    def _prepared(self, setup: EvaluationSetup, *, elsewhere: bool) -> Preparation:
+        key = [setup.to_json(), elsewhere]
+        return self._keep("preparation", key, _files(setup), lambda: prepare(setup, elsewhere=elsewhere, keep=self._keep))
 
     def _keep(self, kind: str, key: Sequence[Any], places: Sequence[str | Path], make: Callable[[], T]) -> T:
-        return self._kept[kind].get(digest_of([*key, *map(self._stamp, places)]), make)
+        named = json.dumps([*key, *map(self._stamp, places)])  # in its order, by which the last of several globs holds
+        return self._kept[kind].get(hashlib.sha256(named.encode()).hexdigest(), make)
 
     def _stamp(self, name: str | Path) -> list[Any]:
-        place = Path(name)
-        if str(place) not in self._stamps:
-            files = [place] if not place.is_dir() else sorted(place.rglob("*"))
-            self._stamps[str(place)] = [str(place), *_stamps(files)]  # of the hub or a package only its name
-        return self._stamps[str(place)]
+        if str(name) not in self._stamps:
+            place = Path(name)
+            if not place.exists():  # a column of a file, or of the hub
+                place = Path(str(name).partition("#")[0])
+            self._stamps[str(name)] = [str(name), *_stamps(sorted(place.rglob("*")) if place.is_dir() else [place])]
+        return self._stamps[str(name)]
 
 
 class _Recent:

@@ -18,6 +18,7 @@ from autoeff.search.exporter import export_trial
 from autoeff.search.job import JobSpec
 from autoeff.search.model import Plan, plan
 from autoeff.search.own_job import Choice, refuse_own
+from autoeff.search.planned import PlannedJob
 from autoeff.search.report import write_report
 from autoeff.search.results import rows_of
 from autoeff.search.runner_process import prestart
@@ -117,11 +118,11 @@ def adding(
     else:
         if not any(worker.alive and job.queue in worker.queues for worker in store.workers()):
             raise InputError(f"no worker of queue {job.queue!r} is there to measure; start one: autoeff worker --queues {job.queue}")
-        planned = plan(JobSpec.parse(job.spec), settings, job.queue)
-        if planned.digest != job.setup_digest:
+        stored = PlannedJob.stored(job)  # whose space is that of the trials
+        if plan(stored.spec, settings, job.queue).digest != job.setup_digest:
             raise InputError("its model, its text or this version is no longer what it was when it was submitted; submit it again")
         crew = Away(store, job.queue, threading.Event(), threading.Event())
-        coordinator = Coordinator(store, job.id, planned, Path(), settings, watch, crew)
+        coordinator = Coordinator(store, job.id, stored, Path(), settings, watch, crew)
     with coordinator.adding() as evaluate:
         yield evaluate
 

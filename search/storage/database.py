@@ -10,6 +10,7 @@ snapshot. Statements, locks and idle transactions have deadlines, so that nobody
 from __future__ import annotations
 
 import functools
+import json
 import sqlite3
 import threading
 import time
@@ -25,7 +26,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from autoeff.errors import AutoeffError, InputError, StorageError
 from autoeff.search.storage.tables import REVISION, Base, now
-from autoeff.spaces.configuration import canonical_json
 
 __all__ = ["VERSION_TABLE", "Database", "InTheWay", "again", "insert_absent", "storable"]
 
@@ -261,8 +261,13 @@ def _checked(url: str) -> URL:
     return location.set(database=str(Path(location.database).absolute()))
 
 
+def _json(value: object) -> str:
+    """In the order in which it was given, which counts where the last of several globs holds."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def _sqlite(url: URL, begin: str, *, foreign_keys: bool = True, **settings: Any) -> Engine:
-    engine = create_engine(url, json_serializer=canonical_json, **settings)
+    engine = create_engine(url, json_serializer=_json, **settings)
     keys = f"foreign_keys={'ON' if foreign_keys else 'OFF'}"
 
     @event.listens_for(engine, "connect")
@@ -283,7 +288,7 @@ def _postgresql(url: URL) -> Engine:
     try:
         engine = create_engine(
             url,
-            json_serializer=canonical_json,
+            json_serializer=_json,
             pool_size=8,
             max_overflow=8,
             connect_args={"connect_timeout": _CONNECT_S, "application_name": "autoeff", "options": options},

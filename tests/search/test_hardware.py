@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 
 import pytest
@@ -27,15 +26,7 @@ def test_queues_are_named_by_the_model_of_a_gpu(gpu: str, kind: str) -> None:
     assert kind_of(gpu) == kind
 
 
-def test_a_build_that_may_know_gpus_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    built_for_cpus = hardware()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.13.0")
-    hardware.cache_clear()
-    assert hardware() == built_for_cpus
-
-
 def test_a_torch_that_does_not_start_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.13.0")
     monkeypatch.setattr(sys, "executable", "/usr/bin/false")
     hardware.cache_clear()
     with pytest.raises(InputError, match="torch does not start here"):

@@ -51,15 +51,46 @@ def test_a_preparation_is_made_once_until_a_file_changes(
     assert len(prepared._kept["preparation"]._known) == 2
 
 
-@pytest.mark.parametrize("knobs", [{"bits": {"group_size": 16}}, {"bits": {"group_size": 16, "quantizer": "gptq"}}])
-def test_what_is_kept_gives_what_a_new_preparation_gives(tiny_job: Make, tiny_text: Path, tmp_path: Path, knobs: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("family", "knobs", "fields"),
+    [
+        ("llama", {"bits": {"group_size": 16}}, {}),
+        ("llama", {"bits": {"group_size": 16, "quantizer": "gptq"}}, {}),
+        ("llama", {"bits": {"group_size": 16, "quantizer": "gptq"}, "lora_rank": {}}, {"tune_data": {"windows": 4, "length": 16}}),
+        ("bert", {"bits": {"group_size": 16}}, {}),
+    ],
+)
+def test_what_is_kept_gives_what_a_new_preparation_gives(
+    tiny_job: Make, tiny_text: Path, tmp_path: Path, family: str, knobs: dict[str, object], fields: dict[str, dict[str, object]]
+) -> None:
     prepared = Preparations()
-    whole = {"source": str(tiny_text), "windows": 8, "length": 16}
-    for data in (whole, whole | {"windows": 4}, whole | {"draw": "first"}, whole | {"bos": "per_document"}, whole | {"draw": (3, 40)}):
+    whole: dict[str, object] = {"source": str(tiny_text), "windows": 8, "length": 16}
+    others = {name: value | {"source": str(tiny_text)} for name, value in fields.items()}
+    changes: list[dict[str, object]] = [{"windows": 4}, {"draw": "first"}, {"draw": (3, 40)}]
+    for data in (whole, *(whole | change for change in [*changes, *([{"bos": "per_document"}] if family == "llama" else [])])):
         for seed in (0, 1):
-            setup = tiny_job(knobs=knobs, data=data, eval_data=None, seed=seed).setup(tmp_path / "bank")
+            setup = tiny_job(family, knobs=knobs, data=data, eval_data=None, seed=seed, **others).setup(tmp_path / "bank")
             assert prepared(setup).report() == prepare(setup).report()
             assert prepared(setup).digest == prepare(setup).digest
+
+
+def test_the_last_of_several_globs_holds_also_in_what_is_kept(tiny_job: Make, tmp_path: Path) -> None:
+    prepared = Preparations()
+    globs = {"*:bits": [8], "*.o_proj:bits": [4]}
+    for levels in (globs, dict(reversed(globs.items()))):
+        setup = tiny_job(space={"levels": levels}).setup(tmp_path / "bank")
+        assert prepared(setup).space == prepare(setup).space
+
+
+def test_a_package_that_is_installed_anew_is_read_anew(tiny_job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = Preparations()
+    setup = tiny_job(data={"source": "package:pytest-timeout", "windows": 2, "length": 16}, eval_data=None).setup(tmp_path / "bank")
+    prepared(setup)
+    prepared(replace(setup, seed=1))
+    assert len(prepared._kept["text"]._known) == 1
+    monkeypatch.setattr("autoeff.evaluators.text.installed", lambda name: "another version")
+    prepared(replace(setup, seed=2))
+    assert len(prepared._kept["text"]._known) == 2
 
 
 def test_ids_take_a_limited_room(tiny_job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

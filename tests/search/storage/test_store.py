@@ -51,6 +51,11 @@ class TestJobs:
         assert (job.setup_digest, job.state, job.result, job.coordinator) == ("a" * 64, JobState.PENDING, None, None)
         assert job.counts == Counts(0, 0, 0, 0, 0.0)
 
+    def test_a_spec_keeps_its_order(self, store: Store) -> None:
+        """Of several globs the last one holds."""
+        store.create_job("j1", {"space": {"levels": {"*:bits": [8], "*.down_proj:bits": [4]}}}, {}, {}, "")
+        assert list(store.job("j1").spec["space"]["levels"]) == ["*:bits", "*.down_proj:bits"]
+
     def test_times_are_utc_from_the_database(self, store: Store) -> None:
         store.create_job("j1", {}, {}, {}, "")
         created = store.job("j1").created_at
