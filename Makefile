@@ -26,6 +26,9 @@ define timed
 	@echo "== $(1)"; since=$$(date +%s); { $(2); } && echo "== $(1): $$(( $$(date +%s) - since )) s"
 endef
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations 10
+FAULTS := tests/search/test_faults.py
+
 .PHONY: demo demo-cluster env faults faults-storm kernels-compile lint test types
 
 demo: env
@@ -47,10 +50,12 @@ faults-storm: env
 kernels-compile: env
 	$(BIN)/autoeff kernels compile --target sm_90
 
-# One thread in each process, and more processes than two cores: many tests wait for servers and workers.
+# One thread in each process, and more processes than two cores: many tests wait for servers and workers. The round of faults comes first,
+# with the machine for itself, as its service has seven processes of its own.
 test: lint types
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 $(TESTS)
+	$(if $(filter tests,$(TESTS)),$(PYTEST) $(FAULTS))
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(filter tests,$(TESTS)),--ignore=$(FAULTS)) $(TESTS)
 
 lint: env
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)

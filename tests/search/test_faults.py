@@ -16,6 +16,7 @@ from autoeff.search.job import JobSpec
 from autoeff.search.storage import Store
 from autoeff.search.storage.tables import JobRow
 
+AT_ONCE = 5
 ONCE = (
     "coordinator_killed_at_before_proposal", "worker_killed_at_claim_uncommitted", "coordinator_killed_at_proposal_uncommitted",
     "worker_killed_at_message_taken", "messages_repeated",
@@ -26,12 +27,13 @@ ONCE = (
     "worker_killed", "coordinator_killed_at_before_end", "worker_stopped_past_its_lease", "redis_frozen",
     "coordinator_killed_at_message_sent",
     "serve_killed_at_job_committed", "postgres_frozen_past_the_lease", "postgres_stopped_at_once", "worker_killed_at_runner_evaluating",
+    "redis_emptied",
+    "worker_killed_at_result_uncommitted", "messages_shuffled", "coordinator_killed", "worker_killed_at_result_committed",
     "runner_killed",
-    "fork_server_killed", "messages_shuffled", "coordinator_killed", "worker_killed_at_runner_measured",
-    "worker_killed_at_result_uncommitted",
-    "pool_process_killed", "every_coordinator_killed", "worker_killed_at_result_committed", "redis_emptied",
+    "fork_server_killed", "every_coordinator_killed", "worker_killed_at_runner_measured", "pool_process_killed",
 )  # fmt: skip
-"""In an order in which what takes long to come back, such as an API after a kill, does so while others wait for an outage to end."""
+"""In an order in which what takes long to come back, such as an API after a kill, does so while others wait for an outage to end, and no
+candidate is hit three times by those that come at once."""
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,12 @@ def faults(root: Path) -> ModuleType:
 def test_a_service_that_is_broken_part_by_part_loses_and_doubles_nothing(
     faults: ModuleType, servers: ModuleType, tmp_path: Path, tiny_job: Callable[..., JobSpec]
 ) -> None:
-    few = {"include": ["model.layers.0.*", "model.layers.1.*"]}
+    few = {"include": ["model.layers.0.*"]}
     spec = tiny_job(limits=["linear_bytes<=0.9x"], sampler="nsga2", budget={"trials": 25}, space=few)
     assert sorted(ONCE) == sorted(faults.FAULTS)
     with servers.postgres_server() as postgres, servers.redis_server() as redis:  # its own, since they are killed
         with faults.running(tmp_path, postgres, redis, postgres.url, spec) as cluster:
-            moments, workers = faults.check(cluster, ONCE, random.Random(0))
+            moments, workers = faults.check(cluster, ONCE, random.Random(0), AT_ONCE)
         assert tuple(fault for moment in moments for fault in moment.faults) == ONCE
         assert len(workers) >= 2
         with Store.open(postgres.url) as store, store.database.write() as connection:
