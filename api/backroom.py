@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -96,6 +97,7 @@ class Backroom:
 
 def _leave_with_parent() -> None:
     """Ends this process soon after the server that it works for, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells everybody of Ctrl-C
     server = multiprocessing.parent_process()
     assert server is not None
 
