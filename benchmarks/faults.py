@@ -32,6 +32,7 @@ from typing import Annotated, Any
 
 import psutil
 import redis
+import torch
 import typer
 from celery import Celery
 from sqlalchemy import func, select
@@ -529,6 +530,7 @@ def same_values(store: Store, job_id: str, settings: Settings, count: int) -> No
     Raises:
         AssertionError: A value differs.
     """
+    torch.set_num_threads(1)  # as in the workers; sums depend on it
     evaluator = Evaluator(JobSpec.parse(store.job(job_id).spec).setup(settings.bank))
     trials = [trial for trial in all_trials(store, job_id) if trial.state is State.SUCCEEDED]
     for trial in trials[:: max(1, len(trials) // count)]:
